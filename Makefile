@@ -1,0 +1,77 @@
+# Everything runs in .venv, which `install` makes from requirements.lock (exact versions, hashes).
+# ARGS reaches the command:  make study ARGS="experiment=..."   make test ARGS="-k controller"
+
+PYTHON ?= python3 python3.13 python3.12 python3.11
+UV_VERSION := 0.13.9
+ARGS ?=
+
+BIN := .venv/bin
+UV_STAMP := .venv/.uv-$(UV_VERSION)
+LOCKED := .venv/.locked
+STAMP := .venv/.installed
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+
+# If it is set, every Ray worker compiles what it imports anew: 2-3 times slower to start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help install study test slow lint lint-format lint-check lint-types format lock
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make the environment .venv; done again only when the lock or pyproject.toml changes
+
+study: $(STAMP) ## run the default study
+	$(BIN)/python tune_main.py $(ARGS)
+
+test: lint ## lint, then every test that is not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow: $(STAMP) ## the slow tests only
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: lint-format lint-check lint-types ## check format and style (ruff) and types (pyright)
+
+lint-format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint-check: $(STAMP)
+	$(BIN)/ruff check .
+
+lint-types: $(STAMP)
+	$(BIN)/pyright
+
+format: $(STAMP) ## rewrite the code as ruff wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(UV_STAMP) ## resolve pyproject.toml into requirements.lock (newest versions: ARGS=--upgrade)
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes \
+		--no-header $(ARGS) pyproject.toml -o requirements.lock
+
+# A venv that works is kept; one that is broken, or of another Python, is made again.
+$(UV_STAMP):
+	@if ! $(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null; then \
+		for python in $(PYTHON); do \
+			$$python -c '$(SUPPORTED)' 2>/dev/null && break; \
+			python=; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "install: needs Python 3.11, 3.12 or 3.13 with venv (Debian: python3-venv); tried: $(PYTHON). Name one: make install PYTHON=/path/to/python3" >&2; \
+			exit 2; \
+		fi; \
+		echo "$$python -m venv .venv"; \
+		$$python -m venv --clear .venv; \
+	fi
+	$(BIN)/python -m pip install -q uv==$(UV_VERSION)
+	@touch $@
+
+$(LOCKED): requirements.lock $(UV_STAMP)
+	$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
+	@touch $@
+
+# After every sync, which removes what the lock does not name: the project too.
+$(STAMP): pyproject.toml $(LOCKED)
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation --offline -e .
+	@touch $@

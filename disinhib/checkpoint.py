@@ -1,0 +1,73 @@
+"""Checkpoints: one file, written atomically, without pickle.
+
+MessagePack (flax.serialization) of the architecture and of the whole training state: parameters,
+optimizer, rule state, epoch and seed, from which every key derives. Resuming repeats the
+uninterrupted run bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+
+from disinhib.architecture import Architecture
+from disinhib.config import ConfigError, RunConfig, flatten
+from disinhib.training import TrainingState, initial_state
+
+
+def save(path: Path, config: RunConfig, state: TrainingState) -> None:
+    """Writes `state` to `path`; a reader sees the old file or the whole new one."""
+    content = serialization.msgpack_serialize(
+        {
+            "architecture": _described(config.architecture),
+            "state": serialization.to_state_dict(jax.device_get(state)),
+        }
+    )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path, config: RunConfig) -> TrainingState:
+    """The state in `path`, with its lanes.
+
+    Raises ConfigError: no such file, not a checkpoint, or one of another architecture (the
+    differences are named).
+    """
+    try:
+        content = serialization.msgpack_restore(path.read_bytes())
+        saved, state = content["architecture"], content["state"]
+        seeds = state["seed"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"resume: given {path}, which does not exist") from error
+    except Exception as error:  # msgpack names its errors freely
+        raise ConfigError(
+            f"resume: given {path}, which is no checkpoint ({type(error).__name__})"
+        ) from error
+    wanted = _described(config.architecture)
+    differences = [
+        f"{name} {saved.get(name, 'none')} (checkpoint) and {wanted.get(name, 'none')} (this run)"
+        for name in sorted({*saved, *wanted})
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ConfigError(f"resume: {path} is of another architecture: {', '.join(differences)}")
+    template = initial_state(config, seeds)
+    return jax.tree.map(jnp.asarray, serialization.from_state_dict(template, state))
+
+
+def _described(architecture: Architecture) -> dict[str, str]:
+    description = asdict(architecture)
+    description["solver"]["name"] = type(architecture.solver).__name__.lower()
+    return {name: str(value) for name, value in flatten(description).items()}

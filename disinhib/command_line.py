@@ -1,0 +1,154 @@
+"""The border to Hydra, shared by `python -m disinhib` and `tune_main.py`.
+
+Composes conf/, says in one line what is wrong with the options before anything is written, and
+turns a composed run back into the shortest command that composes it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigSource  # noqa: F401  (makes plugins importable)
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from disinhib.config import ConfigError, flatten, nearest
+from disinhib.data import DataError
+
+CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
+TRAINING = "train"  # conf/train.yaml
+
+Options = dict[str, Any]
+Choices = dict[str, str]
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
+    """(resolved plain options, choice of each config group) of conf/<config_name>.yaml.
+
+    Raises ConfigError: an override that does not parse, an unknown option, group or choice.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):
+        try:
+            composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
+            choices = dict(composed.hydra.runtime.choices)
+            options = {name: value for name, value in composed.items() if name != "hydra"}
+            plain = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(error, config_name, overrides) from error
+    own = {
+        group: str(choice) for group, choice in choices.items() if not group.startswith("hydra/")
+    }
+    return plain, own  # pyright: ignore[reportReturnType]
+
+
+def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """What in `overrides` Hydra stumbled over, with the names that would have been right."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException:
+            return ConfigError(f"{text}: not understood, allowed is option=value")
+    groups = [override for override in parsed if _choices_of(override.key_or_group)]
+    for override in groups:
+        allowed, given = _choices_of(override.key_or_group), override.value()
+        if given is not None and given not in allowed:
+            return ConfigError(
+                f"{override.key_or_group}: given {given}, allowed is one of {', '.join(allowed)}"
+                f"{nearest(str(given), allowed)}"
+            )
+    for override in groups:
+        package = override.package
+        text = override.input_line or ""
+        if package is not None or "@" in text:
+            continue
+    known = _known_options(config_name, [override.input_line or "" for override in groups])
+    for override in parsed:
+        name = override.key_or_group
+        if override not in groups and known and name not in known:
+            return ConfigError(f"{name}: unknown option{nearest(name, known)}")
+    return ConfigError(" ".join(str(error).split()))
+
+
+def _choices_of(group: str) -> list[str]:
+    folder = CONFIGURATIONS / group
+    return sorted(file.stem for file in folder.glob("*.yaml")) if folder.is_dir() else []
+
+
+def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]:
+    """Every option, and every group, that exists under these choices of groups."""
+    with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):
+        try:
+            composed = hydra_compose(config_name, list(group_overrides))
+        except HydraException:
+            return set()
+    options = set(flatten(OmegaConf.to_container(composed)))  # pyright: ignore
+    parents = {name.rsplit(".", depth)[0] for name in options for depth in range(1, 4)}
+    groups = {
+        str(folder.relative_to(CONFIGURATIONS))
+        for folder in CONFIGURATIONS.rglob("*")
+        if folder.is_dir()
+    }
+    return options | parents | groups
+
+
+def command(options: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    """The shortest `python -m disinhib ...` that composes to exactly these training options.
+
+    Raises ConfigError if they cannot be composed from conf/train.yaml.
+    """
+    _, defaults = compose(TRAINING, [])
+    overrides = [
+        f"{group}={choice}" for group, choice in choices.items() if defaults.get(group) != choice
+    ]
+    base, _ = compose(TRAINING, overrides)
+    base_flat, wanted = flatten(base), flatten(options)
+    overrides += [
+        f"{name}={_written(value)}"
+        for name, value in wanted.items()
+        if name not in base_flat or base_flat[name] != value
+    ]
+    recomposed, _ = compose(TRAINING, overrides)
+    if flatten(recomposed) != wanted:
+        raise ConfigError(f"no command composes to these options: {wanted}")
+    return shlex.join(["python", "-m", "disinhib", *overrides])
+
+
+def _written(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_written(item) for item in value) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main` on the command line's overrides and exits with its code.
+
+    Bad input is one line on stderr and exit code 2, without a traceback.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,264 @@
+"""A run's configuration, checked once at the border and then frozen.
+
+`parse` turns plain options (conf/train.yaml, composed and resolved) into a `RunConfig`. Whatever
+is wrong with them is a ConfigError of one line: the option, what was given, what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from disinhib.activations import ACTIVATIONS, Shape
+from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
+from disinhib.controller import CONTROLLERS
+from disinhib.data import DATASETS
+from disinhib.losses import LOSSES
+from disinhib.optimizers import OPTIMIZERS
+from disinhib.rules import RULES
+
+
+class ConfigError(ValueError):
+    """An option that cannot be, in one line."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run's outcome, and where it runs."""
+
+    architecture: Architecture
+    hyperparameters: Hyperparameters
+    dataset: str
+    dataset_path: str | None
+    valid_split: float
+    epochs: int
+    seed: int | None
+    evaluated_share_of_train: float  # 0: none (OL_eval_on_train)
+    test_at_end: bool
+    device: str
+    gpu_id: int
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+# What an option may be: a test, and the words for it.
+ANY_NUMBER: Check = (lambda v: _is_number(v), "a finite number")
+POSITIVE: Check = (lambda v: _is_number(v) and v > 0, "a number above 0")
+NOT_NEGATIVE: Check = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
+SHARE: Check = (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
+UNIT: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+DECAY: Check = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
+COUNT: Check = (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
+INDEX: Check = (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")
+SEED: Check = (
+    lambda v: v is None or (_is_whole(v) and 0 <= v < 2**31),
+    "a whole number from 0 to 2147483647, or null",
+)
+TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a text")
+OPTIONAL_TEXT: Check = (lambda v: v is None or isinstance(v, str), "a text or null")
+
+
+def one_of(names: Iterable[str]) -> Check:
+    names = tuple(names)
+    return lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def refusal(option: str, given: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{option}: given {_shown(given)}, allowed is {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """As Hydra would read it."""
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean ...?" if one of `names` is like `name`, else nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _Options:
+    """Takes options by dotted name, checked, and at the end knows those that nobody took."""
+
+    def __init__(self, options: Mapping[str, Any]):
+        self.flat = flatten(options)
+        self.left = dict.fromkeys(self.flat)
+
+    def take(self, name: str, check: Check) -> Any:
+        test, allowed = check
+        if name not in self.flat:
+            raise ConfigError(f"{name}: missing, needed is {allowed}")
+        self.left.pop(name, None)
+        value = self.flat[name]
+        if not test(value):
+            names = allowed.removeprefix("one of ").split(", ")
+            raise refusal(name, value, allowed + nearest(str(value), names))
+        return value
+
+    def refuse_the_rest(self) -> None:
+        for name in self.left:
+            raise ConfigError(f"{name}: unknown option{nearest(name, set(self.flat) - {name})}")
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names; lists are values."""
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def parse(options: Mapping[str, Any]) -> RunConfig:
+    """The run that `options` describe. Raises ConfigError."""
+    given = _Options(options)
+    take = given.take
+    optimizer = take("optimizer.name", one_of(OPTIMIZERS))
+    soft_target = take("dataset.soft_target_val", SHARE)
+    hyper: dict[str, Any] = {
+        "optimizer": {
+            name: take(f"optimizer.{name}", check) for name, check in OPTIMIZER_CHECKS[optimizer]
+        },
+        "soft_target": soft_target if take("dataset.soft_targets", FLAG) else 1.0,
+    }
+    structure: dict[str, Any] = {
+        "rule": take("trainer.name", one_of(RULES)),
+        "circuit": take("model.vf.name", one_of(("dale", "non-dale"))),
+        "use_bias": take("model.vf.use_bias", FLAG),
+        "loss": take("dataset.loss.name", one_of(LOSSES)),
+        "optimizer": optimizer,
+        "batch_size": take("batchsize", COUNT),
+        "solver": _solver(take),
+        "sizes": _sizes(take),
+    }
+    hyper["weight_scale"] = take("model.vf.weight_scale", POSITIVE)
+    _check_rule_fits(structure["rule"], structure["circuit"])
+    read_circuit = _microcircuits if structure["circuit"] == "dale" else _perceptron
+    read_circuit(take, structure, hyper)
+    if RULES[structure["rule"]].has_feedback:
+        _feedback(take, structure, hyper)
+    on_train = take("OL_eval_on_train", FLAG)
+    share = take("dataset.OL_eval_subset_split", SHARE)
+    take("out_dir", TEXT)
+    take("resume", OPTIONAL_TEXT)
+    config = RunConfig(
+        architecture=Architecture(**structure),
+        hyperparameters=Hyperparameters(**hyper),
+        dataset=take("dataset.name", one_of(DATASETS)),
+        dataset_path=take("dataset.path", OPTIONAL_TEXT),
+        valid_split=take("dataset.valid_split", SHARE),
+        epochs=take("epochs", COUNT),
+        seed=take("seed", SEED),
+        evaluated_share_of_train=share if on_train else 0.0,
+        test_at_end=take("test_at_end", FLAG),
+        device=take("device", one_of(("auto", "cpu", "gpu"))),
+        gpu_id=take("gpu_id", INDEX),
+    )
+    given.refuse_the_rest()
+    return config
+
+
+def _solver(take) -> Newton | Ode:
+    ode = Ode(
+        dt=take("model.dt", POSITIVE),
+        T=take("model.T", POSITIVE),
+        rtol=take("model.rtol", POSITIVE),
+        atol=take("model.atol", POSITIVE),
+        adaptive_stepsize=take("model.adaptive_stepsize", FLAG),
+        early_termination=take("model.early_termination", FLAG),
+    )
+    if take("solver.name", one_of(("newton", "ode"))) == "ode":
+        return ode
+    return Newton(take("solver.tolerance", POSITIVE), take("solver.max_iterations", COUNT))
+
+
+def _sizes(take) -> tuple[int, ...]:
+    layers = take("model.vf.nb_hidden", INDEX)
+    allowed = "one size of at least 1, or a size for each of model.vf.nb_hidden layers"
+    hidden = take(
+        "model.vf.sizes_hidden",
+        (lambda v: isinstance(v, list) and v and all(COUNT[0](n) for n in v), allowed),
+    )
+    if len(hidden) not in (1, layers):
+        raise refusal("model.vf.sizes_hidden", hidden, f"{allowed} (given {layers})")
+    hidden = hidden * layers if len(hidden) == 1 else hidden
+    return (take("dataset.dim_input", COUNT), *hidden, take("dataset.dim_output", COUNT))
+
+
+def _check_rule_fits(rule: str, circuit: str) -> None:
+    allowed = RULES[rule].circuits
+    if circuit not in allowed:
+        fitting = [name for name, entry in RULES.items() if circuit in entry.circuits]
+        raise ConfigError(
+            f"trainer={rule}: needs model/vf={' or '.join(allowed)}, given model/vf={circuit}"
+            f" (which {', '.join(fitting)} can train)"
+        )
+
+
+def _activation(take, prefix: str) -> tuple[str, Shape]:
+    kind = take(f"{prefix}.name", one_of(ACTIVATIONS))
+    if kind != "softrelu":
+        return kind, Shape()
+    return kind, Shape(
+        take(f"{prefix}.scale", POSITIVE),
+        take(f"{prefix}.sharpness", POSITIVE),
+        take(f"{prefix}.shift", ANY_NUMBER),
+    )
+
+
+def _perceptron(take, structure: dict, hyper: dict) -> None:
+    structure["activation_e"], hyper["shape_e"] = _activation(take, "model.vf.activation")
+
+
+def _microcircuits(take, structure: dict, hyper: dict) -> None:
+    structure["activation_e"], hyper["shape_e"] = _activation(take, "model.vf.actE")
+    structure["activation_i"], hyper["shape_i"] = _activation(take, "model.vf.actI")
+    structure["fb_to_readout"] = take("model.vf.fb_to_readout", FLAG)
+    for option, name in (("tauE", "tau_e"), ("tauI", "tau_i"), ("g_EI", "g_ei"), ("g_IE", "g_ie")):
+        hyper[name] = take(f"model.vf.{option}", POSITIVE)
+    controller = take("model.vf.controller.name", one_of(CONTROLLERS))
+    structure["controller"] = controller
+    if controller == "leaky-pi":
+        hyper["k_p"] = take("model.vf.controller.k_p", NOT_NEGATIVE)
+        hyper["k_i"] = take("model.vf.controller.k_i", NOT_NEGATIVE)
+        hyper["leak"] = take("model.vf.controller.leak", POSITIVE)
+        hyper["tau_c"] = take("model.vf.controller.tau", POSITIVE)
+    else:
+        hyper["k_p"] = take("model.vf.controller.k_p", POSITIVE)
+
+
+def _feedback(take, structure: dict, hyper: dict) -> None:
+    for flag in ("average_fb_weights", "clip_fb_weights", "norm_fb_weights", "strong_fb"):
+        structure[flag] = take(f"trainer.{flag}", FLAG)
+    hyper["clip_val"] = take("trainer.clip_val", POSITIVE)
+    hyper["norm_val"] = take("trainer.norm_val", POSITIVE)
+    hyper["target_nudge"] = take("trainer.target_nudge", POSITIVE)
+    for name, check in RULE_CHECKS.get(structure["rule"], ()):
+        hyper[name] = take(f"trainer.{name}", check)
+
+
+OPTIMIZER_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
+    "adam": (("learning_rate", POSITIVE), ("b1", DECAY), ("b2", DECAY), ("eps", POSITIVE)),
+    "sgd": (("learning_rate", POSITIVE), ("momentum", DECAY)),
+}
+RULE_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
+    "lin-thresh": (("avg_inh_lambda", UNIT), ("avg_inh_init", ANY_NUMBER)),
+    "taylor": (("y0", ANY_NUMBER),),
+}

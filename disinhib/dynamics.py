@@ -1,0 +1,242 @@
+"""The network in time: its differential equations, integrated with diffrax (DESIGN sections 2, 3).
+
+    tau_E du_E/dt = -u_E + a - g_IE phi_I(u_I)
+    tau_I du_I/dt = -u_I + g_EI phi_E(u_E) - s,     s = c Q
+    tau_E du_y/dt = -u_y + r_L W_out (+ c)
+    c, dz/dt: controller.py
+
+Potentials are dimensionless, times in seconds. Published: `src/models/dale/vf.py: __call__`,
+`src/core/model.py: _forward` (solver, step-size control and steady-state event with its settings).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from disinhib.architecture import Architecture, Hyperparameters, Ode
+from disinhib.controller import CONTROLLERS
+from disinhib.feedback import FeedbackWeights
+from disinhib.losses import LOSSES
+from disinhib.microcircuit import microcircuit
+from disinhib.network import NetworkState, Parameters, feedforward_input
+from disinhib.steady_state import Solution
+
+MAX_STEPS = 100_000  # of one integration; a solve that needs more counts as not converged
+
+
+class DynamicState(NamedTuple):
+    """Potentials of the network and the controller's integral `z`."""
+
+    network: NetworkState
+    z: Float[Array, "*batch out"]
+
+
+class Control(NamedTuple):
+    """What closes the loop."""
+
+    target: Float[Array, "*batch out"]
+    weights: tuple[Float[Array, "*batch out neurons"], ...]
+
+
+def resting_state(architecture: Architecture, batch: int) -> DynamicState:
+    """All potentials and the controller at zero."""
+    layers = lambda: tuple(jnp.zeros((batch, n)) for n in architecture.sizes[1:-1])
+    output = jnp.zeros((batch, architecture.sizes[-1]))
+    return DynamicState(NetworkState(layers(), layers(), output), output)
+
+
+def velocity(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    state: DynamicState,
+    first_input: Float[Array, " first"],
+    control: Control | None,
+) -> tuple[DynamicState, Float[Array, " out"]]:
+    """(time derivative of `state` in 1/s, control signal c) of one sample.
+
+    `first_input` is x W_1 + b_1, which does not change in time (without hidden layers, x W_out).
+    """
+    circuit = microcircuit(architecture, hyper)
+    u_e, u_i, u_y = state.network
+    if control is None:
+        c, dz = jnp.zeros_like(u_y), jnp.zeros_like(u_y)
+        s = [0.0] * len(u_e)
+    else:
+        controller = CONTROLLERS[architecture.controller]
+        error = LOSSES[architecture.loss].error(u_y, control.target)
+        c = controller.signal(hyper, error, state.z)
+        dz = controller.velocity(hyper, error, state.z)
+        s = [c @ q for q in control.weights]
+
+    du_e, du_i, a = [], [], first_input
+    for layer in range(len(u_e)):
+        rate = circuit.phi_e.value(u_e[layer])
+        inhibition = circuit.g_ie * circuit.phi_i.value(u_i[layer])
+        du_e.append((a - inhibition - u_e[layer]) / hyper.tau_e)
+        du_i.append((circuit.g_ei * rate - s[layer] - u_i[layer]) / hyper.tau_i)
+        last = layer == len(u_e) - 1
+        a = (
+            rate @ parameters["kernel_out"]
+            if last
+            else feedforward_input(parameters, layer + 1, rate)
+        )
+    drive = a + c if architecture.fb_to_readout else a
+    du_y = (drive - u_y) / hyper.tau_e
+    return DynamicState(NetworkState(tuple(du_e), tuple(du_i), du_y), dz), c
+
+
+def steady_state(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    x: Float[Array, "batch in"],
+    control: Control | None,
+    start: DynamicState,
+) -> Solution:
+    """Integrates each sample from `start` for T seconds or up to the steady-state event."""
+    solver = architecture.solver
+    assert isinstance(solver, Ode)
+
+    def solve(first_input, control, start):
+        field = _field(architecture, parameters, hyper, first_input, control)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            t0=0.0,
+            t1=solver.T,
+            dt0=solver.dt,
+            y0=start,
+            stepsize_controller=_step_size(solver),
+            event=diffrax.Event(diffrax.steady_state_event(solver.rtol, solver.atol))
+            if solver.early_termination
+            else None,
+            max_steps=MAX_STEPS,
+            throw=False,
+        )
+        state = jax.tree.map(lambda value: value[-1], solution.ys)
+        rest, c = velocity(architecture, parameters, hyper, state, first_input, control)
+        finished = diffrax.is_okay(solution.result)
+        return (
+            state.network,
+            c,
+            solution.stats["num_steps"],
+            _residual(hyper, state, rest),
+            finished,
+        )
+
+    first_input = _first_input(architecture, parameters, x)
+    network, c, steps, residual, finished = jax.vmap(solve)(first_input, control, start)
+    return Solution(network, c, steps.astype(x.dtype), residual, finished)
+
+
+def trajectory(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    x: Float[Array, "batch in"],
+    control: Control | None,
+    start: DynamicState,
+    times: Float[Array, " time"],
+) -> tuple[DynamicState, Float[Array, "batch time out"]]:
+    """States `[batch, time, ...]` and control signals at `times` (seconds, increasing from 0)."""
+    solver = architecture.solver
+    assert isinstance(solver, Ode)
+
+    def solve(first_input, control, start):
+        field = _field(architecture, parameters, hyper, first_input, control)
+        states = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            t0=0.0,
+            t1=times[-1],
+            dt0=solver.dt,
+            y0=start,
+            stepsize_controller=_step_size(solver),
+            saveat=diffrax.SaveAt(ts=times),
+            max_steps=MAX_STEPS,
+        ).ys
+        signal = jax.vmap(
+            lambda state: velocity(architecture, parameters, hyper, state, first_input, control)[1]
+        )
+        return states, signal(states)
+
+    return jax.vmap(solve)(_first_input(architecture, parameters, x), control, start)
+
+
+def open_then_closed_trajectory(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    x: Float[Array, "batch in"],
+    target: Float[Array, "batch out"],
+    weights_at,
+    times: Float[Array, " time"],
+) -> tuple[DynamicState, Float[Array, "batch time out"]]:
+    """Open loop from rest for `times`, then closed loop for `times` again, concatenated.
+
+    `weights_at(state) -> FeedbackWeights` gives the feedback weights at the open loop's end.
+    """
+    arguments = (architecture, parameters, hyper, x)
+    rest = resting_state(architecture, len(x))
+    opened, no_signal = trajectory(*arguments, None, rest, times)
+    end = jax.tree.map(lambda value: value[:, -1], opened)
+    control = Control(target, per_sample(weights_at(end.network), len(x)))
+    closed, signal = trajectory(*arguments, control, end, times)
+    join = lambda first, second: jnp.concatenate([first, second], axis=1)
+    return jax.tree.map(join, opened, closed), join(no_signal, signal)
+
+
+def per_sample(weights: FeedbackWeights, batch: int) -> FeedbackWeights:
+    """Averaged feedback weights `[1, out, neurons]` repeated for each sample."""
+    return tuple(jnp.broadcast_to(q, (batch, *q.shape[1:])) for q in weights)
+
+
+def _field(architecture, parameters, hyper, first_input, control):
+    return lambda t, state, _: velocity(
+        architecture, parameters, hyper, state, first_input, control
+    )[0]
+
+
+def _first_input(architecture, parameters, x):
+    if architecture.hidden_layers:
+        return feedforward_input(parameters, 0, x)
+    return x @ parameters["kernel_out"]
+
+
+def _step_size(solver: Ode) -> diffrax.AbstractStepSizeController:
+    if not solver.adaptive_stepsize:
+        return diffrax.ConstantStepSize()
+    return diffrax.PIDController(
+        rtol=solver.rtol,
+        atol=solver.atol,
+        pcoeff=0.1,
+        icoeff=0.3,
+        dcoeff=0.1,
+        dtmin=solver.dt / 10,
+        dtmax=solver.dt * 10,
+        factormin=0.1,
+        factormax=2.0,
+    )
+
+
+def _residual(hyper, state: DynamicState, rate: DynamicState):
+    """Largest tau du/dt relative to 1 + |u| of one sample: what Newton calls its residual."""
+    network, taus = rate.network, hyper
+    scaled = DynamicState(
+        NetworkState(
+            tuple(taus.tau_e * d for d in network.u_e),
+            tuple(taus.tau_i * d for d in network.u_i),
+            taus.tau_e * network.u_y,
+        ),
+        taus.tau_c * rate.z,
+    )
+    ratios = jax.tree.map(
+        lambda d, u: jnp.max(jnp.abs(d) / (1 + jnp.abs(u)), initial=0.0), scaled, state
+    )
+    return jnp.max(jnp.stack(jax.tree.leaves(ratios)))

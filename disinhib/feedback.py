@@ -1,0 +1,59 @@
+"""Top-down feedback weights: the Jacobian of the output at the open-loop state (DESIGN section 2).
+
+    G_L = W_out^T diag(phi_E'(u_E,L));   G_{l-1} = G_l W_l^T diag(phi_E'(u_E,l-1))
+    Q_l = G_l diag(phi_I'(u_I,l)), then averaged, clipped, normalised
+
+Published `src/models/dale/vf.py: calculate_jacobian`, `src/core/trainer.py: modify_fb_weights`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from disinhib.architecture import Architecture, Hyperparameters
+from disinhib.microcircuit import Microcircuit
+from disinhib.network import NetworkState, Parameters
+
+FeedbackWeights = tuple[Float[Array, "batch out neurons"], ...]
+
+
+def jacobian_weights(
+    circuit: Microcircuit, parameters: Parameters, state: NetworkState
+) -> FeedbackWeights:
+    """Unmodified feedback weights of each hidden layer at the open-loop `state`."""
+    downstream = parameters["kernel_out"].T[None]
+    weights = []
+    for layer in reversed(range(len(state.u_e))):
+        jacobian = downstream * circuit.phi_e.derivative(state.u_e[layer])[:, None, :]
+        weights.append(jacobian * circuit.phi_i.derivative(state.u_i[layer])[:, None, :])
+        if layer > 0:
+            downstream = jacobian @ parameters[f"kernel_{layer}"].T
+    return tuple(reversed(weights))
+
+
+def modified(
+    architecture: Architecture, hyper: Hyperparameters, weights: FeedbackWeights
+) -> FeedbackWeights:
+    """Average over the batch (leaving one matrix, `[1, out, neurons]`), clip, normalise."""
+    if architecture.average_fb_weights:
+        weights = tuple(jnp.mean(q, axis=0, keepdims=True) for q in weights)
+    if architecture.clip_fb_weights:
+        weights = tuple(jnp.clip(q, -hyper.clip_val, hyper.clip_val) for q in weights)
+    if architecture.norm_fb_weights:
+        weights = tuple(q * (hyper.norm_val / _frobenius(q)) for q in weights)
+    return weights
+
+
+def disinhibition(
+    control: Float[Array, "batch out"], weights: FeedbackWeights
+) -> list[Float[Array, "batch neurons"]]:
+    """s_l = c Q_l of each hidden layer."""
+    # An explicit sum: XLA fuses it, where a batched matrix-vector product runs a sample at a time.
+    return [jnp.sum(control[:, :, None] * q, axis=1) for q in weights]
+
+
+def _frobenius(q):
+    norm = jnp.sqrt(jnp.sum(q**2, axis=(1, 2), keepdims=True))
+    # A silent layer has no feedback; it must not become NaN.
+    return jnp.maximum(norm, jnp.finfo(q.dtype).tiny)

@@ -1,0 +1,75 @@
+"""One layer of excitatory-inhibitory microcircuits at its equilibrium (DESIGN section 2).
+
+    u_E = a - g_IE phi_I(u_I)          u_I = g_EI phi_E(u_E) - s
+
+Eliminating u_I leaves one scalar equation a neuron, f(u_E) = u_E + g_IE phi_I(u_I) - a = 0.
+For increasing activations and positive gains f' >= 1, so the root is unique, |f| bounds the
+distance to it, and Newton's step never leaves [u - f, u].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from disinhib.activations import Activation, bind
+from disinhib.architecture import Architecture, Hyperparameters, Scalar
+
+Neurons = Float[Array, "batch neurons"]
+
+
+class Microcircuit(NamedTuple):
+    """Activations and interneuron gains of an E-I layer."""
+
+    phi_e: Activation
+    phi_i: Activation
+    g_ei: Scalar
+    g_ie: Scalar
+
+
+def microcircuit(architecture: Architecture, hyper: Hyperparameters) -> Microcircuit:
+    return Microcircuit(
+        bind(architecture.activation_e, hyper.shape_e),
+        bind(architecture.activation_i, hyper.shape_i),
+        hyper.g_ei,
+        hyper.g_ie,
+    )
+
+
+def inhibitory_potential(circuit: Microcircuit, u_e: Neurons, s: Neurons | float) -> Neurons:
+    """u_I in equilibrium with u_E under the top-down dis-inhibition `s`."""
+    return circuit.g_ei * circuit.phi_e.value(u_e) - s
+
+
+def imbalance(
+    circuit: Microcircuit, u_e: Neurons, a: Neurons, s: Neurons | float
+) -> tuple[Neurons, Neurons]:
+    """f(u_E), the excitatory equation's residual, and its slope f'(u_E) >= 1."""
+    u_i = inhibitory_potential(circuit, u_e, s)
+    f = u_e + circuit.g_ie * circuit.phi_i.value(u_i) - a
+    return f, 1 + loop_gain(circuit, u_e, u_i)
+
+
+def loop_gain(circuit: Microcircuit, u_e: Neurons, u_i: Neurons) -> Neurons:
+    """g_IE g_EI phi_I'(u_I) phi_E'(u_E): how strongly a neuron's own interneuron holds it."""
+    return (
+        circuit.g_ie * circuit.g_ei * circuit.phi_i.derivative(u_i) * circuit.phi_e.derivative(u_e)
+    )
+
+
+def relax(
+    circuit: Microcircuit, u_e: Neurons, a: Neurons, s: Neurons | float, steps: int
+) -> Neurons:
+    """`steps` Newton steps on f, kept within the root's bracket (bisecting where one leaves it:
+    saturating activations make f neither convex nor concave)."""
+    low, high = -jnp.inf, jnp.inf
+    for _ in range(steps):
+        f, slope = imbalance(circuit, u_e, a, s)
+        # f' >= 1 puts the root within |f| of u.
+        low = jnp.maximum(low, u_e - jnp.maximum(f, 0))
+        high = jnp.minimum(high, u_e - jnp.minimum(f, 0))
+        newton = u_e - f / slope
+        u_e = jnp.where((newton < low) | (newton > high), 0.5 * (low + high), newton)
+    return u_e

@@ -1,0 +1,50 @@
+"""The two roads to the steady state behind one pair of functions.
+
+`architecture.solver` says which: `Newton` solves the equilibrium equations (steady_state.py),
+`Ode` integrates the dynamics (dynamics.py). A plain MLP needs neither.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from disinhib import dynamics, steady_state
+from disinhib.architecture import Architecture, Hyperparameters, Newton
+from disinhib.feedback import FeedbackWeights
+from disinhib.network import NetworkState, Parameters, mlp_forward
+from disinhib.steady_state import Solution
+
+
+def open_loop(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    x: Float[Array, "batch in"],
+) -> Solution:
+    """The state without target: what the network answers to `x`."""
+    if architecture.circuit == "non-dale":
+        state = mlp_forward(architecture, parameters, hyper, x)
+        nothing = jnp.zeros(len(x), x.dtype)
+        return Solution(state, jnp.zeros_like(state.u_y), nothing, nothing, nothing == 0)
+    if isinstance(architecture.solver, Newton):
+        return steady_state.open_loop(architecture, parameters, hyper, x)
+    rest = dynamics.resting_state(architecture, len(x))
+    return dynamics.steady_state(architecture, parameters, hyper, x, None, rest)
+
+
+def closed_loop(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    x: Float[Array, "batch in"],
+    target: Float[Array, "batch out"],
+    weights: FeedbackWeights,
+    start: NetworkState,
+) -> Solution:
+    """The state under control towards `target`, started from the open-loop state `start`."""
+    if isinstance(architecture.solver, Newton):
+        return steady_state.closed_loop(architecture, parameters, hyper, x, target, weights, start)
+    control = dynamics.Control(target, dynamics.per_sample(weights, len(x)))
+    begin = dynamics.DynamicState(start, jnp.zeros_like(start.u_y))
+    return dynamics.steady_state(architecture, parameters, hyper, x, control, begin)

@@ -1,0 +1,268 @@
+"""Training as a pure function of (configuration, seed) (DESIGN section 4).
+
+`epoch` is one scan over the shuffled training set, for one seed; `run_epoch` runs it, and the
+evaluations, over a leading axis of lanes (seeds). The compiled programs are kept by their
+static `Architecture`, so that every run of a structure in a process shares them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from disinhib import data as datasets
+from disinhib.architecture import Architecture, Hyperparameters
+from disinhib.config import RunConfig, refusal
+from disinhib.losses import LOSSES, accuracy, soft_targets
+from disinhib.network import Parameters, initial_parameters
+from disinhib.optimizers import OPTIMIZERS
+from disinhib.rules import RULES, RuleState
+from disinhib.solvers import open_loop
+
+EVALUATION_BATCH = 500  # samples; open loop only, so larger than a training batch
+
+Metrics = dict[str, np.ndarray]
+
+
+class Diverged(RuntimeError):
+    """Training left the finite numbers; the message names quantity, epoch and seed."""
+
+
+class Images(NamedTuple):
+    """One split on the device."""
+
+    images: UInt8[Array, "n features"]
+    labels: Int[Array, " n"]
+
+
+class Data(NamedTuple):
+    """A data set on the device; an image times `scale` lies in [0, 1]."""
+
+    train: Images
+    validation: Images
+    test: Images
+    train_subset: Images  # for the open-loop evaluation on training data; may be empty
+    scale: Float[Array, ""]
+
+
+class TrainingState(NamedTuple):
+    """What an epoch takes and gives, for each lane; with `seed` it decides all that follows."""
+
+    parameters: Parameters
+    optimizer: Any
+    rule: RuleState
+    epoch: Int[Array, ""]  # epochs done
+    seed: Int[Array, ""]
+
+
+def prepare(config: RunConfig) -> Data:
+    """Loads the data set and puts it on the device, once a process.
+
+    Raises data.DataError (files), ConfigError (a batch larger than the training set).
+    """
+    data = _on_device(
+        config.dataset, config.dataset_path, config.valid_split, config.evaluated_share_of_train
+    )
+    samples, features = data.train.images.shape
+    if config.architecture.batch_size > samples:
+        raise refusal(
+            "batchsize", config.architecture.batch_size, f"1 to {samples} ({config.dataset})"
+        )
+    if config.architecture.sizes[0] != features:
+        raise refusal(
+            "dataset.dim_input", config.architecture.sizes[0], f"{features} ({config.dataset})"
+        )
+    return data
+
+
+@lru_cache(maxsize=4)
+def _on_device(name: str, path: str | None, valid_split: float, subset_share: float) -> Data:
+    splits = datasets.load(name, path, valid_split)
+    put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
+    subset = math.ceil(subset_share * len(splits.train.labels))
+    return Data(
+        put(splits.train),
+        put(splits.validation),
+        put(splits.test),
+        put(datasets.Split(splits.train.images[:subset], splits.train.labels[:subset])),
+        jnp.asarray(splits.scale, float),
+    )
+
+
+def initial_state(config: RunConfig, seeds: Sequence[int]) -> TrainingState:
+    """A fresh state with a lane for each seed."""
+    hyper = as_arrays(config.hyperparameters)
+    return _initial_state(config.architecture, hyper, jnp.asarray(seeds, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=0)
+def _initial_state(architecture, hyper, seeds):
+    def one(seed):
+        initialisation, _ = _keys(seed)
+        parameters = initial_parameters(architecture, hyper.weight_scale, initialisation)
+        return TrainingState(
+            parameters,
+            OPTIMIZERS[architecture.optimizer](hyper.optimizer).init(parameters),
+            RULES[architecture.rule].initial_state(architecture, hyper),
+            jnp.zeros((), jnp.int32),
+            seed,
+        )
+
+    return jax.vmap(one)(seeds)
+
+
+def _keys(seed):
+    """Keys of a seed's initialisation and of its data order."""
+    key = jax.random.key(seed)
+    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+
+def as_arrays(hyper: Hyperparameters) -> Hyperparameters:
+    """Exact dtypes: a Python number would be weakly typed and compile another program."""
+    return jax.tree.map(lambda value: jnp.asarray(value, float), hyper)
+
+
+def epoch(
+    architecture: Architecture, state: TrainingState, hyper: Hyperparameters, data: Data
+) -> tuple[TrainingState, dict[str, Float[Array, ""]]]:
+    """One pass over the training set in an order that (seed, epoch) decides; pure.
+
+    Metrics describe the solution that the rule learnt from (closed loop; for bp open loop), mean
+    over batches: loss, accuracy (per cent), solver iterations a sample, largest residual, share
+    of samples converged; and the parameters' mean Frobenius norm after the epoch. Images that do
+    not fill a last batch sit this epoch out.
+    """
+    loss = LOSSES[architecture.loss].value
+    rule = RULES[architecture.rule]
+    optimizer = OPTIMIZERS[architecture.optimizer](hyper.optimizer)
+
+    def step(carry, batch):
+        parameters, optimizer_state, rule_state = carry
+        labels = data.train.labels[batch]
+        x = data.train.images[batch].astype(data.scale.dtype) * data.scale
+        target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
+        update = rule.update(architecture, parameters, rule_state, hyper, x, target)
+        changes, optimizer_state = optimizer.update(update.gradients, optimizer_state, parameters)
+        parameters = optax.apply_updates(parameters, changes)
+        solution = update.solution
+        batch_metrics = {
+            "loss": jnp.mean(loss(solution.state.u_y, target)),
+            "accuracy": jnp.mean(accuracy(solution.state.u_y, labels)),
+            "avg_solver_steps": jnp.mean(solution.iterations),
+            "residual": jnp.max(solution.residual),
+            "converged_share": jnp.mean(solution.converged),
+        }
+        return (parameters, optimizer_state, update.rule_state), batch_metrics
+
+    samples, size = len(data.train.labels), architecture.batch_size
+    _, order_key = _keys(state.seed)
+    order = jax.random.permutation(jax.random.fold_in(order_key, state.epoch), samples)
+    batches = order[: samples // size * size].reshape(-1, size)
+    carry = (state.parameters, state.optimizer, state.rule)
+    (parameters, optimizer_state, rule_state), metrics = jax.lax.scan(step, carry, batches)
+    largest = jnp.max(metrics.pop("residual"))
+    means = {name: jnp.mean(values) for name, values in metrics.items()}
+    norms = jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(parameters)])
+    means |= {"residual": largest, "weight_norm": jnp.mean(norms)}
+    next_state = TrainingState(parameters, optimizer_state, rule_state, state.epoch + 1, state.seed)
+    return next_state, means
+
+
+def evaluate(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    split: Images,
+    scale: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+    """Open-loop loss and accuracy (per cent), mean over every sample of `split`."""
+    loss = LOSSES[architecture.loss].value
+    samples = len(split.labels)
+    chunks = -(-samples // EVALUATION_BATCH)
+    # Wrap around to fill the last chunk; what is there twice counts once.
+    index = jnp.arange(chunks * EVALUATION_BATCH)
+    counts = (index < samples).reshape(chunks, -1)
+
+    def chunk(indices):
+        labels = split.labels[indices]
+        x = split.images[indices].astype(scale.dtype) * scale
+        output = open_loop(architecture, parameters, hyper, x).state.u_y
+        target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
+        return loss(output, target), accuracy(output, labels)
+
+    losses, hits = jax.lax.map(chunk, (index % samples).reshape(chunks, -1))
+    mean = lambda values: jnp.sum(jnp.where(counts, values, 0)) / samples
+    return {"loss": mean(losses), "accuracy": mean(hits)}
+
+
+@partial(jax.jit, static_argnums=0)
+def _epoch_of_lanes(architecture, states, hyper, data):
+    return jax.vmap(partial(epoch, architecture), (0, None, None))(states, hyper, data)
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluation_of_lanes(architecture, parameters, hyper, split, scale):
+    lane = lambda p: evaluate(architecture, p, hyper, split, scale)
+    return jax.vmap(lane)(parameters)
+
+
+def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
+    """Trains one epoch and evaluates; metrics under the published names, each `[lanes]`.
+
+    `train_CL_*` describe training (closed loop), `valid_*` the open loop on the validation set,
+    `train_OL_*` and `test_*` likewise where the configuration asks for them (the test set only
+    after the last epoch); `epoch_seconds` is the wall time of all of it. Raises Diverged.
+    """
+    start = time.perf_counter()
+    hyper = as_arrays(config.hyperparameters)
+    state, trained = _epoch_of_lanes(config.architecture, state, hyper, data)
+    number = int(state.epoch[0])
+    splits = {"valid": data.validation}
+    if config.evaluated_share_of_train:
+        splits["train_OL"] = data.train_subset
+    if config.test_at_end and number == config.epochs:
+        splits["test"] = data.test
+    metrics = {f"train_CL_{name}": np.asarray(values) for name, values in trained.items()}
+    for name, split in splits.items():
+        measured = _evaluation_of_lanes(
+            config.architecture, state.parameters, hyper, split, data.scale
+        )
+        metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}
+    _refuse_divergence(metrics, number, np.asarray(state.seed))
+    metrics["epoch_seconds"] = np.full(len(state.seed), time.perf_counter() - start)
+    return state, metrics
+
+
+def _refuse_divergence(metrics: Metrics, epoch_number: int, seeds: np.ndarray) -> None:
+    for name, values in metrics.items():
+        for seed, value in zip(seeds, values, strict=True):
+            if not np.isfinite(value):
+                raise Diverged(f"{name} is {value} in epoch {epoch_number} (seed {seed})")
+
+
+def train(
+    config: RunConfig,
+    seeds: Sequence[int],
+    report: Callable[[TrainingState, Metrics], None],
+    state: TrainingState | None = None,
+) -> TrainingState:
+    """Trains to `config.epochs`, from `state` if given; `report` is called after every epoch.
+
+    Raises ConfigError, data.DataError, Diverged.
+    """
+    data = prepare(config)
+    if state is None:
+        state = initial_state(config, seeds)
+    while int(state.epoch[0]) < config.epochs:
+        state, metrics = run_epoch(config, data, state)
+        report(state, metrics)
+    return state

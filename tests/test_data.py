@@ -1,0 +1,647 @@
+"""Data sets: sizes, disjoint splits, strict IDX files, the search path, and resumed downloads."""
+
+import gzip
+import hashlib
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pooch
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings, strategies as st
+
+from disinhib import data
+from disinhib.data import DATASETS, FILES, DataError, load, parse_idx
+
+ROOT = Path(__file__).resolve().parents[1]
+GIVEN = os.environ.get("DISINHIB_DATA")
+IDX_SETS = [name for name, dataset in DATASETS.items() if dataset.sha256]
+
+
+# --- What the tests stand on -------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """No data set of this machine, and no mirror of the world, is within reach of a test."""
+    monkeypatch.delenv("DISINHIB_DATA", raising=False)
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
+    for name in IDX_SETS:
+        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], mirrors=()))
+
+
+def whole(name: str) -> str:
+    """The folder that holds the real files of `name`, or a skip."""
+    folder = DATASETS[name].folder
+    roots = [Path(GIVEN)] if GIVEN else []
+    for root in [*roots, ROOT.parent / "shared" / "data"]:
+        if (root / folder / f"{FILES[0]}.gz").exists() or (root / folder / FILES[0]).exists():
+            return str(root)
+    pytest.skip(f"the whole {folder} is neither in $DISINHIB_DATA nor in ../shared/data")
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def synthetic(seed: int = 0, n_train: int = 20, n_test: int = 6) -> dict[str, bytes]:
+    """Four IDX files by name; the images are noise, so gzip hardly shortens them."""
+    rng = np.random.default_rng(seed)
+    return dict(
+        zip(
+            FILES,
+            (
+                idx(rng.integers(256, size=(n_train, 28, 28))),
+                idx(rng.integers(10, size=n_train)),
+                idx(rng.integers(256, size=(n_test, 28, 28))),
+                idx(rng.integers(10, size=n_test)),
+            ),
+            strict=True,
+        )
+    )
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small stand-ins for fmnist's files, their hashes in the table."""
+    files = synthetic()
+    sha256 = tuple(hashlib.sha256(content).hexdigest() for content in files.values())
+    monkeypatch.setitem(DATASETS, "fmnist", replace(DATASETS["fmnist"], sha256=sha256))
+    return files
+
+
+def put(folder: Path, files: dict[str, bytes], compressed: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if compressed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message and message == message.strip()
+    return message
+
+
+# --- Digits and the splits ---------------------------------------------------------------------
+
+
+def test_digits_sizes_types_and_scale():
+    splits = load("digits", valid_split=0.2)
+    assert [len(split.labels) for split in splits[:3]] == [1150, 287, 360]
+    for split in splits[:3]:
+        assert split.images.shape == (len(split.labels), 64)
+        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
+        assert set(split.labels) == set(range(10))
+        assert not split.images.flags.writeable and not split.labels.flags.writeable
+    assert splits.scale == 1 / 16 and splits.classes == 10
+    assert splits.train.images.max() * splits.scale == 1
+
+
+def test_digits_are_scikit_learns_in_its_order():
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    splits = load("digits")
+    parts = splits.validation, splits.train, splits.test
+    np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), images)
+    np.testing.assert_array_equal(np.concatenate([p.labels for p in parts]), labels)
+
+
+@settings(max_examples=30, deadline=None)
+@given(valid_split=st.floats(1 / 1437, 1, exclude_max=True) | st.just(np.nextafter(1, 0)))
+def test_splits_are_disjoint_and_lose_nothing(valid_split):
+    numbered = data.Split(np.arange(1437)[:, None], np.arange(1437))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_digits", lambda: (numbered, numbered))
+        splits = load("digits", valid_split=valid_split)
+    held_out = int(valid_split * 1437)
+    for column in (0, 1):
+        validation, train = splits.validation[column].ravel(), splits.train[column].ravel()
+        np.testing.assert_array_equal(validation, np.arange(held_out))
+        np.testing.assert_array_equal(train, np.arange(held_out, 1437))
+        assert len(train) and len(validation)
+
+
+@pytest.mark.parametrize("valid_split", [0, 1, -0.1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", DATASETS)
+def test_valid_split_outside_its_range_is_refused(name, valid_split):
+    with pytest.raises(DataError) as error:
+        load(name, valid_split=valid_split)
+    assert "dataset.valid_split" in one_line(error) and repr(valid_split) in one_line(error)
+
+
+def test_valid_split_that_holds_out_nothing_is_refused():
+    with pytest.raises(DataError, match=r"dataset\.valid_split must hold out .* \(got 1e-09\)"):
+        load("digits", valid_split=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("fashion-mnist", "fmnist"), ("MNIST", "mnist"), ("digit", "digits")]
+)
+def test_unknown_name_gives_the_allowed_and_the_nearest(given, near):
+    with pytest.raises(DataError) as error:
+        load(given)
+    message = one_line(error)
+    assert "dataset must be one of digits, mnist, fmnist" in message and repr(given) in message
+    assert message.endswith(f"did you mean {near}?")
+
+
+@pytest.mark.parametrize("name", ["cifar", "", None])
+def test_unknown_name_with_nothing_near(name):
+    with pytest.raises(DataError, match=r"^dataset must be one of .* \(got .*\)$"):
+        load(name)
+
+
+def test_digits_take_no_path(tmp_path):
+    with pytest.raises(DataError, match=r"dataset\.path must be null for digits"):
+        load("digits", str(tmp_path))
+
+
+# --- The real files, where they are at hand -----------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["path", "environment"])
+@pytest.mark.parametrize("name", IDX_SETS)
+def test_whole_sets(name, by, monkeypatch):
+    root = whole(name)
+    if by == "environment":
+        monkeypatch.setenv("DISINHIB_DATA", root)
+    splits = load(name, root if by == "path" else None)
+    assert [split.images.shape for split in splits[:3]] == [
+        (54000, 784),
+        (6000, 784),
+        (10000, 784),
+    ]
+    counts = np.bincount(np.concatenate([splits.train.labels, splits.validation.labels]))
+    if name == "fmnist":  # balanced, as its authors say
+        assert (counts == 6000).all()
+    else:  # the class counts of MNIST's training file as they are widely published
+        assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    for split in splits[:3]:
+        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
+        assert split.images.max() * splits.scale == 1 and split.images.min() == 0
+
+
+# --- IDX ---------------------------------------------------------------------------------------
+
+
+@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_idx_round_trip(shape, seed):
+    array = np.random.default_rng(seed).integers(256, size=shape)
+    parsed = parse_idx(idx(array), len(shape))
+    assert parsed.dtype == np.uint8 and not parsed.flags.writeable
+    np.testing.assert_array_equal(parsed, array)
+
+
+LABELS = idx(np.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("content", "ndim", "says"),
+    [
+        (b"", 1, "got nothing"),
+        (b"\x00\x00", 1, "got 0000"),
+        (LABELS[:7], 1, "must begin with the 8 bytes"),
+        (LABELS, 3, "3 axes, 00000803"),
+        (b"\x00\x00\x0d" + LABELS[3:], 1, "uint8"),  # 0d is float32
+        (b"\x01" + LABELS[1:], 1, "must begin"),
+        (LABELS[:-1], 1, r"must hold 10 values for its IDX shape \(10,\) \(got 9\)"),
+        (LABELS + b"\x00", 1, r"\(got 11\)"),
+        (struct.pack(">4B3I", 0, 0, 8, 3, *(2**32 - 1,) * 3), 3, r"\(got 0\)"),  # no overflow
+    ],
+)
+def test_idx_is_parsed_strictly(content, ndim, says):
+    with pytest.raises(DataError, match=f"^labels .*{says}") as error:
+        parse_idx(content, ndim, "labels")
+    one_line(error)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_files_are_read_gzipped_or_plain(compressed, small, tmp_path):
+    splits = load("fmnist", str(put(tmp_path / "a", small, compressed)))
+    images = np.frombuffer(small[FILES[0]], np.uint8, offset=16).reshape(20, 784)
+    np.testing.assert_array_equal(splits.validation.images, images[:2])
+    np.testing.assert_array_equal(splits.train.images, images[2:])
+    labels = np.frombuffer(small[FILES[3]], np.uint8, offset=8)
+    np.testing.assert_array_equal(splits.test.labels, labels)
+    assert splits.scale == 1 / 255 and splits.classes == 10
+
+
+def test_another_compression_is_the_same_file(small, tmp_path):
+    folder = put(tmp_path / "a", small)
+    # A mirror that recompressed, and one whose server decompressed on the way.
+    (folder / f"{FILES[0]}.gz").write_bytes(gzip.compress(small[FILES[0]], 1, mtime=7))
+    (folder / f"{FILES[1]}.gz").write_bytes(small[FILES[1]])
+    assert len(load("fmnist", str(folder)).train.labels) == 18
+
+
+# --- Damage ------------------------------------------------------------------------------------
+
+
+def test_damaged_content_names_file_and_both_hashes(small, tmp_path):
+    folder = put(tmp_path / "a", small)
+    content = bytearray(small[FILES[2]])
+    content[-1] ^= 1
+    file = folder / f"{FILES[2]}.gz"
+    file.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(DataError) as error:
+        load("fmnist", str(folder))
+    message = one_line(error)
+    for part in (
+        str(file),
+        hashlib.sha256(content).hexdigest(),
+        DATASETS["fmnist"].sha256[2],
+        "replace or remove it",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored[: len(stored) // 2],
+        lambda stored: stored[:-1],
+        lambda stored: stored[:5],
+        lambda stored: stored[:40] + b"\xff" * 40 + stored[80:],
+        lambda stored: stored + b"more",
+    ],
+    ids=["half", "last byte missing", "header cut", "bytes overwritten", "bytes appended"],
+)
+def test_damaged_gzip_names_the_file(damage, small, tmp_path):
+    folder = put(tmp_path / "a", small)
+    file = folder / f"{FILES[0]}.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError) as error:
+        load("fmnist", str(folder))
+    assert f"{file} cannot be read" in one_line(error)
+
+
+def test_another_sets_file_is_recognised(small, monkeypatch, tmp_path):
+    others = synthetic(seed=1)
+    sha256 = tuple(hashlib.sha256(content).hexdigest() for content in others.values())
+    monkeypatch.setitem(DATASETS, "mnist", replace(DATASETS["mnist"], sha256=sha256))
+    with pytest.raises(DataError, match=r"that is mnist's"):
+        load("fmnist", str(put(tmp_path / "a", others)))
+
+
+# --- Where files are looked for ----------------------------------------------------------------
+
+
+def test_search_order(small, tmp_path, monkeypatch):
+    """Each place is used once those before it are empty: a damaged file shows which was read."""
+    explicit, environment = tmp_path / "explicit", tmp_path / "environment"
+    places = [
+        environment / "fashion-mnist",
+        environment,
+        tmp_path / "cache" / "disinhib" / "fashion-mnist",
+        tmp_path / "system" / "fashion-mnist",
+    ]
+    wrong = dict.fromkeys(small, b"wrong")
+    monkeypatch.setenv("DISINHIB_DATA", str(environment))
+    for folder in [explicit, *places]:
+        put(folder, wrong)
+    with pytest.raises(DataError, match=re.escape(str(explicit))):
+        load("fmnist", str(explicit))
+    for folder in places:
+        with pytest.raises(DataError, match=re.escape(f"{folder / FILES[0]}.gz has the SHA-256")):
+            load("fmnist")
+        for name in FILES:
+            (folder / f"{name}.gz").unlink()
+    put(places[-1], small)
+    assert len(load("fmnist").test.labels) == 6
+
+
+def test_files_may_lie_in_several_places(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISINHIB_DATA", str(tmp_path / "environment"))
+    names = list(small)
+    put(tmp_path / "environment", {n: small[n] for n in names[:2]})
+    put(tmp_path / "system" / "fashion-mnist", {n: small[n] for n in names[2:]}, compressed=False)
+    assert len(load("fmnist").train.labels) == 18
+
+
+@pytest.mark.parametrize("beneath", ["", "fashion-mnist"])
+def test_path_may_be_the_folder_or_its_parent(beneath, small, tmp_path):
+    put(tmp_path / "a" / beneath, small)
+    assert len(load("fmnist", str(tmp_path / "a")).train.labels) == 18
+
+
+def test_path_understands_home(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    put(tmp_path / "a", small)
+    assert len(load("fmnist", "~/a").train.labels) == 18
+
+
+@pytest.mark.parametrize("path", ["", "no-such-folder"])
+def test_path_without_the_files_is_an_error_whatever_lies_elsewhere(path, small, tmp_path, server):
+    put(tmp_path / "system" / "fashion-mnist", small)
+    server.mirror(small)
+    with pytest.raises(DataError) as error:
+        load("fmnist", path)
+    message = one_line(error)
+    assert "dataset.path" in message and FILES[0] in message and repr(path) in message
+    assert server.log == []
+
+
+def test_found_nowhere_tells_where_files_may_be_put(tmp_path):
+    with pytest.raises(DataError) as error:
+        load("mnist")
+    message = one_line(error)
+    cache = str(tmp_path / "cache" / "disinhib" / "mnist")
+    for part in (f"{FILES[0]}.gz", cache, "dataset.path", "$DISINHIB_DATA"):
+        assert part in message
+
+
+# --- Download: a real server on the loopback ----------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Serves mirrors by their folder, logs (path, Range, bytes sent), and fails as it is told."""
+
+    daemon_threads = True
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.patch, self.log, self.files = patch, [], {}
+        self.cuts: list[float] = []  # share of the body after which the next answers break off
+        self.ranges = True  # whether Range is understood
+        self.lengths = True  # whether Content-Length is sent
+
+    def mirror(self, *mirrors: dict[str, bytes] | None, compressed: bool = True) -> None:
+        """Make these fmnist's mirrors, in this order; None is one that has no files."""
+        for number, files in enumerate(mirrors):
+            for name, content in (files or {}).items():
+                stored = gzip.compress(content, mtime=0) if compressed else content
+                self.files[f"/{number}/{name}.gz"] = stored
+        urls = (f"http://127.0.0.1:{self.server_port}/{number}/" for number in range(len(mirrors)))
+        entry = replace(DATASETS["fmnist"], mirrors=tuple(urls))
+        self.patch.setitem(DATASETS, "fmnist", entry)
+
+    def of(self, name: str) -> list[tuple[str, str | None, int]]:
+        """The log's entries for the file `name`, of any mirror."""
+        return [entry for entry in self.log if entry[0].endswith(f"/{name}.gz")]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self):
+        stored, asked = self.server.files.get(self.path), self.headers["Range"]
+        if stored is None:
+            self.server.log.append((self.path, asked, 0))
+            return self.send_error(404)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if start and not self.server.ranges:
+            start, asked = 0, None
+        if start >= len(stored):
+            self.server.log.append((self.path, asked, 0))
+            return self.send_error(416)
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(stored) - 1}/{len(stored)}")
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(stored) - start))
+        self.end_headers()
+        share = self.server.cuts.pop(0) if self.server.cuts else 1
+        body = stored[start : start + int(share * (len(stored) - start))]
+        self.server.log.append((self.path, self.headers["Range"], len(body)))
+        self.wfile.write(body)
+
+    def log_message(self, format, *args):
+        """Silent: the server keeps its own log."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with Server(monkeypatch) as server:
+        # A short poll, because the end of each test waits for it.
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache" / "disinhib" / "fashion-mnist"
+
+
+@contextmanager
+def port_that_refuses():
+    """Bound but not listening, so that nobody else can answer there."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def parts(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.part"))
+
+
+def test_download_once_into_the_cache(small, server, cache):
+    server.mirror(small)
+    first = load("fmnist")
+    assert [path for path, _, _ in server.log] == [f"/0/{name}.gz" for name in FILES]
+    assert all(asked is None for _, asked, _ in server.log)
+    assert {f.name for f in cache.glob("*.gz")} == {f"{name}.gz" for name in FILES}
+    assert parts(cache) == []
+    second = load("fmnist")
+    assert len(server.log) == 4  # nothing was asked for again
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+
+
+def test_broken_connection_is_resumed_and_no_byte_sent_twice(small, server, cache):
+    server.mirror(small)
+    server.cuts = [0.4, 0.5]
+    load("fmnist")
+    stored = server.files[f"/0/{FILES[0]}.gz"]
+    first = int(0.4 * len(stored))
+    second = int(0.5 * (len(stored) - first))
+    assert server.of(FILES[0]) == [
+        (f"/0/{FILES[0]}.gz", None, first),
+        (f"/0/{FILES[0]}.gz", f"bytes={first}-", second),
+        (f"/0/{FILES[0]}.gz", f"bytes={first + second}-", len(stored) - first - second),
+    ]
+    assert (cache / f"{FILES[0]}.gz").read_bytes() == stored
+    assert parts(cache) == []
+
+
+def test_the_next_process_resumes(small, server, cache):
+    server.mirror(small)
+    server.cuts = [0.4, 0]  # the second answer brings nothing: the mirror is given up
+    with pytest.raises(DataError):
+        load("fmnist")
+    stored = server.files[f"/0/{FILES[0]}.gz"]
+    first = int(0.4 * len(stored))
+    (part,) = parts(cache)
+    assert part.read_bytes() == stored[:first]
+    assert list(cache.glob("*.gz")) == []  # nothing half-written under a final name
+    load("fmnist")
+    assert server.of(FILES[0])[-1] == (
+        f"/0/{FILES[0]}.gz",
+        f"bytes={first}-",
+        len(stored) - first,
+    )
+    assert sum(sent for _, _, sent in server.of(FILES[0])) == len(stored)
+
+
+def test_part_that_is_whole_already_is_taken(small, server, cache):
+    """A process killed between the last byte and the rename: the server answers 416."""
+    server.mirror(small)
+    server.cuts = [0.4, 0]
+    with pytest.raises(DataError):
+        load("fmnist")
+    (part,) = parts(cache)
+    stored = server.files[f"/0/{FILES[0]}.gz"]
+    part.write_bytes(stored)
+    load("fmnist")
+    assert server.of(FILES[0])[-1] == (f"/0/{FILES[0]}.gz", f"bytes={len(stored)}-", 0)
+    assert (cache / f"{FILES[0]}.gz").read_bytes() == stored
+
+
+def test_server_without_ranges_is_begun_anew(small, server, cache):
+    server.mirror(small)
+    server.ranges, server.cuts = False, [0.4]
+    load("fmnist")
+    stored = server.files[f"/0/{FILES[0]}.gz"]
+    assert [sent for _, _, sent in server.of(FILES[0])] == [int(0.4 * len(stored)), len(stored)]
+    assert (cache / f"{FILES[0]}.gz").read_bytes() == stored
+
+
+def test_server_without_ranges_that_always_breaks_is_given_up(small, server):
+    server.mirror(small)
+    server.ranges, server.cuts = False, [0.4] * 9
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load("fmnist")
+    assert len(server.log) == 2  # the second try brought no more than the first
+
+
+def test_silent_truncation_is_noticed_by_the_content(small, server, cache):
+    """Without Content-Length only the file itself tells that it is short."""
+    server.mirror(small, small)
+    server.lengths, server.cuts = False, [0.4]
+    load("fmnist")
+    assert [path for path, _, _ in server.of(FILES[0])] == [
+        f"/0/{FILES[0]}.gz",
+        f"/1/{FILES[0]}.gz",
+    ]
+    assert parts(cache) == []
+
+
+def test_next_mirror_where_one_lacks_the_file(small, server):
+    server.mirror(None, small)
+    load("fmnist")
+    assert [path[:3] for path, _, _ in server.of(FILES[0])] == ["/0/", "/1/"]
+
+
+def test_next_mirror_where_one_holds_something_else(small, server, cache):
+    server.mirror(synthetic(seed=1), small)
+    load("fmnist")
+    assert gzip.decompress((cache / f"{FILES[0]}.gz").read_bytes()) == small[FILES[0]]
+    assert parts(cache) == []
+
+
+def test_next_mirror_does_not_continue_the_part_of_another(small, server, cache):
+    """Mirrors compress differently, so bytes of two must not be joined."""
+    server.mirror(None, small)
+    for name, content in small.items():
+        server.files[f"/0/{name}.gz"] = gzip.compress(content, 1, mtime=7)
+    server.cuts = [0.4, 0]
+    load("fmnist")
+    stored = server.files[f"/1/{FILES[0]}.gz"]
+    assert server.of(FILES[0])[-1] == (f"/1/{FILES[0]}.gz", None, len(stored))
+
+
+def test_mirror_that_serves_plain_files(small, server):
+    server.mirror(small, compressed=False)
+    assert len(load("fmnist").train.labels) == 18
+
+
+def test_all_mirrors_fail(small, server, cache):
+    server.mirror(None, synthetic(seed=1), None)
+    with port_that_refuses() as port:
+        mirrors = (*DATASETS["fmnist"].mirrors[:2], f"http://127.0.0.1:{port}/")
+        server.patch.setitem(DATASETS, "fmnist", replace(DATASETS["fmnist"], mirrors=mirrors))
+        with pytest.raises(DataError) as error:
+            load("fmnist")
+    message = one_line(error)
+    for part in (
+        f"{mirrors[0]}: HTTPError 404",
+        f"{mirrors[1]}: wrong content",
+        f"{mirrors[2]}: ConnectionError",
+        str(cache),
+        "dataset.path",
+        "$DISINHIB_DATA",
+    ):
+        assert part in message
+    assert list(cache.glob("*.gz")) == [] and parts(cache) == []
+
+
+def test_trials_that_start_together_download_once(small, server):
+    server.mirror(small)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load("fmnist"), range(4)))
+    assert sorted(path for path, _, _ in server.log) == sorted(f"/0/{name}.gz" for name in FILES)
+    for splits in loaded:
+        np.testing.assert_array_equal(splits.train.images, loaded[0].train.images)
+
+
+def test_unwritable_cache_is_one_clear_line(small, server, tmp_path):
+    server.mirror(small)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(DataError) as error:
+        load("fmnist")
+    assert "cannot be written" in one_line(error) and "dataset.path" in one_line(error)
+
+
+# --- The configuration, and what importing costs ------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["softmax-cross-entropy", "mse"])
+@pytest.mark.parametrize("name", DATASETS)
+def test_shipped_configuration(name, loss):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = compose(overrides=[f"+dataset={name}", f"dataset/loss={loss}"]).dataset
+    assert config.name == name and config.path is None and config.loss.name == loss
+    assert config.dim_input == (64 if name == "digits" else 784)
+    assert config.dim_output == DATASETS[name].classes
+    assert config.valid_split == (0.2 if name == "digits" else 0.1)
+    assert config.OL_eval_subset_split == 0.1
+    assert config.soft_targets is True and config.soft_target_val == 0.99
+
+
+def test_every_data_set_has_its_configuration():
+    assert {file.stem for file in (ROOT / "conf" / "dataset").glob("*.yaml")} == set(DATASETS)
+
+
+def test_import_stays_light():
+    """What this module adds to what the package imports anyway."""
+    heavy = {"ray", "mlflow", "optuna", "hydra", "jax", "sklearn", "requests"}
+    code = (
+        "import sys, disinhib; had = set(sys.modules); import disinhib.data;"
+        f"print({heavy} & (set(sys.modules) - had))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

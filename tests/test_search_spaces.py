@@ -1,0 +1,102 @@
+"""Every search space: real options only, one distribution a name, every branch reached."""
+
+import optuna
+import pytest
+
+from disinhib.config import ConfigError
+from disinhib.tuning import options, search
+from search_spaces import SPACES, rules
+
+
+def samples(space, n=150):
+    """`n` random trials of a space, as (parameters' distributions, overrides)."""
+    record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(n):
+        trial = record.ask()
+        overrides = space(trial)
+        yield trial, overrides
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_branch_composes_to_a_valid_configuration(name):
+    options.check_space(options.compose([f"space={name}"]))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_parameter_has_one_distribution_wherever_it_occurs(name):
+    seen = {}
+    for trial, _ in samples(SPACES[name]):
+        for parameter, distribution in trial.distributions.items():
+            assert seen.setdefault(parameter, distribution) == distribution
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_branches_reach_every_choice_and_every_option_that_sampling_finds(name):
+    walked = list(search.branches(SPACES[name]))
+    sampled = list(samples(SPACES[name]))
+    choices = {
+        (parameter, trial.params[parameter])
+        for trial, _ in sampled
+        for parameter, distribution in trial.distributions.items()
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution)
+    }
+    assert {item for branch in walked for item in branch.choices.items()} == choices
+    assert {option for branch in walked for option in branch.overrides} == {
+        option for _, overrides in sampled for option in overrides
+    }
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_no_two_parameters_of_a_trial_move_the_same_option(name):
+    for trial, overrides in samples(SPACES[name], n=20):
+        searched = [parameter.partition(".")[2] or parameter for parameter in trial.params]
+        assert len(set(searched)) == len(searched)
+        assert set(searched) <= set(overrides)
+
+
+def test_rules_has_the_single_rule_spaces_as_its_branches():
+    assert search.rules_of(SPACES["rules"]) == list(rules.BRANCHES)
+    assert rules.BRANCHES["exact-inv"] is SPACES["exact_inv"]
+    assert rules.BRANCHES["lin-thresh"] is SPACES["lin_thresh"]
+    assert rules.BRANCHES["bp"] is SPACES["bp"]
+
+
+def test_branches_of_dependent_choices_are_walked_in_their_context():
+    def space(trial):
+        outer = trial.suggest_categorical("outer", ("a", "b"))
+        if outer == "b":
+            return {"inner": trial.suggest_categorical("inner", (1, 2, 3))}
+        return {"x": trial.suggest_float("x", 1.0, 2.0)}
+
+    found = [branch.overrides for branch in search.branches(space)]
+    ends = [{"x": 1.0}, {"x": 2.0}]
+    assert found == [*ends, *({"inner": i} for i in (1, 1, 2, 2, 3, 3))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"trainer.norm_vall": 1.0}, "trainer.norm_vall"),
+        ({"trainer": "exact-inverse"}, "exact-inverse"),
+        ({"optimizer.learning_rate": -1.0}, "learning_rate"),
+    ],
+)
+def test_a_space_with_a_wrong_option_is_refused_in_one_line(monkeypatch, overrides, named):
+    monkeypatch.setitem(SPACES, "wrong", lambda trial: overrides)
+    wrong = options.compose(["space=wrong"])
+    with pytest.raises(ConfigError) as refusal:
+        options.check_space(wrong)
+    assert named in str(refusal.value)
+    assert "space=wrong" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_option_that_is_searched_cannot_be_given_as_well():
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: given 0\.01, but space=bp"):
+        options.check_space(options.compose(["space=bp", "optimizer.learning_rate=0.01"]))
+    with pytest.raises(ConfigError, match="trainer: given bp, but space=rules"):
+        options.check_space(options.compose(["trainer=bp"]))
+
+
+def test_an_option_may_repeat_what_the_space_fixes():
+    options.check_space(options.compose(["space=bp", "trainer=bp"]))
