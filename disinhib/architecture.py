@@ -21,12 +21,13 @@ Scalar = Float[Array, ""] | float
 class Newton:
     """Direct solution of the equilibrium equations.
 
-    `tolerance` bounds the residual relative to 1 + |potential| (dimensionless);
+    `tolerance` bounds |equilibrium error| / (1 + |value|), in norms over a layer and over the
+    controller (dimensionless; the published integration stops at 1e-3 of this kind);
     `max_iterations` caps evaluations of the network a solve, after which the sample counts as
     not converged.
     """
 
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     max_iterations: int = 30
 
 

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from disinhib.architecture import Architecture, Hyperparameters, Ode
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import FeedbackWeights
+from disinhib.feedback import FeedbackWeights, per_sample
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.network import NetworkState, Parameters, feedforward_input
-from disinhib.steady_state import Solution
+from disinhib.steady_state import Solution, relative_norm
 
 MAX_STEPS = 100_000  # of one integration; a solve that needs more counts as not converged
 
@@ -192,11 +192,6 @@ def open_then_closed_trajectory(
     return jax.tree.map(join, opened, closed), join(no_signal, signal)
 
 
-def per_sample(weights: FeedbackWeights, batch: int) -> FeedbackWeights:
-    """Averaged feedback weights `[1, out, neurons]` repeated for each sample."""
-    return tuple(jnp.broadcast_to(q, (batch, *q.shape[1:])) for q in weights)
-
-
 def _field(architecture, parameters, hyper, first_input, control):
     return lambda t, state, _: velocity(
         architecture, parameters, hyper, state, first_input, control
@@ -226,7 +221,7 @@ def _step_size(solver: Ode) -> diffrax.AbstractStepSizeController:
 
 
 def _residual(hyper, state: DynamicState, rate: DynamicState):
-    """Largest tau du/dt relative to 1 + |u| of one sample: what Newton calls its residual."""
+    """tau du/dt of one sample, measured as Newton measures its residual."""
     network, taus = rate.network, hyper
     scaled = DynamicState(
         NetworkState(
@@ -236,7 +231,4 @@ def _residual(hyper, state: DynamicState, rate: DynamicState):
         ),
         taus.tau_c * rate.z,
     )
-    ratios = jax.tree.map(
-        lambda d, u: jnp.max(jnp.abs(d) / (1 + jnp.abs(u)), initial=0.0), scaled, state
-    )
-    return jnp.max(jnp.stack(jax.tree.leaves(ratios)))
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(relative_norm, scaled, state))))

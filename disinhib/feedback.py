@@ -49,8 +49,15 @@ def disinhibition(
     control: Float[Array, "batch out"], weights: FeedbackWeights
 ) -> list[Float[Array, "batch neurons"]]:
     """s_l = c Q_l of each hidden layer."""
-    # An explicit sum: XLA fuses it, where a batched matrix-vector product runs a sample at a time.
-    return [jnp.sum(control[:, :, None] * q, axis=1) for q in weights]
+    # Products, not sums: XLA would fuse a sum into every use of s and do it again for each.
+    return [
+        control @ q[0] if len(q) == 1 else jnp.einsum("bo,bon->bn", control, q) for q in weights
+    ]
+
+
+def per_sample(weights: FeedbackWeights, batch: int) -> FeedbackWeights:
+    """Averaged feedback weights `[1, out, neurons]` repeated for each sample."""
+    return tuple(jnp.broadcast_to(q, (batch, *q.shape[1:])) for q in weights)
 
 
 def _frobenius(q):

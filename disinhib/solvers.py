@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from disinhib import dynamics, steady_state
 from disinhib.architecture import Architecture, Hyperparameters, Newton
-from disinhib.feedback import FeedbackWeights
+from disinhib.feedback import FeedbackWeights, per_sample
 from disinhib.network import NetworkState, Parameters, mlp_forward
 from disinhib.steady_state import Solution
 
@@ -45,6 +45,6 @@ def closed_loop(
     """The state under control towards `target`, started from the open-loop state `start`."""
     if isinstance(architecture.solver, Newton):
         return steady_state.closed_loop(architecture, parameters, hyper, x, target, weights, start)
-    control = dynamics.Control(target, dynamics.per_sample(weights, len(x)))
+    control = dynamics.Control(target, per_sample(weights, len(x)))
     begin = dynamics.DynamicState(start, jnp.zeros_like(start.u_y))
     return dynamics.steady_state(architecture, parameters, hyper, x, control, begin)

@@ -40,8 +40,8 @@ BROYDEN_EVALUATIONS = 12
 class Solution(NamedTuple):
     """A steady state and how well it was reached; the last three are per sample `[batch]`.
 
-    `residual` is the largest equilibrium error relative to 1 + |potential|; `iterations` counts
-    evaluations of the network (Newton) or integration steps (ODE).
+    `residual` is the largest, over layers and controller, of |equilibrium error| / (1 + |value|)
+    in Euclidean norms; `iterations` counts evaluations of the network (Newton) or integration steps (ODE).
     """
 
     state: NetworkState
@@ -103,7 +103,13 @@ def _settle(circuit: Microcircuit, a: Array, solver: Newton) -> tuple[Array, Arr
 
 def _neuron_residual(circuit, u_e, a, s):
     f, _ = imbalance(circuit, u_e, a, s)
-    return jnp.max(jnp.abs(f) / (1 + jnp.abs(u_e)), axis=-1)
+    return relative_norm(f, u_e)
+
+
+def relative_norm(error: Array, value: Array) -> Array:
+    """|error| / (1 + |value|) with Euclidean norms over the last axis."""
+    norm = lambda v: jnp.sqrt(jnp.einsum("...n,...n->...", v, v))
+    return norm(error) / (1 + norm(value))
 
 
 class _Iterate(NamedTuple):
@@ -168,17 +174,16 @@ def closed_loop(
         step = -jnp.linalg.solve(jacobian, iterate.mismatch[..., None])[..., 0]
         return advance(iterate, step, lambda dc, df: iterate.inverse)
 
+    gain = CONTROLLERS[architecture.controller].gain(hyper)
     control = jnp.zeros_like(start.u_y)
     # At c = 0 the open-loop state solves every neuron; only the control is off.
-    mismatch = controller_gain(architecture, hyper) * LOSSES[architecture.loss].error(
-        start.u_y, target
-    )
+    mismatch = gain * LOSSES[architecture.loss].error(start.u_y, target)
     iterate = _Iterate(
         control,
         mismatch,
         start.u_e,
         jnp.full(len(x), jnp.inf, x.dtype),
-        _first_inverse(architecture, hyper, circuit, start, weights),
+        _first_inverse(architecture, gain, start),
         jnp.zeros(len(x), x.dtype),
         jnp.zeros((), jnp.int32),
     )
@@ -203,11 +208,6 @@ def closed_loop(
     )
 
 
-def controller_gain(architecture: Architecture, hyper: Hyperparameters):
-    """K of c = K e at equilibrium."""
-    return CONTROLLERS[architecture.controller].gain(hyper)
-
-
 def _output(architecture, parameters, rate, control):
     u_y = rate @ parameters["kernel_out"]
     return u_y + control if architecture.fb_to_readout else u_y
@@ -218,7 +218,7 @@ def _evaluation(
 ) -> Callable[[Array, tuple], tuple[tuple, Array, Array]]:
     """(control, last u_E) -> (u_E, F(control), residual of each sample): one forward pass."""
     error = LOSSES[architecture.loss].error
-    gain = controller_gain(architecture, hyper)
+    gain = CONTROLLERS[architecture.controller].gain(hyper)
     # The first layer's input does not depend on the control.
     first = feedforward_input(parameters, 0, x) if architecture.hidden_layers else x
 
@@ -234,43 +234,42 @@ def _evaluation(
             residual = jnp.maximum(residual, _neuron_residual(circuit, u_e, a, s))
         u_y = _output(architecture, parameters, rate, control)
         mismatch = gain * error(u_y, target) - control
-        residual = jnp.maximum(
-            residual, jnp.max(jnp.abs(mismatch) / (1 + jnp.abs(control)), axis=-1)
-        )
+        residual = jnp.maximum(residual, relative_norm(mismatch, control))
         return tuple(potentials), mismatch, residual
 
     return evaluate
 
 
-def _first_inverse(architecture, hyper, circuit, start, weights):
-    """Inverse of an approximate dF/dc at the open-loop state.
+def _first_inverse(architecture: Architecture, gain, start: NetworkState) -> Array:
+    """Inverse of an approximate dF/dc = -(I + K S dy/dc) at the open-loop state, S = -de/dy.
 
-    dF/dc = -(I + K S Y), S = -de/dy, Y = dy/dc = sum_l J_l Q_l^T (+ I with feedback to the
-    readout). J_l is the network's sensitivity to s_l, approximated from Q_l itself ...
+    The controller's direct effect on the readout is all of dy/dc that counts here: adding the
+    hidden layers' share, by a Gram matrix of the feedback weights, saved no evaluation in 8 epochs
+    of Fashion-MNIST (3 x 256) and cost half of one; Broyden's updates find it.
     """
-    softmax = architecture.loss == "softmax-cross-entropy"
     out = start.u_y.shape[-1]
-    eye = jnp.eye(out, dtype=start.u_y.dtype)
-    y = jnp.zeros((len(start.u_y), out, out), start.u_y.dtype)
-    if architecture.fb_to_readout:
-        y = y + eye
-    k = controller_gain(architecture, hyper)
-    if softmax:
-        p = jax.nn.softmax(start.u_y)
-        sy = p[:, :, None] * (y - jnp.einsum("bi,bij->bj", p, y)[:, None, :])
+    if not architecture.fb_to_readout:
+        diagonal, rank_one = jnp.ones_like(start.u_y), 0.0
+    elif architecture.loss == "mse":
+        diagonal, rank_one = jnp.full_like(start.u_y, 1 / (1 + gain)), 0.0
     else:
-        sy = y
-    return -jnp.linalg.inv(eye + k * sy)
+        # S = diag(p) - p p^T; Sherman and Morrison invert I + K S.
+        p = jax.nn.softmax(start.u_y)
+        diagonal = 1 / (1 + gain * p)
+        q = diagonal * p
+        rest = 1 - gain * jnp.sum(p * q, axis=-1)
+        rank_one = (gain / rest)[:, None, None] * q[:, :, None] * q[:, None, :]
+    return -(diagonal[:, :, None] * jnp.eye(out, dtype=start.u_y.dtype) + rank_one)
 
 
 def _apply(matrix, vector):
-    return jnp.sum(matrix * vector[:, None, :], axis=-1)
+    return jnp.einsum("bij,bj->bi", matrix, vector)
 
 
 def _broyden_update(inverse, dc, df):
     """Broyden's "good" rank-one update of the inverse Jacobian; none where nothing moved."""
     hy = _apply(inverse, df)
-    dch = jnp.sum(dc[:, :, None] * inverse, axis=1)
+    dch = jnp.einsum("bi,bij->bj", dc, inverse)
     denominator = jnp.sum(dc * hy, axis=-1)
     usable = jnp.abs(denominator) > jnp.finfo(dc.dtype).tiny
     scale = jnp.where(usable, 1 / jnp.where(usable, denominator, 1), 0)

@@ -204,15 +204,34 @@ def evaluate(
     return {"loss": mean(losses), "accuracy": mean(hits)}
 
 
-@partial(jax.jit, static_argnums=0)
-def _epoch_of_lanes(architecture, states, hyper, data):
-    return jax.vmap(partial(epoch, architecture), (0, None, None))(states, hyper, data)
+class Programs(NamedTuple):
+    """Compiled by structure, over lanes of states (or parameters)."""
+
+    epoch: Callable[..., Any]
+    evaluate: Callable[..., Any]
 
 
-@partial(jax.jit, static_argnums=0)
-def _evaluation_of_lanes(architecture, parameters, hyper, split, scale):
-    lane = lambda p: evaluate(architecture, p, hyper, split, scale)
-    return jax.vmap(lane)(parameters)
+@lru_cache(maxsize=1)
+def programs() -> Programs:
+    """Made at first use, because they depend on the device, which is chosen after import."""
+    on_cpu = jax.default_backend() == "cpu"
+    # One lane after another keeps a CPU as busy as all at once, with a fourth of the memory.
+    over_lanes = jax.lax.map if on_cpu else lambda function, lanes: jax.vmap(function)(lanes)
+    # YNNPACK's fusions take the soft rectifiers before a sum out of XLA's vectorised loops: an
+    # epoch of exact-inv takes a fifth longer with them (jaxlib 0.10.2).
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None
+
+    @partial(jax.jit, static_argnums=0, compiler_options=options)
+    def epoch_of_lanes(architecture, states, hyper, data):
+        return over_lanes(lambda state: epoch(architecture, state, hyper, data), states)
+
+    @partial(jax.jit, static_argnums=0, compiler_options=options)
+    def evaluation_of_lanes(architecture, parameters, hyper, split, scale):
+        return over_lanes(
+            lambda lane: evaluate(architecture, lane, hyper, split, scale), parameters
+        )
+
+    return Programs(epoch_of_lanes, evaluation_of_lanes)
 
 
 def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
@@ -224,7 +243,7 @@ def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[Trai
     """
     start = time.perf_counter()
     hyper = as_arrays(config.hyperparameters)
-    state, trained = _epoch_of_lanes(config.architecture, state, hyper, data)
+    state, trained = programs().epoch(config.architecture, state, hyper, data)
     number = int(state.epoch[0])
     splits = {"valid": data.validation}
     if config.evaluated_share_of_train:
@@ -233,7 +252,7 @@ def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[Trai
         splits["test"] = data.test
     metrics = {f"train_CL_{name}": np.asarray(values) for name, values in trained.items()}
     for name, split in splits.items():
-        measured = _evaluation_of_lanes(
+        measured = programs().evaluate(
             config.architecture, state.parameters, hyper, split, data.scale
         )
         metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}

@@ -1,11 +1,11 @@
 """MLflow as the driver writes it: a real SQLite store, Ray trials played by stand-ins."""
 
+import pickle
 import socket
 import time
 from types import SimpleNamespace
 
 import pytest
-import ray.cloudpickle as cloudpickle
 from mlflow.entities import Param
 
 from disinhib.config import ConfigError
@@ -73,7 +73,7 @@ def test_a_study_is_a_parent_run_and_its_trials_are_children_in_their_states(sto
     tracker.on_trial_complete(iteration=0, trials=[], trial=pruned)
     play(tracker, failed, 2)
     failed.status, failed.pickled_error_file = "ERROR", str(tmp_path / "error.pkl")
-    (tmp_path / "error.pkl").write_bytes(cloudpickle.dumps(RuntimeError("loss is nan\nand more")))
+    (tmp_path / "error.pkl").write_bytes(pickle.dumps(RuntimeError("loss is nan\nand more")))
     tracker.on_trial_error(iteration=0, trials=[], trial=failed)
     play(tracker, unfinished, 1)
     tracker.on_experiment_end(trials=[complete, pruned, failed, unfinished])
@@ -175,7 +175,7 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up_on(tmp_path):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         begin = time.monotonic()
-        with pytest.raises(ConfigError, match="tracking.uri"):
+        with pytest.raises(ConfigError, match=r"tracking\.uri"):
             tracking.open_store(f"http://127.0.0.1:{mute.getsockname()[1]}", "x", tmp_path)
         assert time.monotonic() - begin < 30
 

@@ -6,21 +6,23 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disinhib import command_line, config
-from disinhib.config import ConfigError
+import jax
+
+from disinhib import command_line, config, training
+from disinhib.config import ConfigError, nearest, refusal
 from disinhib.tuning import schedule, search
 from disinhib.tuning.trial import TrialConfig
 from search_spaces import SPACES, Overrides
 
-# Root options that only a study has; the rest of its options are those of training.
+# Root options and groups that only a study has; the rest of its options are those of training.
 STUDY_OPTIONS = ("study", "space", "trials", "metric", "mode")
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
+METRICS = ("valid_accuracy", "valid_loss")  # what selection may rest on: validation only
 
 
 @dataclass(frozen=True)
@@ -48,37 +50,60 @@ class Study:
 
 
 def compose(overrides: Sequence[str]) -> Study:
-    """The study that `overrides` (as on the command line) ask for.
+    """The study that `overrides` (as on the command line) ask for, its own options checked.
 
-    Raises ConfigError: unknown option, space, scheduler or searcher; a value that is not allowed.
+    Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed.
     """
-    options, _ = command_line.compose("study", overrides)
-    base = config.parse(training_options(options))
-    _one_of("space", options["space"], SPACES)
+    settings, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
+    _one_of("space", settings["space"], SPACES)
+    # The rest may be options of a group that only the space chooses, say of model/vf=dale.
+    first = next(search.branches(SPACES[settings["space"]])).overrides
+    groups = [f"{name}={value}" for name, value in first.items() if "." not in name]
+    options, _ = command_line.compose("study", [*overrides, *groups])
+    _check(options)
+    out_dir = Path(options["out_dir"]).absolute()
+    default = f"{options['space']}-{options['dataset']['name']}"
+    own = ("space", "trials", "epochs", "seed", "metric", "mode")
+    groups = ("scheduler", "searcher", "cluster", "tracking")
+    return Study(
+        **{name: options[name] for name in (*own, *groups)},
+        name=_name(options["study"], default, out_dir),
+        out_dir=out_dir,
+        overrides=tuple(overrides),
+        options=options,
+    )
+
+
+def _is_for_study(override: str) -> bool:
+    root = _name_of(override).partition(".")[0].partition("@")[0]
+    return root in (*STUDY_OPTIONS, *STUDY_GROUPS)
+
+
+def _name_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError if an option of the study itself is not allowed."""
+    _one_of("metric", options["metric"], METRICS)
     _one_of("mode", options["mode"], ("max", "min"))
     _one_of("scheduler.name", options["scheduler"]["name"], schedule.SCHEDULERS)
     _one_of("searcher.name", options["searcher"]["name"], search.SAMPLERS)
     _at_least("trials", options["trials"], 1, int)
-    _at_least("cluster.cpus_per_trial", options["cluster"]["cpus_per_trial"], 1, int)
-    _at_least("cluster.gpus_per_trial", options["cluster"]["gpus_per_trial"], 0, (int, float))
-    if options["cluster"]["max_concurrent"] is not None:
-        _at_least("cluster.max_concurrent", options["cluster"]["max_concurrent"], 1, int)
+    _at_least("epochs", options["epochs"], 1, int)
+    _at_least("seed", options["seed"], 0, int)
+    cluster = options["cluster"]
+    _at_least("cluster.cpus_per_trial", cluster["cpus_per_trial"], 1, int)
+    _at_least("cluster.gpus_per_trial", cluster["gpus_per_trial"], 0, (int, float))
+    if cluster["max_concurrent"] is not None:
+        _at_least("cluster.max_concurrent", cluster["max_concurrent"], 1, int)
+    if options["device"] == "gpu" and not cluster["gpus_per_trial"]:
+        raise ConfigError("device: given gpu, needs cluster.gpus_per_trial above 0")
+    if options["resume"] is not None:
+        raise refusal("resume", options["resume"], "null (trials of a study start afresh)")
     grace = options["scheduler"].get("grace_period", 1)
-    if not 1 <= grace <= base.epochs:
-        raise ConfigError(
-            f"scheduler.grace_period: given {grace}, allowed is 1 to epochs ({base.epochs})"
-        )
-    out_dir = Path(options["out_dir"]).absolute()
-    groups = {name: options[name] for name in STUDY_GROUPS if name in options}
-    return Study(
-        name=_name(options["study"], f"{options['space']}-{options['dataset']['name']}", out_dir),
-        out_dir=out_dir,
-        epochs=base.epochs,
-        overrides=tuple(overrides),
-        options=options,
-        **{name: options[name] for name in ("space", "trials", "seed", "metric", "mode")},
-        **groups,
-    )
+    if not 1 <= grace <= options["epochs"]:
+        raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
 
 
 def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +121,8 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     chosen = [f"{name}={value}" for name, value in overrides.items()]
     options, choices = command_line.compose("study", [*study.overrides, *chosen, f"seed={seed}"])
     options = training_options(options)
-    config.parse(options)
+    # A trial writes no folder of its own, so where it would do so is no part of its command.
+    options["out_dir"] = command_line.compose(command_line.TRAINING, [])[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
     return TrialConfig(
         number=number,
@@ -104,7 +130,8 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         searched=dict(overrides),
         command=command_line.command(options, choices),
         options=options,
-        epochs=study.epochs,
+        seed=seed,
+        epochs=config.parse(options).epochs,
         metric=study.metric,
     )
 
@@ -117,11 +144,13 @@ def rule_name(choices: Mapping[str, str]) -> str:
 
 
 def check_space(study: Study) -> None:
-    """Composes a configuration of every branch of the space.
+    """Composes a configuration of every branch of the space, and loads its data.
 
-    Raises ConfigError if one is refused, or if the study was given an option that is searched.
+    Raises ConfigError if one is refused, or if the study was given an option that is searched;
+    data.DataError if there is no such data.
     """
-    given = {name.lstrip("+~"): value for name, _, value in map(_split, study.overrides)}
+    jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
+    given = {_name_of(override): override.partition("=")[2] for override in study.overrides}
     for branch in search.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
             if given.get(name, str(value)) != str(value):
@@ -130,13 +159,10 @@ def check_space(study: Study) -> None:
                     f" out or take another space ({', '.join(SPACES)})"
                 )
         try:
-            configure(study, 0, branch.overrides)
+            trial = configure(study, 0, branch.overrides)
+            training.prepare(config.parse(trial["options"]))
         except ConfigError as error:
-            raise ConfigError(f"space={study.space}: {error}") from error
-
-
-def _split(override: str) -> tuple[str, str, str]:
-    return override.partition("=")
+            raise ConfigError(f"{error} (in space={study.space})") from error
 
 
 def _name(given: str | None, default: str, out_dir: Path) -> str:
@@ -145,20 +171,16 @@ def _name(given: str | None, default: str, out_dir: Path) -> str:
         names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
         return next(name for name in names if not (out_dir / name).exists())
     if (out_dir / given).exists():
-        raise ConfigError(
-            f"study: given {given}, allowed is a new name ({out_dir / given} is there already)"
-        )
+        raise refusal("study", given, f"a new name ({out_dir / given} is there already)")
     return given
 
 
 def _one_of(option: str, given: Any, allowed: Iterable[str]) -> None:
     if given not in allowed:
-        near = difflib.get_close_matches(str(given), allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{option}: given {given}, allowed are {', '.join(allowed)}{hint}")
+        raise refusal(option, given, f"one of {', '.join(allowed)}{nearest(str(given), allowed)}")
 
 
 def _at_least(option: str, given: Any, least: int, kinds: type | tuple[type, ...]) -> None:
     if isinstance(given, bool) or not isinstance(given, kinds) or given < least:
         what = "a whole number" if kinds is int else "a number"
-        raise ConfigError(f"{option}: given {given}, allowed is {what} of at least {least}")
+        raise refusal(option, given, f"{what} of at least {least}")

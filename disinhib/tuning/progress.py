@@ -5,6 +5,7 @@ Numbers first (`tally`, `best`, `seconds_left`: pure functions of rows), then th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -49,8 +50,7 @@ class Standing(NamedTuple):
 def best(rows: Iterable[Row], mode: str) -> Row | None:
     """The best trial; only complete ones compete, and of equals the first wins."""
     complete = sorted((row for row in rows if row.state == COMPLETE), key=lambda row: row.number)
-    pick = {"max": max, "min": min}[mode]
-    return pick(complete, key=lambda row: row.score, default=None)
+    return max(complete, key=lambda row: _merit(row, mode), default=None)
 
 
 def standings(rows: Sequence[Row], mode: str) -> list[Standing]:
@@ -58,12 +58,14 @@ def standings(rows: Sequence[Row], mode: str) -> list[Standing]:
     rules = sorted({row.rule for row in rows})
     own = {rule: [row for row in rows if row.rule == rule] for rule in rules}
     found = [Standing(rule, best(own[rule], mode), tally(own[rule])) for rule in rules]
-    ranked = sorted(
-        (standing for standing in found if standing.best),
-        key=lambda standing: standing.best.score,
-        reverse=mode == "max",
-    )
-    return ranked + [standing for standing in found if not standing.best]
+    return sorted(found, key=lambda standing: _merit(standing.best, mode), reverse=True)
+
+
+def _merit(row: Row | None, mode: str) -> float:
+    """A score such that more is better, whatever the mode."""
+    if row is None or row.score is None:
+        return -math.inf
+    return {"max": 1, "min": -1}[mode] * row.score
 
 
 def seconds_left(rows: Sequence[Row], trials: int, elapsed: float) -> float | None:
@@ -94,12 +96,12 @@ def line(rows: Sequence[Row], trials: int, elapsed: float, mode: str) -> str:
 
 def leaderboard(rows: Sequence[Row], metric: str, mode: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
-    table = Table("rule", f"best {metric}", "trial", "trials", *Tally._fields, box=None)
+    table = Table("rule", f"best {metric}", "trial", *Tally._fields, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for rule, top, now in standings(rows, mode):
         score, number = (f"{top.score:.2f}", str(top.number)) if top else ("none complete", "")
-        table.add_row(rule, score, number, str(sum(now)), *map(str, now))
+        table.add_row(rule, score, number, *map(str, now))
     return table
 
 

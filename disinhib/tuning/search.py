@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from ray.tune.result import TRAINING_ITERATION
+from ray.air.constants import TRAINING_ITERATION
 from ray.tune.search import Searcher
 
 from disinhib.tuning import trial as trials
 from search_spaces import Overrides, Space
 
 RULE = "trainer"  # the parameter by which a space chooses its rule, if it does
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 STATES = {
     trials.COMPLETE: TrialState.COMPLETE,
     trials.PRUNED: TrialState.PRUNED,
@@ -139,7 +141,7 @@ class Search(Searcher):
         rules: Sequence[str] = (),
     ):
         super().__init__(metric=trials.SCORE, mode=mode)
-        direction = {"max": "maximize", "min": "minimize"}[mode]
+        direction = DIRECTIONS[mode]
         self.space, self.configure, self.rules = space, configure, tuple(rules)
         # The record only writes down: all its parameters are given (`enqueue_trial`).
         self.record = optuna.create_study(

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,13 +101,16 @@ def run(
 def _cluster(study: Study) -> Iterator[None]:
     """Ray, started here or joined, for the time of the study."""
     cpus, gpus = study.cluster["cpus_per_trial"], study.cluster["gpus_per_trial"]
-    ray.init(
-        address=study.cluster["address"],
-        runtime_env={"env_vars": trial.environment(cpus, gpus)},
-        include_dashboard=False if study.cluster["address"] is None else None,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    with warnings.catch_warnings():
+        # jax warns of forks; Ray's are all followed by an exec at once.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        ray.init(
+            address=study.cluster["address"],
+            runtime_env={"env_vars": trial.environment(cpus, gpus)},
+            include_dashboard=False if study.cluster["address"] is None else None,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     try:
         for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
@@ -151,7 +155,10 @@ def _tuner(study, trainable, searcher, callbacks) -> tune.Tuner:
             search_alg=searcher,
             scheduler=_scheduler(study),
             num_samples=study.trials,
-            max_concurrent_trials=cluster["max_concurrent"],
+            # Never null: Ray would start one worker at a time and give it up as soon as another
+            # falls free, so that short trials run one after the other. One more than fit waits
+            # ready for the next free worker, which Ray would else send away.
+            max_concurrent_trials=cluster["max_concurrent"] or _trials_at_once(resources) + 1,
             reuse_actors=True,
             trial_name_creator=name,
             trial_dirname_creator=name,
@@ -159,10 +166,20 @@ def _tuner(study, trainable, searcher, callbacks) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=study.name,
             storage_path=str(study.out_dir),
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=0),  # it would only diverge again
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=True),
             callbacks=callbacks,
             verbose=0,
         ),
+    )
+
+
+def _trials_at_once(resources: dict[str, float]) -> int:
+    """How many trials that need `resources` fit on the cluster as it is now."""
+    return sum(
+        min(int(node["Resources"].get(kind.upper(), 0) // n) for kind, n in resources.items() if n)
+        for node in ray.nodes()
+        if node["Alive"]
     )
 
 
@@ -180,7 +197,7 @@ def summary(finished: Finished, console: Console) -> None:
     console.print(progress.leaderboard(rows, study.metric, study.mode))
     say(f"\nall trials:  {_tool('mlflow')} ui --backend-store-uri {finished.tracking_uri}")
     if top := progress.best(rows, study.mode):
-        say(f"best trial:  {top.command}")
+        say(f"best trial:  {_tool('python')} {top.command.removeprefix('python ')}")
 
 
 def _tool(name: str) -> str:

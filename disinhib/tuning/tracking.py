@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 # Before MLflow is imported: it reads these once.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 from ray import tune
-from ray.tune.result import TRAINING_ITERATION
+from ray.air.constants import TRAINING_ITERATION
 
 from disinhib.config import ConfigError
 from disinhib.tuning.trial import (
@@ -185,7 +185,7 @@ class Tracker(tune.Callback):
 
     def _run_of(self, trial) -> str:
         """The trial's run; made when it is first heard of (one may fail before it starts)."""
-        config: TrialConfig = trial.config
+        config = cast(TrialConfig, trial.config)
         number = config["number"]
         if number not in self.runs:
             tags = {

@@ -9,18 +9,21 @@ every epoch is reported to prove it.
 from __future__ import annotations
 
 import math
+import os
+import platform
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
+import pooch
 from ray import cloudpickle, tune
+from ray.air.constants import TRAINING_ITERATION
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.result import TRAINING_ITERATION
 
 # Ray, the scheduler and the searcher see one number a trial and epoch under this name: the mean
 # over lanes of the study's metric.
 SCORE = "score"
 METRICS = "metrics"
-CHECKPOINT = "state.npz"
+CHECKPOINT = "checkpoint.msgpack"
 
 WAITING, RUNNING = "waiting", "running"
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
@@ -28,13 +31,14 @@ KILLED = "killed"  # the study was interrupted while it ran
 
 
 class TrialConfig(TypedDict):
-    """What a worker gets (plain values only: it crosses processes and is stored by Ray)."""
+    """What a worker gets. (Plain values only: it crosses processes and is stored by Ray.)"""
 
     number: int  # from 0, the same in Ray, Optuna and MLflow
     rule: str
     searched: dict[str, Any]  # Hydra overrides that the space chose
     command: str  # runs the same training by hand
     options: dict[str, Any]  # resolved training options
+    seed: int
     epochs: int
     metric: str
 
@@ -47,6 +51,7 @@ class TrainingTrial(tune.Trainable):
     """
 
     def setup(self, config: dict) -> None:
+        share_compilations()
         self._compilations = count_compilations()
         self.reset_config(config)
 
@@ -54,10 +59,10 @@ class TrainingTrial(tune.Trainable):
         """Starts another trial in this worker; data and compiled programs stay."""
         from disinhib import config, training
 
-        self._trial: TrialConfig = new_config
-        self._run = config.parse(new_config["options"])
+        self._trial = cast(TrialConfig, new_config)
+        self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
-        self._state = training.initial_state(self._run, [self._run.seed])
+        self._state = training.initial_state(self._run, [self._trial["seed"]])
         return True
 
     def step(self) -> dict:
@@ -108,15 +113,31 @@ def environment(cpus: float, gpus: float) -> dict[str, str]:
     }
 
 
+def share_compilations() -> None:
+    """Lets a worker load what another one compiled, now or in an earlier study.
+
+    A program takes XLA 2 to 8 s and 0.1 s to load (measured: E-I rules on a core). jax's own
+    thresholds would keep none of them. By machine, as XLA compiles for its very CPU.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = pooch.os_cache("disinhib") / "xla" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def count_compilations() -> list[float]:
-    """Starts a list that grows by the seconds of each program that XLA compiles here."""
+    """Starts a list that grows by the seconds of each program that is compiled (or, shared, loaded)
+    in this process."""
     from jax import monitoring
 
     seconds: list[float] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     monitoring.register_event_duration_secs_listener(listen)
     return seconds
@@ -137,7 +158,7 @@ class Row(NamedTuple):
 
 def row(trial: RayTrial, stopped: bool = False) -> Row:
     """Reads a Ray trial; `stopped` says that Ray is just ending it (its status comes later)."""
-    config: TrialConfig = trial.config
+    config = cast(TrialConfig, trial.config)
     epochs = trial.last_result.get(TRAINING_ITERATION, 0)
     return Row(
         number=config["number"],

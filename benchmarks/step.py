@@ -1,0 +1,138 @@
+"""Microseconds a sample of one training step: rules, depths and solvers in one process.
+
+    python -m benchmarks.step [--json FILE] [--repeats 7] [--steps 20]
+
+Fashion-MNIST shapes (784 inputs, 10 classes), hidden layers of 256, batch 100, published
+defaults; the images are random, which costs the same. Each row is a compiled scan of steps,
+exactly the one that trains. Rows take turns, and medians over `--repeats` rounds are compared,
+so that a machine that drifts changes all of them. `ode` is the published way to the steady state
+(Tsit5 with its tolerances and its steady-state event); bp runs on the plain MLP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from disinhib import training
+from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
+from disinhib.config import RunConfig
+
+BATCH = 100
+ODE_STEPS = 2  # it is that slow
+
+
+class Row(NamedTuple):
+    rule: str
+    hidden: int
+    solver: str
+    microseconds: float  # a sample, median
+    to_bp: float
+    ode_to_newton: float | None
+
+
+def architecture(rule: str, hidden: int, solver: Newton | Ode) -> Architecture:
+    return Architecture(
+        rule,
+        "non-dale" if rule == "bp" else "dale",
+        (784, *[256] * hidden, 10),
+        batch_size=BATCH,
+        solver=solver,
+    )
+
+
+def random_data(steps: int) -> training.Data:
+    """Images with Fashion-MNIST's share of dark pixels, enough for `steps` batches."""
+    key_dark, key_light, key_label = jax.random.split(jax.random.key(0), 3)
+    shape = (steps * BATCH, 784)
+    light = jax.random.randint(key_light, shape, 1, 256)
+    images = jnp.where(jax.random.bernoulli(key_dark, 0.5, shape), light, 0).astype(jnp.uint8)
+    labels = jax.random.randint(key_label, shape[:1], 0, 10)
+    split = training.Images(images, labels)
+    return training.Data(split, split, split, split, jnp.asarray(1 / 255, float))
+
+
+def prepared(rule: str, hidden: int, solver: Newton | Ode, steps: int):
+    """A function that runs `steps` training steps, compiled, and returns seconds a step."""
+    structure = architecture(rule, hidden, solver)
+    hyper = training.as_arrays(
+        Hyperparameters({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8})
+    )
+    config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0)
+    state = training.initial_state(config, [0])
+    data = random_data(steps)
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(training.programs().epoch(structure, state, hyper, data))
+        return (time.perf_counter() - start) / steps
+
+    run()
+    return run
+
+
+def measure(repeats: int, steps: int) -> list[Row]:
+    """Every rule, depth and solver; the slow ode has fewer rounds and steps."""
+    runs, seconds = {}, {}
+    for hidden in (1, 3):
+        runs["bp", hidden, "newton"] = prepared("bp", hidden, Newton(), steps)
+        for rule in ("exact-inv", "lin-thresh"):
+            runs[rule, hidden, "newton"] = prepared(rule, hidden, Newton(), steps)
+            runs[rule, hidden, "ode"] = prepared(rule, hidden, Ode(), ODE_STEPS)
+    for _ in range(repeats):
+        for key, run in runs.items():
+            seconds.setdefault(key, []).append(run())
+    medians = {key: 1e6 * statistics.median(values) / BATCH for key, values in seconds.items()}
+    return [
+        Row(
+            rule,
+            hidden,
+            "none" if rule == "bp" else solver,
+            value,
+            value / medians["bp", hidden, "newton"],
+            medians[rule, hidden, "ode"] / value
+            if (rule, hidden, "ode") in medians and solver == "newton"
+            else None,
+        )
+        for (rule, hidden, solver), value in medians.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    rows = measure(arguments.repeats, arguments.steps)
+    device = jax.devices()[0]
+    table = Table(title=f"one training step, batch {BATCH}, layers of 256, {device.device_kind}")
+    for name in ("rule", "hidden layers", "solver", "µs a sample", "to bp", "ode / newton"):
+        table.add_column(name, justify="left" if name in ("rule", "solver") else "right")
+    for row in rows:
+        ratio = "" if row.ode_to_newton is None else f"{row.ode_to_newton:.0f}"
+        table.add_row(
+            row.rule,
+            str(row.hidden),
+            row.solver,
+            f"{row.microseconds:.1f}",
+            f"{row.to_bp:.1f}",
+            ratio,
+        )
+    Console().print(table)
+    if arguments.json:
+        content = {"device": device.device_kind, "rows": [row._asdict() for row in rows]}
+        with open(arguments.json, "w") as file:
+            json.dump(content, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

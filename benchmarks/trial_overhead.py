@@ -1,0 +1,160 @@
+"""What a trial costs besides its epochs: `python -m benchmarks.trial_overhead [--json FILE]`.
+
+A real study (digits, published network sizes, Ray, Optuna, MLflow, reused workers) with a clock in
+its workers. A trial's first epoch ends some seconds after its worker was free for it: since the
+last epoch of the trial before it, or, for a worker's first trial, since its process was started.
+Subtracted is the epoch itself: the median of the trial's later epochs. What remains is everything
+else: telling Optuna and MLflow, asking, composing and checking options, Ray's messages, a fresh
+state, and, for the first trial of a structure in a worker, compiling.
+
+Bar: later trials of a structure under 0.5 s and without a compilation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import psutil
+from ray import tune
+from rich.console import Console
+from rich.table import Table
+
+from disinhib.tuning import options, study
+from disinhib.tuning.trial import METRICS, TrainingTrial
+
+BAR_SECONDS = 0.5
+
+
+class ClockedTrial(TrainingTrial):
+    """Reports when its worker was free for it, when its first epoch was over, and the CPU time."""
+
+    def setup(self, config: dict) -> None:
+        self.free_since = psutil.Process().create_time()
+        super().setup(config)
+
+    def step(self) -> dict:
+        start, cpu = time.time(), time.process_time()
+        result = super().step()
+        now = time.time()
+        result[METRICS] |= {
+            "seconds": now - start,
+            "since_free": now - self.free_since,
+            "cores": (time.process_time() - cpu) / (now - start),
+        }
+        self.free_since = now
+        return result
+
+
+class Recorder(tune.Callback):
+    """Keeps every epoch's metrics in the order of their arrival."""
+
+    def __init__(self):
+        self.epochs: dict[int, list[dict[str, Any]]] = {}
+
+    def on_trial_result(self, *, trial, result, **_) -> None:
+        # The architecture names all that is static: whatever else differs shares its program.
+        about = {"pid": result["pid"], "rule": trial.config["rule"]}
+        about["structure"] = structure(trial.config["options"])
+        self.epochs.setdefault(trial.config["number"], []).append(result[METRICS] | about)
+
+
+def structure(training_options: dict) -> str:
+    from disinhib import config
+
+    return repr(config.parse(training_options).architecture)
+
+
+class Overhead(NamedTuple):
+    """Of one trial, in seconds; `first` of its structure in its worker."""
+
+    number: int
+    rule: str
+    first: bool
+    to_first_epoch: float
+    epoch: float
+    compilations: int
+
+    @property
+    def excess(self) -> float:
+        return self.to_first_epoch - self.epoch
+
+
+def overheads(recorded: dict[int, list[dict[str, Any]]]) -> list[Overhead]:
+    """In the order in which the trials' first epochs ended."""
+    known, found = set(), []
+    for number, epochs in recorded.items():
+        begin, later = epochs[0], [epoch["seconds"] for epoch in epochs[1:]]
+        key = (begin["pid"], begin["structure"])
+        found.append(
+            Overhead(
+                number,
+                begin["rule"],
+                key not in known,
+                begin["since_free"],
+                statistics.median(later),
+                sum(epoch["compilations"] for epoch in epochs),
+            )
+        )
+        known.add(key)
+    return found
+
+
+def table(found: list[Overhead]) -> Table:
+    drawn = Table(
+        "rule", "trial of its structure", "trials", "to first epoch, s", "epoch, s", "excess, s",
+        "most, s", "compilations", box=None,
+    )  # fmt: skip
+    for rule in sorted({one.rule for one in found}):
+        for first in (True, False):
+            own = [one for one in found if (one.rule, one.first) == (rule, first)]
+            if own:
+                drawn.add_row(
+                    rule,
+                    "first in a worker" if first else "later",
+                    str(len(own)),
+                    f"{statistics.median(one.to_first_epoch for one in own):.2f}",
+                    f"{statistics.median(one.epoch for one in own):.3f}",
+                    f"{statistics.median(one.excess for one in own):.2f}",
+                    f"{max(one.excess for one in own):.2f}",
+                    f"{sum(one.compilations for one in own)}",
+                )
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--trials", type=int, default=30)
+    arguments = parser.parse_args()
+    recorder, console = Recorder(), Console()
+    with tempfile.TemporaryDirectory() as folder:
+        asked = options.compose(
+            [f"trials={arguments.trials}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
+        )
+        study.run(asked, console, ClockedTrial, [recorder])
+    found = overheads(recorder.epochs)
+    cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
+    console.print(table(found))
+    later = [one for one in found if not one.first]
+    worst, compiled = max(one.excess for one in later), sum(one.compilations for one in later)
+    console.print(f"cores used by a trial: median {statistics.median(cores):.2f}, most {max(cores):.2f}")
+    met = statistics.median(one.excess for one in later) < BAR_SECONDS and compiled == 0
+    console.print(
+        f"later trials: excess at most {worst:.2f} s (bar {BAR_SECONDS} s), {compiled} compilations:"
+        f" {'met' if met else 'missed'}",
+        highlight=False,
+    )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump([one._asdict() | {"excess": one.excess} for one in found], file, indent=1)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
