@@ -18,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -105,32 +107,32 @@ def overheads(recorded: dict[int, list[dict[str, Any]]]) -> list[Overhead]:
     return found
 
 
+COLUMNS = {
+    "s to first epoch": lambda one: one.to_first_epoch,
+    "s an epoch": lambda one: one.epoch,
+    "excess": lambda one: one.excess,
+}
+
+
 def table(found: list[Overhead]) -> Table:
-    drawn = Table(
-        "rule", "trial of its structure", "trials", "to first epoch, s", "epoch, s", "excess, s",
-        "most, s", "compilations", box=None,
-    )  # fmt: skip
+    """Medians over the trials of a kind, and the largest excess."""
+    drawn = Table("rule", "", "trials", *COLUMNS, "most", "compiled", box=None)
     for rule in sorted({one.rule for one in found}):
-        for first in (True, False):
+        for first, kind in ((True, "first"), (False, "later")):
             own = [one for one in found if (one.rule, one.first) == (rule, first)]
-            if own:
-                drawn.add_row(
-                    rule,
-                    "first in a worker" if first else "later",
-                    str(len(own)),
-                    f"{statistics.median(one.to_first_epoch for one in own):.2f}",
-                    f"{statistics.median(one.epoch for one in own):.3f}",
-                    f"{statistics.median(one.excess for one in own):.2f}",
-                    f"{max(one.excess for one in own):.2f}",
-                    f"{sum(one.compilations for one in own)}",
-                )
+            if not own:
+                continue
+            medians = [statistics.median(map(value, own)) for value in COLUMNS.values()]
+            numbers = [f"{value:.2f}" for value in (*medians, max(one.excess for one in own))]
+            compiled = sum(one.compilations for one in own)
+            drawn.add_row(rule, kind, str(len(own)), *numbers, str(compiled))
     return drawn
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--trials", type=int, default=30, help="of three rules in turn")
     arguments = parser.parse_args()
     recorder, console = Recorder(), Console()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,20 +141,21 @@ def main() -> int:
         )
         study.run(asked, console, ClockedTrial, [recorder])
     found = overheads(recorder.epochs)
-    cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
-    console.print(table(found))
     later = [one for one in found if not one.first]
-    worst, compiled = max(one.excess for one in later), sum(one.compilations for one in later)
-    console.print(f"cores used by a trial: median {statistics.median(cores):.2f}, most {max(cores):.2f}")
-    met = statistics.median(one.excess for one in later) < BAR_SECONDS and compiled == 0
-    console.print(
-        f"later trials: excess at most {worst:.2f} s (bar {BAR_SECONDS} s), {compiled} compilations:"
-        f" {'met' if met else 'missed'}",
-        highlight=False,
+    excess, compiled = [one.excess for one in later], sum(one.compilations for one in later)
+    cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
+    met = statistics.median(excess) < BAR_SECONDS and compiled == 0
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    console.print(table(found))
+    say(f"cores that a running epoch keeps busy: at most {max(cores):.2f}")
+    say(
+        f"later trials: excess {statistics.median(excess):.2f} s (median), at most"
+        f" {max(excess):.2f} s, {compiled} compilations; bar: {BAR_SECONDS} s and none:"
+        f" {'met' if met else 'missed'}"
     )
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump([one._asdict() | {"excess": one.excess} for one in found], file, indent=1)
+        trials = [one._asdict() | {"excess": one.excess} for one in found]
+        Path(arguments.json).write_text(json.dumps(trials, indent=1))
     return 0 if met else 1
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,12 +92,16 @@ def _select_device(config: RunConfig) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Can something be written there, or in the nearest parent that exists?"""
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise refusal("out_dir", folder, f"a folder that can be written ({existing} cannot)")
+    """Tries whether something can be written there, or in the nearest parent that exists."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise refusal(
+            "out_dir", folder, f"a folder that can be written ({existing}: {error.strerror})"
+        ) from error
 
 
 def _run(

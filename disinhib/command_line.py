@@ -17,8 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigSource  # noqa: F401  (makes plugins importable)
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from disinhib.config import ConfigError, flatten, nearest
@@ -36,19 +35,22 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
 
     Raises ConfigError: an override that does not parse, an unknown option, group or choice.
     """
+    try:
+        composed = _composed(config_name, overrides, with_hydra=True)
+        choices = composed.hydra.runtime.choices
+        options = OmegaConf.create({k: v for k, v in composed.items() if k != "hydra"})
+        plain = OmegaConf.to_container(options, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error, config_name, overrides) from error
+    own = {group: str(choice) for group, choice in choices.items() if "hydra/" not in group}
+    return plain, own  # pyright: ignore[reportReturnType]
+
+
+def _composed(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    # A study composes within `hydra.main` too, where Hydra is initialised already.
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):
-        try:
-            composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
-            choices = dict(composed.hydra.runtime.choices)
-            options = {name: value for name, value in composed.items() if name != "hydra"}
-            plain = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _explained(error, config_name, overrides) from error
-    own = {
-        group: str(choice) for group, choice in choices.items() if not group.startswith("hydra/")
-    }
-    return plain, own  # pyright: ignore[reportReturnType]
+        return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
 
 
 def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> ConfigError:
@@ -68,11 +70,6 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
                 f"{override.key_or_group}: given {given}, allowed is one of {', '.join(allowed)}"
                 f"{nearest(str(given), allowed)}"
             )
-    for override in groups:
-        package = override.package
-        text = override.input_line or ""
-        if package is not None or "@" in text:
-            continue
     known = _known_options(config_name, [override.input_line or "" for override in groups])
     for override in parsed:
         name = override.key_or_group
@@ -88,11 +85,10 @@ def _choices_of(group: str) -> list[str]:
 
 def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]:
     """Every option, and every group, that exists under these choices of groups."""
-    with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):
-        try:
-            composed = hydra_compose(config_name, list(group_overrides))
-        except HydraException:
-            return set()
+    try:
+        composed = _composed(config_name, group_overrides)
+    except HydraException:
+        return set()
     options = set(flatten(OmegaConf.to_container(composed)))  # pyright: ignore
     parents = {name.rsplit(".", depth)[0] for name in options for depth in range(1, 4)}
     groups = {

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from disinhib.architecture import Architecture, Hyperparameters, Ode
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import FeedbackWeights, per_sample
+from disinhib.feedback import per_sample
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.network import NetworkState, Parameters, feedforward_input

@@ -15,7 +15,7 @@ from disinhib.architecture import Architecture, Hyperparameters
 from disinhib.microcircuit import Microcircuit
 from disinhib.network import NetworkState, Parameters
 
-FeedbackWeights = tuple[Float[Array, "batch out neurons"], ...]
+FeedbackWeights = tuple[Float[Array, "#batch out _neurons"], ...]
 
 
 def jacobian_weights(
@@ -47,7 +47,7 @@ def modified(
 
 def disinhibition(
     control: Float[Array, "batch out"], weights: FeedbackWeights
-) -> list[Float[Array, "batch neurons"]]:
+) -> list[Float[Array, "batch _neurons"]]:
     """s_l = c Q_l of each hidden layer."""
     # Products, not sums: XLA would fuse a sum into every use of s and do it again for each.
     return [

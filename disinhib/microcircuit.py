@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from disinhib.activations import Activation, bind
 from disinhib.architecture import Architecture, Hyperparameters, Scalar
 
-Neurons = Float[Array, "batch neurons"]
+Neurons = Float[Array, "*batch_neurons"]  # any number of axes: every neuron is alone
 
 
 class Microcircuit(NamedTuple):

@@ -18,7 +18,7 @@ from disinhib.architecture import Architecture, Hyperparameters, Scalar
 from disinhib.microcircuit import Microcircuit, imbalance
 
 Parameters = dict[str, Array]
-Layers = tuple[Float[Array, "batch neurons"], ...]
+Layers = tuple[Float[Array, "batch _neurons"], ...]
 
 
 class NetworkState(NamedTuple):

@@ -32,7 +32,7 @@ from disinhib.microcircuit import microcircuit
 from disinhib.network import NetworkState, Parameters, implicit_output, mlp_forward
 from disinhib.solvers import Solution, closed_loop, open_loop
 
-RuleState = tuple[Float[Array, " neurons"], ...]
+RuleState = tuple[Float[Array, " _neurons"], ...]
 
 
 class Update(NamedTuple):

@@ -41,7 +41,8 @@ class Solution(NamedTuple):
     """A steady state and how well it was reached; the last three are per sample `[batch]`.
 
     `residual` is the largest, over layers and controller, of |equilibrium error| / (1 + |value|)
-    in Euclidean norms; `iterations` counts evaluations of the network (Newton) or integration steps (ODE).
+    in Euclidean norms; `iterations` counts evaluations of the network (Newton) or integration
+    steps (ODE).
     """
 
     state: NetworkState

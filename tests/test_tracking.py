@@ -112,6 +112,7 @@ def test_a_trial_that_fails_before_it_starts_has_a_run_with_the_reason(store):
     tracker = tracking.Tracker(store, "early", {}, "")
     trial = ray_trial(0, status="ERROR")
     tracker.on_trial_error(iteration=0, trials=[], trial=trial)
+    tracker.on_step_end(iteration=0, trials=[])
     run = store.client.get_run(tracker.runs[0])
     assert (run.info.status, run.data.tags["epochs"]) == ("FAILED", "0")
     assert run.data.tags["reason"] == "the worker left no error"
@@ -120,6 +121,7 @@ def test_a_trial_that_fails_before_it_starts_has_a_run_with_the_reason(store):
 def test_options_and_command_are_kept_with_a_trial(store, tmp_path):
     tracker = tracking.Tracker(store, "artifacts", {}, "")
     play(tracker, ray_trial(7), 1)
+    tracker.on_step_end(iteration=0, trials=[])
     folder = store.client.download_artifacts(tracker.runs[7], "", str(tmp_path))
     assert (tmp_path / "command.txt").read_text() == "python -m disinhib trainer=bp\n"
     assert "name: bp" in (tmp_path / "config.yaml").read_text()
@@ -130,12 +132,17 @@ def test_epochs_are_sent_together(store, monkeypatch):
     tracker = tracking.Tracker(store, "batches", {}, "")
     trial = ray_trial(0)
     play(tracker, trial, 0)
+    tracker.on_step_end(iteration=0, trials=[])
     batches = []
     monkeypatch.setattr(
         type(store.client), "log_batch", lambda _, run, **what: batches.append(what)
     )
-    play(tracker, trial, 3)
+    for epoch in range(3):
+        result = {"training_iteration": epoch + 1, METRICS: {"loss": 1.0, "accuracy": 2.0}}
+        tracker.on_trial_result(iteration=0, trials=[], trial=trial, result=result)
+        tracker.on_step_end(iteration=0, trials=[])
     tracker.on_trial_complete(iteration=0, trials=[], trial=trial)
+    tracker.on_step_end(iteration=0, trials=[])
     assert [len(batch["metrics"]) for batch in batches] == [6]
 
 

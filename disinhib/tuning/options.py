@@ -6,8 +6,11 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,9 @@ def compose(overrides: Sequence[str]) -> Study:
     _one_of("space", settings["space"], SPACES)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(search.branches(SPACES[settings["space"]])).overrides
-    groups = [f"{name}={value}" for name, value in first.items() if "." not in name]
+    groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
+    with _blaming(settings["space"]):
+        command_line.compose("study", groups)
     options, _ = command_line.compose("study", [*overrides, *groups])
     _check(options)
     out_dir = Path(options["out_dir"]).absolute()
@@ -118,11 +123,15 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
     seed = search.trial_seed(study.seed, number)
-    chosen = [f"{name}={value}" for name, value in overrides.items()]
-    options, choices = command_line.compose("study", [*study.overrides, *chosen, f"seed={seed}"])
+    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
     options = training_options(options)
+    for name, value in overrides.items():
+        if not _is_group(name):
+            _set(options, name, value)
+    options["seed"] = seed
     # A trial writes no folder of its own, so where it would do so is no part of its command.
-    options["out_dir"] = command_line.compose(command_line.TRAINING, [])[0]["out_dir"]
+    options["out_dir"] = _composed(command_line.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
     return TrialConfig(
         number=number,
@@ -134,6 +143,26 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         epochs=config.parse(options).epochs,
         metric=study.metric,
     )
+
+
+# Hydra takes 90 ms for what every trial of a structure has in common.
+_composed = lru_cache(maxsize=64)(command_line.compose)
+
+
+def _is_group(name: str) -> bool:
+    """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
+    return (command_line.CONFIGURATIONS / name.partition("@")[0]).is_dir()
+
+
+def _set(options: dict[str, Any], name: str, value: Any) -> None:
+    """Sets the dotted option `name`; raises ConfigError if there is none."""
+    known = config.flatten(options)
+    if name not in known:
+        raise ConfigError(f"{name}: unknown option{nearest(name, known)}")
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        options = options[parent]
+    options[leaf] = value
 
 
 def rule_name(choices: Mapping[str, str]) -> str:
@@ -158,11 +187,18 @@ def check_space(study: Study) -> None:
                     f"{name}: given {given[name]}, but space={study.space} searches it; leave it"
                     f" out or take another space ({', '.join(SPACES)})"
                 )
-        try:
+        with _blaming(study.space):
             trial = configure(study, 0, branch.overrides)
             training.prepare(config.parse(trial["options"]))
-        except ConfigError as error:
-            raise ConfigError(f"{error} (in space={study.space})") from error
+
+
+@contextmanager
+def _blaming(space: str) -> Iterator[None]:
+    """Names the space in a refusal of what it chose."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in space={space})") from error
 
 
 def _name(given: str | None, default: str, out_dir: Path) -> str:

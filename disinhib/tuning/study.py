@@ -167,7 +167,7 @@ def _tuner(study, trainable, searcher, callbacks) -> tune.Tuner:
             name=study.name,
             storage_path=str(study.out_dir),
             failure_config=tune.FailureConfig(max_failures=0),  # it would only diverge again
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=True),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=callbacks,
             verbose=0,
         ),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 # Before MLflow is imported: it reads these once.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -141,51 +141,70 @@ def ending(ended: Row, why: str | None = None) -> dict[str, str]:
 class Tracker(tune.Callback):
     """Writes a study into `store` as Ray goes through it; `study_run` is its parent run.
 
-    Epochs are held back up to FLUSH_SECONDS and sent together: a request costs some 20 ms.
+    A write takes some 20 ms. So trials' beginnings and ends wait for the end of Ray's step, when
+    free workers have their next task, and epochs up to FLUSH_SECONDS, to be sent together.
     """
 
     def __init__(self, store: Store, study: str, options: Mapping[str, Any], command: str):
         self.store, self.study = store, study
         self.runs: dict[int, str] = {}  # number of a trial -> its run
         self.ended: set[int] = set()
-        self.unsent: dict[str, list[Metric]] = {}
-        self.sent_at = time.monotonic()
+        self.begun: list[TrialConfig] = []  # not yet written, as are the two below
+        self.epochs: dict[int, list[Metric]] = {}
+        self.ends: list[tuple[TrialConfig, Row, str | None]] = []
+        self.flushed = time.monotonic()
         tags = {"study": study, "command": command}
         self.study_run = self._create(study, tags, {"config.yaml": yaml.safe_dump(options)})
 
     def on_trial_start(self, *, trial, **_) -> None:
-        self._run_of(trial)
+        self.begun.append(trial.config)
 
     def on_trial_result(self, *, trial, result, **_) -> None:
         now = int(time.time() * 1000)
         metrics = epoch_metrics(result[METRICS], result[TRAINING_ITERATION], now)
-        self.unsent.setdefault(self._run_of(trial), []).extend(metrics)
-        if time.monotonic() - self.sent_at > FLUSH_SECONDS:
-            self.flush()
+        self.epochs.setdefault(trial.config["number"], []).extend(metrics)
 
     def on_trial_complete(self, *, trial, **_) -> None:
-        self._end(trial, row(trial, stopped=True))
+        self.ends.append((trial.config, row(trial, stopped=True), None))
 
     def on_trial_error(self, *, trial, **_) -> None:
-        self._end(trial, row(trial), reason(trial))
+        self.ends.append((trial.config, row(trial), reason(trial)))
+
+    def on_step_end(self, **_) -> None:
+        self._write(epochs=time.monotonic() - self.flushed > FLUSH_SECONDS)
 
     def on_experiment_end(self, *, trials, **_) -> None:
         """Ends the study's run, and what an interruption left running."""
-        left = [t for t in trials if t.config["number"] in self.runs.keys() - self.ended]
-        for trial in left:
-            self._end(trial, row(trial)._replace(state=KILLED), "the study was interrupted")
-        self.store.client.set_terminated(self.study_run, "KILLED" if left else "FINISHED")
+        self._write(epochs=False)
+        for trial in trials:
+            number = trial.config["number"]
+            if number in self.runs and number not in self.ended:
+                left = row(trial)._replace(state=KILLED)
+                self.ends.append((trial.config, left, "the study was interrupted"))
+        status = "KILLED" if self.ends else "FINISHED"
+        self._write(epochs=True)
+        self.store.client.set_terminated(self.study_run, status)
 
-    def flush(self) -> None:
-        """Sends what was held back."""
-        while self.unsent:
-            run, metrics = self.unsent.popitem()
-            self.store.client.log_batch(run, metrics=metrics)
-        self.sent_at = time.monotonic()
+    def _write(self, epochs: bool) -> None:
+        """Sends what has waited; `epochs` of trials that go on, too."""
+        while self.begun:
+            self._run_of(self.begun.pop(0))
+        while self.ends:
+            config, ended, why = self.ends.pop(0)
+            run = self._run_of(config)
+            tags = [RunTag(key, value) for key, value in ending(ended, why).items()]
+            metrics = self.epochs.pop(ended.number, [])
+            self.store.client.log_batch(run, metrics=metrics, tags=tags)
+            self.store.client.set_terminated(run, RUN_STATUS[ended.state])
+            self.ended.add(ended.number)
+        if epochs:
+            while self.epochs:
+                number, metrics = self.epochs.popitem()
+                self.store.client.log_batch(self.runs[number], metrics=metrics)
+            self.flushed = time.monotonic()
 
-    def _run_of(self, trial) -> str:
+    def _run_of(self, config: TrialConfig) -> str:
         """The trial's run; made when it is first heard of (one may fail before it starts)."""
-        config = cast(TrialConfig, trial.config)
         number = config["number"]
         if number not in self.runs:
             tags = {
@@ -213,10 +232,3 @@ class Tracker(tune.Callback):
         for file, text in texts.items():
             client.log_text(run.info.run_id, text, file)
         return run.info.run_id
-
-    def _end(self, trial, ended: Row, why: str | None = None) -> None:
-        run = self._run_of(trial)
-        tags = [RunTag(key, value) for key, value in ending(ended, why).items()]
-        self.store.client.log_batch(run, metrics=self.unsent.pop(run, []), tags=tags)
-        self.store.client.set_terminated(run, RUN_STATUS[ended.state])
-        self.ended.add(ended.number)
