@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 import jax
@@ -126,39 +126,43 @@ def _run(
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
     )
     done = 0 if state is None else int(state.epoch[0])
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=config.epochs, completed=done)
+        _log_to(sys.stdout)  # which is rich's while the bar is drawn: lines go above it
 
         def report(state: training.TrainingState, metrics: training.Metrics) -> None:
             for name, values in metrics.items():
                 results.setdefault(name, []).append(float(values[0]))
             checkpoint.save(folder / CHECKPOINT, config, state)
-            line = _line(int(state.epoch[0]), config.epochs, results)
-            log.info(line)
-            progress.update(bar, advance=1, description=line)
+            log.info(_line(int(state.epoch[0]), config.epochs, results))
+            progress.advance(bar)
 
         training.train(config, [seed], report, state)
+    _log_to(sys.stdout)
     results["wall_time"] = time.perf_counter() - start
     results["first_epoch"] = done + 1
     _write_json(folder / "results.json", results)
 
 
+def _log_to(stream: TextIO) -> None:
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(stream)
+
+
 def _line(epoch: int, epochs: int, results: Mapping[str, list[float]]) -> str:
-    parts = [
-        f"epoch {epoch}/{epochs}",
-        f"train loss (CL) {results['train_CL_loss'][-1]:.3f}",
-        f"accuracy (CL) {results['train_CL_accuracy'][-1]:.1f} %",
-        f"valid loss {results['valid_loss'][-1]:.3f}",
-        f"accuracy {results['valid_accuracy'][-1]:.1f} %",
-    ]
-    if "test_accuracy" in results:
-        parts.append(f"test accuracy {results['test_accuracy'][-1]:.1f} %")
-    if (converged := results["train_CL_converged_share"][-1]) < 1:
+    last = {name: values[-1] for name, values in results.items()}
+    parts = [f"epoch {epoch}/{epochs}"]
+    for split, name in (("train_CL", "train"), ("train_OL", "train OL"), ("valid", "valid")):
+        if f"{split}_loss" in last:
+            parts.append(f"{name} {last[f'{split}_loss']:.3f}, {last[f'{split}_accuracy']:.1f} %")
+    if "test_loss" in last:
+        parts.append(f"test {last['test_loss']:.3f}, {last['test_accuracy']:.1f} %")
+    if (converged := last["train_CL_converged_share"]) < 1:
         parts.append(f"converged {100 * converged:.1f} %")
-    return ", ".join([*parts, f"{results['epoch_seconds'][-1]:.1f} s"])
+    return " | ".join([*parts, f"{last['epoch_seconds']:.1f} s"])
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,3 +18,13 @@ def float64():
     """The module's arrays are float64: `pytestmark = pytest.mark.usefixtures("float64")`."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """XLA compiles the module's programs in half the time, and they run slower."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)

@@ -1,0 +1,246 @@
+"""Every value of the published implementation that the reference folder holds.
+
+The folder is $DISINHIB_REFERENCE, by default the project's own copy; shared/reference/README.md
+says what is in a file. Whatever else a file holds than what is listed here as its input is
+compared with ours, so that no array is passed over in silence.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from disinhib import rules
+from disinhib.activations import Shape
+from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
+from disinhib.feedback import jacobian_weights, per_sample
+from disinhib.losses import LOSSES
+from disinhib.microcircuit import microcircuit
+from disinhib.optimizers import OPTIMIZERS
+
+pytestmark = pytest.mark.usefixtures("float64", "unoptimised")
+
+FOLDER = Path(os.environ.get("DISINHIB_REFERENCE") or Path(__file__).parent / "reference")
+FILES = sorted(FOLDER.glob("*.npz"))
+RULE_OF = {"exact": "exact-inv", "linthresh": "lin-thresh", "taylor": "taylor"}
+INPUTS = ("config", "x", "target", "kernel_", "bias_", "init_")
+SETTINGS = ("learning_rate", "avg_inh_lambda", "avg_inh_init", "taylor_y0")  # as in config
+
+# Newton's tolerance leaves errors near rounding. The integrator's tolerances bound the error it
+# makes on the way; at a fixed point of the equations it makes none, so that the 1e-6 asked of
+# Newton holds for it too, once the slowest mode (leak/tau_c) has died out: see `integrated`.
+RELATIVE = 1e-6
+NEWTON = Newton(tolerance=1e-12, max_iterations=100)
+
+
+@cache
+def arrays(file):
+    with np.load(file) as content:
+        return {name: content[name] for name in content.files}
+
+
+def files_with(name):
+    found = [file for file in FILES if name in arrays(file)]
+    return pytest.mark.parametrize("file", found, ids=[file.stem for file in found])
+
+
+def test_the_folder_holds_cases_of_both_kinds_and_nothing_else():
+    kinds = [{"ol_y", "init_kernel_out"} & set(arrays(file)) for file in FILES]
+    assert {"ol_y"} in kinds or {"init_kernel_out"} in kinds, f"no cases in {FOLDER}"
+    assert all(len(kind) == 1 for kind in kinds)
+
+
+# --- Reading a case ----------------------------------------------------------------------------
+
+
+def name_in(options, default):
+    """A kind's name as this project spells it, from any of the keys that may hold it."""
+    if isinstance(options, str):
+        return options
+    return options.get("kind", options.get("name", default))
+
+
+def shape_in(options):
+    return Shape(**{name: options[name] for name in Shape._fields if name in options})
+
+
+def renamed(options, names):
+    """The hyperparameters that `options` give, under their names here; absent ones keep the
+    defaults of `Hyperparameters`, which are the published ones."""
+    return {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+
+
+def read(file, solver):
+    """(architecture, hyperparameters) of a case; its sizes are its kernels'."""
+    data = arrays(file)
+    config = json.loads(data["config"].item())
+    vf, trainer = config["model"]["vf"], config["trainer"]
+    control, optimizer = vf["controller"], dict(config.get("optimizer", {"name": "adam"}))
+    optimizer_name = optimizer.pop("name", optimizer.pop("kind", "adam"))
+    scalars = {"adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8}, "sgd": {"momentum": 0.0}}
+    prefix = "init_" if "init_kernel_out" in data else ""
+    names = [*(str(layer) for layer in range(vf["nb_hidden"])), "out"]
+    kernels = [data[f"{prefix}kernel_{name}"] for name in names]
+    hyper = Hyperparameters(
+        optimizer={"learning_rate": 1e-3, **scalars[optimizer_name], **optimizer},
+        shape_e=shape_in(vf["actE"]),
+        shape_i=shape_in(vf["actI"]),
+        **renamed(vf, {"g_EI": "g_ei", "g_IE": "g_ie", "tauE": "tau_e", "tauI": "tau_i"}),
+        **renamed(control, {"k_p": "k_p", "k_i": "k_i", "leak": "leak", "tau": "tau_c"}),
+        **renamed(
+            {**config, **trainer},
+            {
+                "norm_val": "norm_val",
+                "clip_val": "clip_val",
+                "target_nudge": "target_nudge",
+                "avg_inh_lambda": "avg_inh_lambda",
+                "avg_inh_init": "avg_inh_init",
+                "taylor_y0": "y0",
+                "y0": "y0",
+            },
+        ),
+    )
+    flags = ("average_fb_weights", "clip_fb_weights", "norm_fb_weights", "strong_fb")
+    architecture = Architecture(
+        rule=trainer.get("rule", "exact-inv"),
+        circuit="dale",
+        sizes=(kernels[0].shape[0], *(kernel.shape[1] for kernel in kernels)),
+        use_bias=vf["use_bias"],
+        activation_e=name_in(vf["actE"], "softrelu"),
+        activation_i=name_in(vf["actI"], "softrelu"),
+        controller=name_in(control, "leaky-pi" if "k_i" in control else "proportional"),
+        loss=name_in(config["dataset"]["loss"], "softmax-cross-entropy"),
+        fb_to_readout=vf["fb_to_readout"],
+        optimizer=optimizer_name,
+        batch_size=data["x"].shape[-2],
+        solver=NEWTON if solver == "newton" else integrated(hyper),
+        **{flag: trainer[flag] for flag in flags if flag in trainer},
+    )
+    return architecture, hyper
+
+
+def integrated(hyper):
+    """Tight, and for thirty time constants of the controller: e^-30 is 1e-13. (The reference was
+    itself integrated for 30 s.)"""
+    seconds = min(30.0, 30 * hyper.tau_c / min(1.0, hyper.leak))
+    return Ode(T=seconds, rtol=1e-9, atol=1e-11, early_termination=False)
+
+
+def parameters_in(data, prefix=""):
+    marks = (f"{prefix}kernel_", f"{prefix}bias_")
+    return {
+        name.removeprefix(prefix): jnp.asarray(value, float)
+        for name, value in data.items()
+        if name.startswith(marks)
+    }
+
+
+# --- Comparing ---------------------------------------------------------------------------------
+
+
+def compare(found, data, relative):
+    """Every array of the file that is not an input, relative to its largest magnitude."""
+    wanted = {
+        name: value
+        for name, value in data.items()
+        if not name.startswith(INPUTS) and name not in SETTINGS
+    }
+    assert sorted(wanted) == sorted(set(wanted) & set(found)), "arrays that are not compared"
+    errors = {}
+    for name, value in wanted.items():
+        ours = np.asarray(found[name])
+        assert ours.shape == value.shape, name
+        assert np.isfinite(ours).all(), name
+        if np.isfinite(value).all():  # a saturated tangent is infinite in the published code
+            errors[name] = np.max(np.abs(ours - value)) / (np.max(np.abs(value)) or 1.0)
+    assert errors == {name: pytest.approx(0, abs=relative) for name in errors}
+
+
+def once(function):
+    """`function` whose first answer is given to all later callers."""
+    answers = []
+
+    def answer(*arguments):
+        answers.append(arguments)
+        if len(answers) == 1:
+            answer.arguments = arguments
+            answer.result = function(*arguments)
+        return answer.result
+
+    return answer
+
+
+@pytest.mark.parametrize("solver", ["newton", "ode"])
+@files_with("ol_y")
+def test_a_static_case(file, solver, monkeypatch):
+    architecture, hyper = read(file, solver)
+    data = arrays(file)
+
+    # In one program, to compile it once. The three rules share their solutions, which do not
+    # depend on the rule; what they aim at and feed back is what the solver was given.
+    @jax.jit
+    def everything(parameters, hyper, x, target):
+        opened, closed = once(rules.open_loop), once(rules.closed_loop)
+        monkeypatch.setattr(rules, "open_loop", opened)
+        monkeypatch.setattr(rules, "closed_loop", closed)
+        found = {}
+        for short, rule in RULE_OF.items():
+            entry = rules.RULES[rule]
+            memory = entry.initial_state(architecture, hyper)
+            update = entry.update(architecture, parameters, memory, hyper, x, target)
+            for name, gradient in update.gradients.items():
+                found[f"grad_{short}_{name}"] = gradient
+            if rule == "lin-thresh":
+                found |= {f"avg_rI_{layer}": y0 for layer, y0 in enumerate(update.rule_state)}
+        *_, nudged_target, weights, _ = closed.arguments
+        state = opened.result.state
+        jacobians = jacobian_weights(microcircuit(architecture, hyper), parameters, state)
+        layers = {
+            "jac": jacobians,
+            "Q": per_sample(weights, len(x)),
+            "ol_uE": state.u_e,
+            "ol_uI": state.u_i,
+            "cl_uE": closed.result.state.u_e,
+            "cl_uI": closed.result.state.u_i,
+        }
+        found |= {f"{name}_{l}": v for name, values in layers.items() for l, v in enumerate(values)}
+        found |= {"ol_y": state.u_y, "cl_y": closed.result.state.u_y}
+        found |= {"nudged_target": nudged_target}
+        return found, (opened.result.converged, closed.result.converged)
+
+    found, converged = everything(
+        parameters_in(data), hyper, jnp.asarray(data["x"]), jnp.asarray(data["target"])
+    )
+    assert np.all(converged)
+    compare(found, data, RELATIVE)
+
+
+@pytest.mark.parametrize("solver", ["newton", "ode"])
+@files_with("init_kernel_out")
+def test_a_training_case(file, solver):
+    architecture, hyper = read(file, solver)
+    data = arrays(file)
+    optimizer = OPTIMIZERS[architecture.optimizer](hyper.optimizer)
+    rule = rules.RULES[architecture.rule]
+
+    def step(carry, batch):
+        parameters, optimizer_state, memory = carry
+        update = rule.update(architecture, parameters, memory, hyper, *batch)
+        loss = LOSSES[architecture.loss].value(update.solution.state.u_y, batch[1])
+        changes, optimizer_state = optimizer.update(update.gradients, optimizer_state)
+        parameters = optax.apply_updates(parameters, changes)
+        return (parameters, optimizer_state, update.rule_state), jnp.mean(loss)
+
+    parameters = parameters_in(data, "init_")
+    carry = (parameters, optimizer.init(parameters), rule.initial_state(architecture, hyper))
+    batches = tuple(jnp.asarray(data[name], float) for name in ("x", "target"))
+    (parameters, *_), losses = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, batches)
+    found = {f"final_{name}": value for name, value in parameters.items()}
+    # Adam divides a gradient by its own size: parameters are good to less than gradients are.
+    compare(found | {"closed_loop_loss": losses}, data, 1e-5)
