@@ -107,7 +107,9 @@ def measure(repeats: int, steps: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description="time of one training step"
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def load(path: Path, config: RunConfig) -> TrainingState:
     differences are named).
     """
     try:
-        content = serialization.msgpack_restore(path.read_bytes())
+        content: Any = serialization.msgpack_restore(path.read_bytes())
         saved, state = content["architecture"], content["state"]
         seeds = state["seed"]
     except FileNotFoundError as error:

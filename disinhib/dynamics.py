@@ -11,7 +11,7 @@ Potentials are dimensionless, times in seconds. Published: `src/models/dale/vf.p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -150,7 +150,7 @@ def trajectory(
 
     def solve(first_input, control, start):
         field = _field(architecture, parameters, hyper, first_input, control)
-        states = diffrax.diffeqsolve(
+        states: Any = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
             t0=0.0,

@@ -55,13 +55,13 @@ LOSSES: dict[str, Loss] = {
 
 
 def soft_targets(
-    labels: Int[Array, " batch"], classes: int, value: Float[Array, ""]
+    labels: Int[Array, " batch"], classes: int, value: Float[Array, ""] | float
 ) -> Float[Array, "batch classes"]:
     """Targets with `value` on the class and the rest spread evenly (published default 0.99).
 
     `value = 1` gives one-hot targets.
     """
-    rest = (1 - value) / (classes - 1)
+    rest = jnp.asarray((1 - value) / (classes - 1))
     return jax.nn.one_hot(labels, classes, dtype=rest.dtype) * (value - rest) + rest
 
 

@@ -10,7 +10,9 @@ from disinhib.architecture import Scalar
 
 # name: scalars (the options of conf/optimizer/<name>.yaml) -> optax transformation
 OPTIMIZERS: dict[str, Callable[[Mapping[str, Scalar]], optax.GradientTransformation]] = {
-    "adam": lambda scalars: optax.adam(**scalars),
+    "adam": lambda scalars: optax.adam(
+        scalars["learning_rate"], scalars["b1"], scalars["b2"], scalars["eps"]
+    ),
     "sgd": lambda scalars: optax.chain(
         optax.trace(decay=scalars["momentum"]),
         optax.scale_by_learning_rate(scalars["learning_rate"]),

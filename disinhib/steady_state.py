@@ -99,7 +99,7 @@ def _settle(circuit: Microcircuit, a: Array, solver: Newton) -> tuple[Array, Arr
         _, residual, rounds = carry
         return jnp.any(residual > solver.tolerance) & (rounds < solver.max_iterations)
 
-    return jax.lax.while_loop(unsettled, one_round, one_round((start, None, 0)))
+    return jax.lax.while_loop(unsettled, one_round, one_round((start, None, jnp.zeros((), int))))
 
 
 def _neuron_residual(circuit, u_e, a, s):

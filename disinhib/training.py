@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from disinhib import data as datasets
@@ -152,7 +151,7 @@ def epoch(
         target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
         update = rule.update(architecture, parameters, rule_state, hyper, x, target)
         changes, optimizer_state = optimizer.update(update.gradients, optimizer_state, parameters)
-        parameters = optax.apply_updates(parameters, changes)
+        parameters = jax.tree.map(jnp.add, parameters, changes)
         solution = update.solution
         batch_metrics = {
             "loss": jnp.mean(loss(solution.state.u_y, target)),

@@ -221,10 +221,9 @@ def test_a_static_case(file, solver, monkeypatch):
     compare(found, data, RELATIVE)
 
 
-@pytest.mark.parametrize("solver", ["newton", "ode"])
 @files_with("init_kernel_out")
-def test_a_training_case(file, solver):
-    architecture, hyper = read(file, solver)
+def test_a_training_case(file):
+    architecture, hyper = read(file, "newton")
     data = arrays(file)
     optimizer = OPTIMIZERS[architecture.optimizer](hyper.optimizer)
     rule = rules.RULES[architecture.rule]
