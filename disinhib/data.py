@@ -13,7 +13,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -234,8 +233,8 @@ def _read(file: Path, sha256: str) -> bytes:
 def _download(dataset: Dataset, file: str, sha256: str) -> bytes:
     """Decompressed bytes of the first mirror's file that has this hash, kept in the user cache."""
     from filelock import FileLock
-    from requests import RequestException
-    from urllib3.exceptions import HTTPError
+
+    from disinhib.download import BROKEN, fetch
 
     folder = _cache(dataset)
     target, reasons = folder / f"{file}.gz", []
@@ -248,13 +247,13 @@ def _download(dataset: Dataset, file: str, sha256: str) -> bytes:
                 # A part is one mirror's own: another may have compressed differently.
                 part = folder / f"{file}.{hashlib.sha256(mirror.encode()).hexdigest()[:8]}.part"
                 try:
-                    _fetch(f"{mirror}{file}.gz", part)
+                    fetch(f"{mirror}{file}.gz", part)
                     content = _read(part, sha256)
                 except DataError as error:
                     log.warning("%s%s.gz: %s", mirror, file, error)
                     part.unlink(missing_ok=True)
                     reasons.append(f"{mirror}: wrong content")
-                except (RequestException, HTTPError) as error:
+                except BROKEN as error:
                     log.warning("%s%s.gz: %s", mirror, file, error)
                     status = getattr(getattr(error, "response", None), "status_code", "")
                     reasons.append(f"{mirror}: {type(error).__name__} {status}".rstrip())
@@ -267,42 +266,3 @@ def _download(dataset: Dataset, file: str, sha256: str) -> bytes:
         f"{file}.gz was found nowhere and could not be downloaded ({'; '.join(reasons)}): put the"
         f" files of {dataset.folder} into {folder}, or set dataset.path or $DISINHIB_DATA"
     )
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Complete `part` from `url`, going on from what it holds (pooch would begin anew).
-
-    A broken connection is taken up again as long as that brings new bytes. What has come stays in
-    `part`, for the next process too.
-    """
-    import requests
-    from rich.console import Console
-    from rich.progress import wrap_file
-    from urllib3.exceptions import HTTPError
-
-    console = Console(stderr=True)
-    while True:
-        have = part.stat().st_size if part.exists() else 0
-        # identity: a range counts bytes as stored, so nothing may be encoded on the way.
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
-                if response.status_code == 416:  # nothing beyond what we have: its hash decides
-                    return
-                response.raise_for_status()
-                # A server that knows no ranges sends the whole file, which replaces the part.
-                goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                with (
-                    part.open("ab" if goes_on else "wb") as out,
-                    wrap_file(
-                        response.raw,
-                        total=int(response.headers.get("Content-Length", 0)),
-                        description=url.rsplit("/", 1)[-1],
-                        console=console,
-                        disable=not console.is_terminal,
-                    ) as source,
-                ):
-                    return shutil.copyfileobj(source, out)
-        except (requests.RequestException, HTTPError):
-            if not part.exists() or part.stat().st_size <= have:
-                raise

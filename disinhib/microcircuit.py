@@ -3,8 +3,8 @@
     u_E = a - g_IE phi_I(u_I)          u_I = g_EI phi_E(u_E) - s
 
 Eliminating u_I leaves one scalar equation a neuron, f(u_E) = u_E + g_IE phi_I(u_I) - a = 0.
-For increasing activations and positive gains f' >= 1, so the root is unique, |f| bounds the
-distance to it, and Newton's step never leaves [u - f, u].
+For increasing activations and positive gains f' >= 1, so the root is unique and |f| bounds the
+distance to it: it lies between u and u - f.
 """
 
 from __future__ import annotations
@@ -59,17 +59,33 @@ def loop_gain(circuit: Microcircuit, u_e: Neurons, u_i: Neurons) -> Neurons:
     )
 
 
+class Search(NamedTuple):
+    """Newton's method on f(u_E) = 0, safeguarded: the root lies in [low, high]."""
+
+    u_e: Neurons
+    low: Neurons
+    high: Neurons
+    imbalance: Neurons  # |f| one step ago
+
+
+def search_from(u_e: Neurons) -> Search:
+    unknown = jnp.full_like(u_e, jnp.inf)
+    return Search(u_e, -unknown, unknown, unknown)
+
+
 def relax(
-    circuit: Microcircuit, u_e: Neurons, a: Neurons, s: Neurons | float, steps: int
-) -> Neurons:
-    """`steps` Newton steps on f, kept within the root's bracket (bisecting where one leaves it:
-    saturating activations make f neither convex nor concave)."""
-    low, high = -jnp.inf, jnp.inf
+    circuit: Microcircuit, search: Search, a: Neurons, s: Neurons | float, steps: int
+) -> Search:
+    """`steps` Newton steps on f; where one leaves the root's bracket, or the last one did not
+    halve |f|, the bracket is halved instead. (Saturating activations make f neither convex nor
+    concave, and Newton's method can jump from one side of the root to the other for ever.)"""
     for _ in range(steps):
+        u_e, low, high, last = search
         f, slope = imbalance(circuit, u_e, a, s)
         # f' >= 1 puts the root within |f| of u.
         low = jnp.maximum(low, u_e - jnp.maximum(f, 0))
         high = jnp.minimum(high, u_e - jnp.minimum(f, 0))
         newton = u_e - f / slope
-        u_e = jnp.where((newton < low) | (newton > high), 0.5 * (low + high), newton)
-    return u_e
+        stray = (newton < low) | (newton > high) | (2 * jnp.abs(f) > last)
+        search = Search(jnp.where(stray, 0.5 * (low + high), newton), low, high, jnp.abs(f))
+    return search

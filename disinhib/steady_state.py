@@ -31,6 +31,7 @@ from disinhib.microcircuit import (
     inhibitory_potential,
     microcircuit,
     relax,
+    search_from,
 )
 from disinhib.network import NetworkState, Parameters, feedforward_input
 
@@ -91,15 +92,17 @@ def _settle(circuit: Microcircuit, a: Array, solver: Newton) -> tuple[Array, Arr
     start = (a - f_0) / slope_0
 
     def one_round(carry):
-        u_e, _, rounds = carry
-        u_e = relax(circuit, u_e, a, 0.0, steps=2)
-        return u_e, _neuron_residual(circuit, u_e, a, 0.0), rounds + 1
+        search, _, rounds = carry
+        search = relax(circuit, search, a, 0.0, steps=2)
+        return search, _neuron_residual(circuit, search.u_e, a, 0.0), rounds + 1
 
     def unsettled(carry):
         _, residual, rounds = carry
         return jnp.any(residual > solver.tolerance) & (rounds < solver.max_iterations)
 
-    return jax.lax.while_loop(unsettled, one_round, one_round((start, None, jnp.zeros((), int))))
+    first = one_round((search_from(start), None, jnp.zeros((), int)))
+    search, residual, rounds = jax.lax.while_loop(unsettled, one_round, first)
+    return search.u_e, residual, rounds
 
 
 def _neuron_residual(circuit, u_e, a, s):
@@ -229,7 +232,7 @@ def _evaluation(
         for layer, s in enumerate(disinhibition(control, weights)):
             if layer > 0:
                 a = feedforward_input(parameters, layer, rate)
-            u_e = relax(circuit, last[layer], a, s, steps=1)
+            u_e = relax(circuit, search_from(last[layer]), a, s, steps=1).u_e
             potentials.append(u_e)
             rate = circuit.phi_e.value(u_e)
             residual = jnp.maximum(residual, _neuron_residual(circuit, u_e, a, s))

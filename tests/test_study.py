@@ -1,5 +1,5 @@
-"""Studies, with the real Ray, Optuna and MLflow: one small study looked at from many sides, and what
-a study refuses."""
+"""Studies, with the real Ray, Optuna and MLflow: one small study looked at from many sides, and
+what a study refuses."""
 
 import io
 import json
@@ -18,10 +18,19 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib import config
+from disinhib import command_line, config
 from disinhib.config import ConfigError
 from disinhib.tuning import options, progress, schedule, search, study
-from disinhib.tuning.trial import COMPLETE, FAILED, KILLED, PRUNED, Row, TrainingTrial, state
+from disinhib.tuning.trial import (
+    COMPLETE,
+    FAILED,
+    KILLED,
+    PRUNED,
+    Row,
+    TrainingTrial,
+    environment,
+    state,
+)
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +40,7 @@ TINY = ("experiment=smoke", "space=tiny", "cluster.max_concurrent=1")
 
 
 def tiny(trial):
-    """Two trials of each rule; the second exact-inv cannot learn, the second lin-thresh diverges."""
+    """Two trials of each rule; exact-inv's second cannot learn, lin-thresh's second diverges."""
     rule = trial.suggest_categorical("trainer", tuple(RULES))
     rate = trial.suggest_float(f"{rule}.optimizer.learning_rate", 5e-3, 2e-2, log=True)
     overrides = {"model/vf": RULES[rule], "trainer": rule, "optimizer.learning_rate": rate}
@@ -59,16 +68,27 @@ class Witness(tune.Callback):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def programs(tmp_path_factory):
+    """Environment of processes that share what they compile, with each other only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(programs, tmp_path_factory):
     """A finished study of six trials, what a witness of it saw, and what it printed."""
-    SPACES["tiny"] = tiny
-    console, witness = Console(file=io.StringIO(), width=120), Witness()
-    asked = options.compose([*TINY, f"out_dir={tmp_path_factory.mktemp('study')}"])
-    options.check_space(asked)
-    done = study.run(asked, console, callbacks=[witness])
+    printed, witness = io.StringIO(), Witness()
+    console = Console(file=printed, width=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SPACES, "tiny", tiny)
+        asked = options.compose([*TINY, f"out_dir={tmp_path_factory.mktemp('study')}"])
+        options.check_space(asked)
+        done = study.run(asked, console, callbacks=[witness])
     study.summary(done, console)
-    yield done, witness, console.file.getvalue()
-    del SPACES["tiny"]
+    return done, witness, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +178,31 @@ def test_the_second_trial_of_a_structure_compiles_nothing(finished):
     assert witness.results[PRUNED_TRIAL][0]["metrics"]["compilations"] == 0  # exact-inv, as 1
 
 
-def test_a_worker_keeps_to_its_share_of_the_cores(finished):
-    _, witness, _ = finished
-    asked = study.trial.environment(cpus=1, gpus=0)
-    assert asked["PJRT_NPROC"] == "1" and asked["JAX_PLATFORMS"] == "cpu"
-    assert "JAX_PLATFORMS" not in study.trial.environment(cpus=2, gpus=0.5)
+def test_the_pools_of_a_worker_are_of_its_share_of_the_cores():
+    shared = environment(cpus=1, gpus=0)
+    assert shared["PJRT_NPROC"] == "1" and shared["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_PLATFORMS" not in environment(cpus=2, gpus=0.5)
+
+
+CORES = """
+import os, time
+os.sched_setaffinity(0, range(os.cpu_count()))
+import jax, jax.numpy as jnp
+product = jax.jit(lambda a: jax.lax.fori_loop(0, 40, lambda _, b: jnp.tanh(b @ a), a))
+a = jnp.ones((1024, 1024)) / 1024
+product(a).block_until_ready()
+wall, cpu = time.perf_counter(), time.process_time()
+product(a).block_until_ready()
+print((time.process_time() - cpu) / (time.perf_counter() - wall))
+"""
+
+
+def test_xla_keeps_to_that_share():
+    measured = subprocess.run(
+        [sys.executable, "-c", CORES], env=os.environ | environment(cpus=1, gpus=0),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(measured.stdout) < 1.2
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -211,22 +251,29 @@ def test_the_folder_of_a_study_has_its_options(finished):
     assert kept["space"] == "tiny" and kept["trials"] == 6
 
 
-# Refusals: the real command. One line that names option, given and allowed; nothing written.
+# Refusals. One line that names option, given and allowed; nothing written.
 
 REFUSED = {
     "space=rulez": ["space: given rulez", "rules, bp", "did you mean rules?"],
     "trials=0": ["trials: given 0", "at least 1"],
     "trials=2.5": ["trials: given 2.5", "whole number"],
     "trails=5": ["trails: unknown option", "did you mean trials?"],
+    "+searcher.seed=5": ["searcher.seed: unknown option"],
     "scheduler=ahsa": ["scheduler: given ahsa", "asha"],
     "searcher.n_startup=3": ["searcher.n_startup: unknown option", "n_startup_trials"],
     "scheduler.grace_period=99": ["scheduler.grace_period: given 99", "1 to epochs"],
     "metric=test_accuracy": ["metric: given test_accuracy", "valid_accuracy"],
-    "mode=maximum": ["mode: given maximum", "max, min"],
+    "mode=maximum": ["mode: given maximum", "one of max, min"],
     "seed=null": ["seed: given null", "whole number"],
     "batchsize=100000": ["batchsize: given 100000", "1150"],
     "epochs=-1": ["epochs: given -1", "at least 1"],
     "device=gpu": ["device: given gpu", "cluster.gpus_per_trial"],
+    "resume=out": ["resume: given out", "null"],
+    "scheduler.reduction_factor=1": ["scheduler.reduction_factor: given 1", "above 1"],
+    "searcher.multivariate=false": ["searcher.group: given true", "searcher.multivariate"],
+    "study=a/b": ["study: given a/b", "a folder's name"],
+    "cluster.cpus_per_trial=0.5": ["cluster.cpus_per_trial: given 0.5", "whole number"],
+    "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
     "optimizer.learning_rate=0.1": ["optimizer.learning_rate: given 0.1", "searches it"],
     "dataset.path=nowhere": ["dataset.path", "nowhere"],
     "cluster.cpus_per_trial=4096": ["cluster.cpus_per_trial: given 4096", "at most"],
@@ -236,18 +283,29 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("override", REFUSED)
-def test_bad_input_is_one_line_and_exit_code_2(override, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(override, tmp_path, monkeypatch, capsys):
     out_dir = [] if override.startswith("out_dir") else [f"out_dir={tmp_path / 'out'}"]
-    refused = subprocess.run(
-        [sys.executable, str(ROOT / "tune_main.py"), *out_dir, override],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert refused.returncode == 2, refused.stderr
-    (line,) = refused.stderr.strip().splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tune_main.py", *out_dir, override])
+    with pytest.raises(SystemExit) as refused:
+        command_line.run(study.main)
+    assert refused.value.code == 2
+    said = capsys.readouterr()
+    (line,) = said.err.strip().splitlines()
     assert line.startswith("error: ")
     for part in REFUSED[override]:
         assert part in line
-    assert refused.stdout == ""
+    assert said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_real_command_refuses_likewise(tmp_path):
+    refused = subprocess.run(
+        [sys.executable, str(ROOT / "tune_main.py"), "trails=5"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    expected = (2, "", "error: trails: unknown option; did you mean trials?\n")
+    assert (refused.returncode, refused.stdout, refused.stderr) == expected
     assert not list(tmp_path.iterdir())
 
 
@@ -376,9 +434,10 @@ def test_a_trial_is_compared_with_its_own_rule_only():
     trials = [Trial("a", "bp"), Trial("b", "taylor"), Trial("c", "bp")]
     decisions = []
     for trial, score in zip(trials, (90.0, 10.0, 10.0), strict=True):
-        scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_add(None, trial)  # pyright: ignore
         result = {"score": score, "training_iteration": 1}
-        decisions.append(scheduler.on_trial_result(None, trial, result))
+        decision = scheduler.on_trial_result(None, trial, result)  # pyright: ignore
+        decisions.append(decision)
     assert decisions == ["CONTINUE", "CONTINUE", "STOP"]
 
 
@@ -387,11 +446,9 @@ def test_every_scheduler_of_conf_can_be_made(name):
     assert study._scheduler(options.compose([f"scheduler={name}"]))
 
 
-@pytest.mark.parametrize(
-    "file", (ROOT / "conf" / "experiment").glob("*.yaml"), ids=lambda f: f.stem
-)
-def test_every_experiment_composes(file):
-    options.check_space(options.compose([f"experiment={file.stem}"]))
+@pytest.mark.parametrize("name", [f.stem for f in (ROOT / "conf/experiment").glob("*.yaml")])
+def test_every_experiment_composes(name):
+    options.check_space(options.compose([f"experiment={name}"]))
 
 
 def test_a_trial_goes_on_from_its_checkpoint(tmp_path):

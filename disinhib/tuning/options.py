@@ -6,7 +6,9 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +19,20 @@ from typing import Any
 import jax
 
 from disinhib import command_line, config, training
-from disinhib.config import ConfigError, nearest, refusal
+from disinhib.config import (
+    COUNT,
+    FLAG,
+    INDEX,
+    NOT_NEGATIVE,
+    OPTIONAL_TEXT,
+    POSITIVE,
+    TEXT,
+    Check,
+    ConfigError,
+    nearest,
+    one_of,
+    refusal,
+)
 from disinhib.tuning import schedule, search
 from disinhib.tuning.trial import TrialConfig
 from search_spaces import SPACES, Overrides
@@ -26,6 +41,35 @@ from search_spaces import SPACES, Overrides
 STUDY_OPTIONS = ("study", "space", "trials", "metric", "mode")
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
 METRICS = ("valid_accuracy", "valid_loss")  # what selection may rest on: validation only
+
+OPTIONAL_COUNT: Check = (lambda v: v is None or COUNT[0](v), f"{COUNT[1]}, or null")
+CHECKS: dict[str, Check] = {
+    "study": (lambda v: v is None or re.fullmatch(r"[\w.-]*\w", str(v)), "a folder's name or null"),
+    "space": one_of(SPACES),
+    "trials": COUNT,
+    "epochs": COUNT,
+    "metric": one_of(METRICS),
+    "mode": one_of(("max", "min")),
+    "seed": INDEX,
+    "scheduler.name": one_of(schedule.SCHEDULERS),
+    "scheduler.within_rule": FLAG,
+    "scheduler.grace_period": OPTIONAL_COUNT,
+    "scheduler.reduction_factor": (lambda v: POSITIVE[0](v) and v > 1, "a number above 1"),
+    "scheduler.brackets": COUNT,
+    "searcher.name": one_of(search.SAMPLERS),
+    "searcher.balanced": FLAG,
+    "searcher.n_startup_trials": INDEX,
+    "searcher.n_ei_candidates": COUNT,
+    "searcher.multivariate": FLAG,
+    "searcher.group": FLAG,
+    "searcher.constant_liar": FLAG,
+    "cluster.address": OPTIONAL_TEXT,
+    "cluster.cpus_per_trial": COUNT,
+    "cluster.gpus_per_trial": NOT_NEGATIVE,
+    "cluster.max_concurrent": OPTIONAL_COUNT,
+    "tracking.uri": OPTIONAL_TEXT,
+    "tracking.experiment": TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +102,7 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed.
     """
     settings, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
-    _one_of("space", settings["space"], SPACES)
+    _check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(search.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
@@ -67,6 +111,7 @@ def compose(overrides: Sequence[str]) -> Study:
     options, _ = command_line.compose("study", [*overrides, *groups])
     _check(options)
     out_dir = Path(options["out_dir"]).absolute()
+    _check_folder(out_dir)
     default = f"{options['space']}-{options['dataset']['name']}"
     own = ("space", "trials", "epochs", "seed", "metric", "mode")
     groups = ("scheduler", "searcher", "cluster", "tracking")
@@ -90,25 +135,29 @@ def _name_of(override: str) -> str:
 
 def _check(options: Mapping[str, Any]) -> None:
     """Raises ConfigError if an option of the study itself is not allowed."""
-    _one_of("metric", options["metric"], METRICS)
-    _one_of("mode", options["mode"], ("max", "min"))
-    _one_of("scheduler.name", options["scheduler"]["name"], schedule.SCHEDULERS)
-    _one_of("searcher.name", options["searcher"]["name"], search.SAMPLERS)
-    _at_least("trials", options["trials"], 1, int)
-    _at_least("epochs", options["epochs"], 1, int)
-    _at_least("seed", options["seed"], 0, int)
-    cluster = options["cluster"]
-    _at_least("cluster.cpus_per_trial", cluster["cpus_per_trial"], 1, int)
-    _at_least("cluster.gpus_per_trial", cluster["gpus_per_trial"], 0, (int, float))
-    if cluster["max_concurrent"] is not None:
-        _at_least("cluster.max_concurrent", cluster["max_concurrent"], 1, int)
-    if options["device"] == "gpu" and not cluster["gpus_per_trial"]:
-        raise ConfigError("device: given gpu, needs cluster.gpus_per_trial above 0")
+    for name, value in config.flatten(_own(options)).items():
+        if name not in CHECKS:
+            raise ConfigError(f"{name}: unknown option{nearest(name, CHECKS)}")
+        test, allowed = CHECKS[name]
+        if not test(value):
+            names = allowed.removeprefix("one of ").split(", ")
+            raise refusal(name, value, allowed + nearest(str(value), names))
+    searcher, scheduler = options["searcher"], options["scheduler"]
+    if searcher.get("group") and not searcher["multivariate"]:
+        raise refusal("searcher.group", True, "false without searcher.multivariate")
+    grace = scheduler.get("grace_period")
+    if grace is not None and grace > options["epochs"]:
+        raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
+    if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
+        raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
     if options["resume"] is not None:
         raise refusal("resume", options["resume"], "null (trials of a study start afresh)")
-    grace = options["scheduler"].get("grace_period", 1)
-    if not 1 <= grace <= options["epochs"]:
-        raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
+
+
+def _own(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `training_options` leaves out, and what a study needs of the rest."""
+    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed")
+    return {name: options[name] for name in names if name in options}
 
 
 def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +250,13 @@ def _blaming(space: str) -> Iterator[None]:
         raise ConfigError(f"{error} (in space={space})") from error
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises ConfigError if nothing can be written there, or in the nearest parent there is."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise refusal("out_dir", folder, f"a folder that can be written ({existing} cannot)")
+
+
 def _name(given: str | None, default: str, out_dir: Path) -> str:
     """The study's name: its own folder must not be there yet."""
     if given is None:
@@ -209,14 +265,3 @@ def _name(given: str | None, default: str, out_dir: Path) -> str:
     if (out_dir / given).exists():
         raise refusal("study", given, f"a new name ({out_dir / given} is there already)")
     return given
-
-
-def _one_of(option: str, given: Any, allowed: Iterable[str]) -> None:
-    if given not in allowed:
-        raise refusal(option, given, f"one of {', '.join(allowed)}{nearest(str(given), allowed)}")
-
-
-def _at_least(option: str, given: Any, least: int, kinds: type | tuple[type, ...]) -> None:
-    if isinstance(given, bool) or not isinstance(given, kinds) or given < least:
-        what = "a whole number" if kinds is int else "a number"
-        raise refusal(option, given, f"{what} of at least {least}")

@@ -16,7 +16,10 @@ from disinhib.tuning.trial import SCORE
 
 def asha(options: Mapping[str, Any], epochs: int, mode: str) -> TrialScheduler:
     """Asynchronous successive halving; `epochs` is a trial's whole budget."""
-    return AsyncHyperBandScheduler(metric=SCORE, mode=mode, max_t=epochs, **options)
+    grace_period = options["grace_period"] or max(1, epochs // 4)
+    return AsyncHyperBandScheduler(
+        metric=SCORE, mode=mode, max_t=epochs, **{**options, "grace_period": grace_period}
+    )
 
 
 def none(options: Mapping[str, Any], epochs: int, mode: str) -> TrialScheduler:

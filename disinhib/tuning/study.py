@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,8 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
-from disinhib.config import ConfigError
+from disinhib import command_line
+from disinhib.config import refusal
 from disinhib.tuning import progress, schedule, search, trial
 from disinhib.tuning.options import Study, check_space, compose, configure
 from search_spaces import SPACES
@@ -52,9 +52,12 @@ class Finished:
     seconds: float
 
 
-def main(overrides: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the study that the command line asks for; 0 if any trial was completed."""
-    study = compose(overrides)
+    if {"-h", "--help"} & {*arguments}:
+        print((command_line.CONFIGURATIONS / "study.yaml").read_text(), end="")
+        return 0
+    study = compose(arguments)
     check_space(study)
     console = Console()
     finished = run(study, console)
@@ -80,11 +83,10 @@ def run(
     os.environ.update(RAY_SWITCHES)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _cluster(study):
-        _make_folder(study.out_dir)
         uri = tracking.absolute(study.tracking["uri"], study.out_dir)
         artifacts = study.out_dir / "mlflow-artifacts"
         store = tracking.open_store(uri, study.tracking["experiment"], artifacts)
-        _make_folder(study.folder)
+        study.folder.mkdir(parents=True)
         (study.folder / "study.yaml").write_text(yaml.safe_dump(dict(study.options)))
         tracker = tracking.Tracker(store, study.name, study.options, command(study))
         shown = progress.Progress(console, study.trials, study.metric, study.mode)
@@ -115,10 +117,8 @@ def _cluster(study: Study) -> Iterator[None]:
         for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
             if asked > most:
-                raise ConfigError(
-                    f"cluster.{option}_per_trial: given {asked}, allowed is at most {most:g},"
-                    f" what the largest machine has"
-                )
+                allowed = f"at most {most:g}, what the largest machine has"
+                raise refusal(f"cluster.{option}_per_trial", asked, allowed)
         yield
     finally:
         ray.shutdown()
@@ -204,14 +204,3 @@ def _tool(name: str) -> str:
     """The environment's command `name`, as short as it can be typed from here."""
     path = Path(sys.executable).parent / name
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"out_dir: given {folder}, allowed is a folder that can be written ({error.strerror})"
-        ) from error

@@ -28,7 +28,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
-from disinhib.config import ConfigError
+from disinhib.config import refusal
 from disinhib.tuning.trial import (
     COMPLETE,
     FAILED,
@@ -93,10 +93,8 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Store:
             else:
                 experiment_id = found.experiment_id
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
-        raise ConfigError(
-            f"tracking.uri: given {uri!r}, allowed is the address of an MLflow store that answers"
-            f" ({_one_line(error)})"
-        ) from error
+        allowed = f"the address of an MLflow store that answers ({_one_line(error)})"
+        raise refusal("tracking.uri", uri, allowed) from error
     return Store(uri, experiment_id)
 
 
