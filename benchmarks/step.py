@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -60,14 +61,17 @@ def random_data(steps: int) -> training.Data:
     return training.Data(split, split, split, split, jnp.asarray(1 / 255, float))
 
 
-def prepared(rule: str, hidden: int, solver: Newton | Ode, steps: int):
-    """A function that runs `steps` training steps, compiled, and returns seconds a step."""
+def prepared(
+    rule: str, hidden: int, solver: Newton | Ode, steps: int, lanes: int = 1
+) -> Callable[[], float]:
+    """A function that runs `steps` training steps of every lane, compiled, and returns seconds a
+    step (of all lanes)."""
     structure = architecture(rule, hidden, solver)
     hyper = training.as_arrays(
         Hyperparameters({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8})
     )
     config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0)
-    state = training.initial_state(config, [0])
+    state = training.initial_state(config, range(lanes))
     data = random_data(steps)
 
     def run() -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
         try:
             parsed.append(parser.parse_override(text))
         except HydraException:
-            return ConfigError(f"{text}: not understood, allowed is option=value")
+            return ConfigError(f"{text}: not understood, allowed is option=value (Hydra's grammar)")
     groups = [override for override in parsed if _choices_of(override.key_or_group)]
     for override in groups:
         allowed, given = _choices_of(override.key_or_group), override.value()
@@ -104,11 +105,17 @@ def command(options: Mapping[str, Any], choices: Mapping[str, str]) -> str:
 
     Raises ConfigError if they cannot be composed from conf/train.yaml.
     """
-    _, defaults = compose(TRAINING, [])
-    overrides = [
-        f"{group}={choice}" for group, choice in choices.items() if defaults.get(group) != choice
-    ]
-    base, _ = compose(TRAINING, overrides)
+    overrides: list[str] = []
+    while True:  # a choice brings groups of its own, with their defaults
+        base, chosen = _base(tuple(overrides))
+        differing = [
+            f"{group}={choice}"
+            for group, choice in choices.items()
+            if group in chosen and chosen[group] != choice
+        ]
+        if not differing:
+            break
+        overrides += differing
     base_flat, wanted = flatten(base), flatten(options)
     overrides += [
         f"{name}={_written(value)}"
@@ -119,6 +126,12 @@ def command(options: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     if flatten(recomposed) != wanted:
         raise ConfigError(f"no command composes to these options: {wanted}")
     return shlex.join(["python", "-m", "disinhib", *overrides])
+
+
+@lru_cache(maxsize=64)
+def _base(group_overrides: tuple[str, ...]) -> tuple[Options, Choices]:
+    """Training options under some choices of groups: a study asks for the same few all the time."""
+    return compose(TRAINING, group_overrides)
 
 
 def _written(value: Any) -> str:

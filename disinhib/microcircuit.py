@@ -65,7 +65,7 @@ class Search(NamedTuple):
     u_e: Neurons
     low: Neurons
     high: Neurons
-    imbalance: Neurons  # |f| one step ago
+    imbalance: Neurons  # |f| before a Newton step, inf after the bracket was halved
 
 
 def search_from(u_e: Neurons) -> Search:
@@ -87,5 +87,10 @@ def relax(
         high = jnp.minimum(high, u_e - jnp.minimum(f, 0))
         newton = u_e - f / slope
         stray = (newton < low) | (newton > high) | (2 * jnp.abs(f) > last)
-        search = Search(jnp.where(stray, 0.5 * (low + high), newton), low, high, jnp.abs(f))
+        search = Search(
+            jnp.where(stray, 0.5 * (low + high), newton),
+            low,
+            high,
+            jnp.where(stray, jnp.inf, jnp.abs(f)),
+        )
     return search

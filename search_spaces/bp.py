@@ -7,5 +7,5 @@ def space(trial):
     return {
         "model/vf": "non-dale",
         "trainer": "bp",
-        **log_uniform(trial, "bp", "optimizer.learning_rate", 1e-4, 3e-2),
+        **log_uniform(trial, "bp", "optimizer.learning_rate", 1e-4, 1e-2),
     }

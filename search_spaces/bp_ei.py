@@ -8,6 +8,6 @@ def space(trial):
     return {
         "model/vf": "dale",
         "trainer": "bp",
-        **log_uniform(trial, "bp_ei", "optimizer.learning_rate", 1e-4, 3e-2),
+        **log_uniform(trial, "bp_ei", "optimizer.learning_rate", 1e-4, 1e-2),
         **interneurons(trial, "bp_ei"),
     }

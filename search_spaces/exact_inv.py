@@ -7,7 +7,7 @@ def space(trial):
     return {
         "model/vf": "dale",
         "trainer": "exact-inv",
-        **log_uniform(trial, "exact-inv", "optimizer.learning_rate", 1e-4, 3e-2),
+        **log_uniform(trial, "exact-inv", "optimizer.learning_rate", 1e-4, 1e-2),
         **interneurons(trial, "exact-inv"),
         **feedback(trial, "exact-inv"),
     }

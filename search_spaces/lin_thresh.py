@@ -8,7 +8,7 @@ def space(trial):
     return {
         "model/vf": "dale",
         "trainer": "lin-thresh",
-        **log_uniform(trial, "lin-thresh", "optimizer.learning_rate", 1e-4, 3e-2),
+        **log_uniform(trial, "lin-thresh", "optimizer.learning_rate", 1e-4, 1e-2),
         **interneurons(trial, "lin-thresh"),
         **feedback(trial, "lin-thresh"),
         # Weight of the newest batch in the running mean: 1 forgets all others (published).

@@ -17,9 +17,9 @@ def interneurons(trial, branch):
     rectifier stays, and its sharpness moves it from nearly linear to nearly a rectifier.
     """
     return {
-        **log_uniform(trial, branch, "model.vf.g_EI", 0.25, 4.0),
-        **log_uniform(trial, branch, "model.vf.g_IE", 0.25, 4.0),
-        **log_uniform(trial, branch, "model.vf.actI.sharpness", 0.5, 4.0),
+        **log_uniform(trial, branch, "model.vf.g_EI", 0.4, 2.5),
+        **log_uniform(trial, branch, "model.vf.g_IE", 0.4, 2.5),
+        **log_uniform(trial, branch, "model.vf.actI.sharpness", 0.5, 2.0),
     }
 
 
@@ -28,11 +28,11 @@ def feedback(trial, branch):
     strong = either(trial, branch, "trainer.strong_fb")
     nudged = not strong["trainer.strong_fb"]
     return {
-        **log_uniform(trial, branch, "model.vf.controller.k_p", 0.02, 2.0),
-        **log_uniform(trial, branch, "model.vf.controller.k_i", 0.04, 4.0),
-        **log_uniform(trial, branch, "trainer.norm_val", 0.1, 10.0),
+        **log_uniform(trial, branch, "model.vf.controller.k_p", 0.05, 0.8),
+        **log_uniform(trial, branch, "model.vf.controller.k_i", 0.1, 1.6),
+        **log_uniform(trial, branch, "trainer.norm_val", 0.25, 4.0),
         **either(trial, branch, "trainer.average_fb_weights"),
         **strong,
         # How far a nudged target lies from the open-loop output, towards the label.
-        **(log_uniform(trial, branch, "trainer.target_nudge", 0.005, 0.5) if nudged else {}),
+        **(log_uniform(trial, branch, "trainer.target_nudge", 0.01, 0.5) if nudged else {}),
     }

@@ -44,7 +44,10 @@ METRICS = ("valid_accuracy", "valid_loss")  # what selection may rest on: valida
 
 OPTIONAL_COUNT: Check = (lambda v: v is None or COUNT[0](v), f"{COUNT[1]}, or null")
 CHECKS: dict[str, Check] = {
-    "study": (lambda v: v is None or re.fullmatch(r"[\w.-]*\w", str(v)), "a folder's name or null"),
+    "study": (
+        lambda v: v is None or re.fullmatch(r"[\w.-]*\w", str(v)) is not None,
+        "a folder's name or null",
+    ),
     "space": one_of(SPACES),
     "trials": COUNT,
     "epochs": COUNT,

@@ -21,6 +21,9 @@ from disinhib.tuning.trial import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Row
 PLAIN_SECONDS = 10.0  # between two lines where stdout is no terminal
 
 
+STATES = (COMPLETE, PRUNED, FAILED, RUNNING, KILLED)
+
+
 class Tally(NamedTuple):
     """How many trials are in which state."""
 
@@ -28,6 +31,7 @@ class Tally(NamedTuple):
     pruned: int
     failed: int
     running: int
+    killed: int
 
     @property
     def ended(self) -> int:
@@ -36,7 +40,7 @@ class Tally(NamedTuple):
 
 def tally(rows: Iterable[Row]) -> Tally:
     states = [row.state for row in rows]
-    return Tally(*(states.count(state) for state in (COMPLETE, PRUNED, FAILED, RUNNING)))
+    return Tally(*(states.count(state) for state in STATES))
 
 
 class Standing(NamedTuple):
@@ -96,12 +100,14 @@ def line(rows: Sequence[Row], trials: int, elapsed: float, mode: str) -> str:
 
 def leaderboard(rows: Sequence[Row], metric: str, mode: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
-    table = Table("rule", f"best {metric}", "trial", *Tally._fields, box=None)
+    whole = tally(rows)._asdict()
+    shown = [state for state in STATES if state in (COMPLETE, PRUNED, FAILED) or whole[state]]
+    table = Table("rule", f"best {metric}", "trial", *shown, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for rule, top, now in standings(rows, mode):
         score, number = (f"{top.score:.2f}", str(top.number)) if top else ("none complete", "")
-        table.add_row(rule, score, number, *map(str, now))
+        table.add_row(rule, score, number, *(str(now._asdict()[state]) for state in shown))
     return table
 
 

@@ -53,7 +53,10 @@ class Finished:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the study that the command line asks for; 0 if any trial was completed."""
+    """Runs the study that the command line asks for.
+
+    Returns the exit code: 0, 1 if no trial was completed, 130 if the study was interrupted.
+    """
     if {"-h", "--help"} & {*arguments}:
         print((command_line.CONFIGURATIONS / "study.yaml").read_text(), end="")
         return 0
@@ -62,6 +65,8 @@ def main(arguments: list[str]) -> int:
     console = Console()
     finished = run(study, console)
     summary(finished, console)
+    if progress.tally(finished.rows).killed:
+        return 130
     return 0 if progress.best(finished.rows, study.mode) else 1
 
 
