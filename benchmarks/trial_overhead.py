@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -136,6 +137,7 @@ def main() -> int:
     arguments = parser.parse_args()
     recorder, console = Recorder(), Console()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/programs"  # none from other studies
         asked = options.compose(
             [f"trials={arguments.trials}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
         )
@@ -144,7 +146,7 @@ def main() -> int:
     later = [one for one in found if not one.first]
     excess, compiled = [one.excess for one in later], sum(one.compilations for one in later)
     cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
-    met = statistics.median(excess) < BAR_SECONDS and compiled == 0
+    met = max(excess) < BAR_SECONDS and compiled == 0
     say = partial(console.print, soft_wrap=True, highlight=False)
     console.print(table(found))
     say(f"cores that a running epoch keeps busy: at most {max(cores):.2f}")

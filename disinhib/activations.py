@@ -58,9 +58,24 @@ def _smallest(y):
 
 
 def _softrelu(shape, x):
-    # max(z, 0) + log1p(exp(-|z|)): shares its exponential with the derivative below.
-    z = shape.sharpness * (x - shape.shift)
-    return shape.scale * (jnp.maximum(z, 0) + _log1p_of_share(jnp.exp(-jnp.abs(z))))
+    return shape.scale * _softplus(shape.sharpness * (x - shape.shift))
+
+
+@jax.custom_jvp
+def _softplus(z):
+    """log(1 + exp(z)) = max(z, 0) + log1p(exp(-|z|)): shares its exponential with its slope.
+
+    Differentiated term by term, it would have the slope 0 at z = 0.
+    """
+    return jnp.maximum(z, 0) + _log1p_of_share(jnp.exp(-jnp.abs(z)))
+
+
+def _softplus_slope(z):
+    decay = jnp.exp(-jnp.abs(z))
+    return jnp.where(z > 0, 1.0, decay) / (1 + decay)
+
+
+_softplus.defjvps(lambda dz, answer, z: dz * _softplus_slope(z))
 
 
 def _log1p_of_share(e):
@@ -80,8 +95,7 @@ def _log1p_of_share(e):
 
 def _softrelu_derivative(shape, x):
     z = shape.sharpness * (x - shape.shift)
-    decay = jnp.exp(-jnp.abs(z))
-    return shape.scale * shape.sharpness * jnp.where(z > 0, 1.0, decay) / (1 + decay)
+    return shape.scale * shape.sharpness * _softplus_slope(z)
 
 
 def _softrelu_inverse(shape, y):

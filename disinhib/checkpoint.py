@@ -49,7 +49,7 @@ def load(path: Path, config: RunConfig) -> TrainingState:
     try:
         content: Any = serialization.msgpack_restore(path.read_bytes())
         saved, state = content["architecture"], content["state"]
-        seeds = state["seed"]
+        seeds = state["seed"].tolist()
     except FileNotFoundError as error:
         raise ConfigError(f"resume: given {path}, which does not exist") from error
     except Exception as error:  # msgpack names its errors freely

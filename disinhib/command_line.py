@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from disinhib.config import ConfigError, flatten, nearest
@@ -47,7 +47,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
     return plain, own  # pyright: ignore[reportReturnType]
 
 
-def _composed(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+def _composed(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> Any:
     # A study composes within `hydra.main` too, where Hydra is initialised already.
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):

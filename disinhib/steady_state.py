@@ -158,7 +158,7 @@ def closed_loop(
             tuple(jnp.where(active, new, old) for new, old in zip(u_e, iterate.u_e, strict=True)),
             jnp.where(active[:, 0], residual, iterate.residual),
             inverse,
-            iterate.iterations + active[:, 0],
+            iterate.iterations + active[:, 0].astype(x.dtype),
             iterate.evaluations + 1,
         )
 

@@ -1,6 +1,9 @@
 """Shapes are checked in tests only; numerics run in float64 where a module asks for it."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -15,8 +18,18 @@ install_import_hook(CORE, "beartype.beartype")
 
 @pytest.fixture(scope="module")
 def float64():
-    """The module's arrays are float64: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    """The module's arrays are float64: `pytestmark = pytest.mark.usefixtures("float64")`.
+
+    Training is float32, and so are the tests of modules that do not ask.
+    """
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """No float32 gets in among the module's float64 unseen. (optax would not run under it.)"""
+    with jax.numpy_dtype_promotion("strict"):
         yield
 
 
@@ -28,3 +41,58 @@ def unoptimised():
     jax.config.update(name, True)
     yield
     jax.config.update(name, before)
+
+
+@pytest.fixture
+def compilations():
+    """A context that gives the list of seconds of what XLA compiles within it."""
+
+    @contextmanager
+    def counted():
+        seconds: list[float] = []
+
+        def listen(event: str, duration: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                seconds.append(duration)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield seconds
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counted
+
+
+class Problem(NamedTuple):
+    """A small random network and a batch for it."""
+
+    architecture: Any
+    parameters: dict[str, jax.Array]
+    x: jax.Array  # [batch, in], in [0, 1]
+    target: jax.Array  # [batch, out]
+
+
+@pytest.fixture
+def problem() -> Callable[..., Problem]:
+    """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero."""
+    from disinhib.architecture import Architecture
+    from disinhib.losses import soft_targets
+    from disinhib.network import initial_parameters
+
+    def make(seed=0, weight_scale=2.0, batch=6, **fields) -> Problem:
+        defaults = {"rule": "exact-inv", "circuit": "dale", "sizes": (5, 8, 7, 4)}
+        architecture = Architecture(**{**defaults, **fields})
+        key = jax.random.fold_in(jax.random.key(1), seed)
+        weights, biases, images, labels = jax.random.split(key, 4)
+        parameters = initial_parameters(architecture, weight_scale, weights)
+        for name, value in parameters.items():
+            if name.startswith("bias"):
+                parameters[name] = 0.3 * jax.random.normal(biases, value.shape)
+        x = jax.random.uniform(images, (batch, architecture.sizes[0]))
+        classes = architecture.sizes[-1]
+        drawn = jax.random.randint(labels, (batch,), 0, classes)
+        target = soft_targets(drawn, classes, jax.numpy.asarray(0.99, float))
+        return Problem(architecture, parameters, x, target)
+
+    return make

@@ -83,9 +83,8 @@ def test_branches_of_dependent_choices_are_walked_in_their_context():
 )
 def test_a_space_with_a_wrong_option_is_refused_in_one_line(monkeypatch, overrides, named):
     monkeypatch.setitem(SPACES, "wrong", lambda trial: overrides)
-    wrong = options.compose(["space=wrong"])
     with pytest.raises(ConfigError) as refusal:
-        options.check_space(wrong)
+        options.check_space(options.compose(["space=wrong"]))
     assert named in str(refusal.value)
     assert "space=wrong" in str(refusal.value)
     assert "\n" not in str(refusal.value)

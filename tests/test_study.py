@@ -217,9 +217,7 @@ def test_the_command_of_a_trial_repeats_it(finished, runs, number, tmp_path):
     assert again.returncode == 0, again.stderr
     (results,) = tmp_path.rglob("results.json")
     accuracies = json.loads(results.read_text())["valid_accuracy"]
-    assert accuracies == pytest.approx(
-        [result["metrics"]["valid_accuracy"] for result in witness.results[number]], abs=0.5
-    )
+    assert accuracies == [r["metrics"]["valid_accuracy"] for r in witness.results[number]]
 
 
 def test_command_and_options_are_artifacts(finished, runs, tmp_path):

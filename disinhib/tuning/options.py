@@ -48,7 +48,7 @@ CHECKS: dict[str, Check] = {
         lambda v: v is None or re.fullmatch(r"[\w.-]*\w", str(v)) is not None,
         "a folder's name or null",
     ),
-    "space": one_of(SPACES),
+    "space": (lambda v: v in SPACES, f"one of {', '.join(SPACES)}"),
     "trials": COUNT,
     "epochs": COUNT,
     "metric": one_of(METRICS),

@@ -200,7 +200,9 @@ def summary(finished: Finished, console: Console) -> None:
     counts = ", ".join(f"{n} {state}" for state, n in progress.tally(rows)._asdict().items() if n)
     say(f"\nstudy {study.name}: {len(rows)} trials in {progress.clock(finished.seconds)}: {counts}")
     console.print(progress.leaderboard(rows, study.metric, study.mode))
-    say(f"\nall trials:  {_tool('mlflow')} ui --backend-store-uri {finished.tracking_uri}")
+    uri = shlex.quote(finished.tracking_uri)
+    ui = uri if uri.startswith("http") else f"{_tool('mlflow')} ui --backend-store-uri {uri}"
+    say(f"\nall trials:  {ui}")
     if top := progress.best(rows, study.mode):
         say(f"best trial:  {_tool('python')} {top.command.removeprefix('python ')}")
 

@@ -1,0 +1,151 @@
+"""What `parse` refuses: a table of options, with the words that the one line must have."""
+
+import re
+from copy import deepcopy
+
+import pytest
+
+from disinhib import command_line
+from disinhib.architecture import Newton, Ode
+from disinhib.config import ConfigError, flatten, parse
+from disinhib.rules import RULES
+
+CIRCUIT = {"dale": ["model/vf=dale"], "non-dale": ["model/vf=non-dale"]}
+
+
+def options(*overrides):
+    return command_line.compose("train", list(overrides))[0]
+
+
+def with_value(tree, name, value):
+    tree = deepcopy(tree)
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = value
+    return tree
+
+
+@pytest.fixture(scope="module")
+def dale():
+    return options("model/vf=dale", "trainer=lin-thresh")
+
+
+def test_published_defaults():
+    config = parse(options("dataset=fmnist", "model/vf=dale", "trainer=lin-thresh"))
+    structure, hyper = config.architecture, config.hyperparameters
+    assert structure.sizes == (784, 256, 256, 256, 10) and structure.batch_size == 100
+    assert config.epochs == 50 and config.valid_split == 0.1
+    assert (hyper.k_p, hyper.k_i, hyper.leak, hyper.norm_val) == (0.2, 0.4, 1.0, 1.0)
+    assert (hyper.tau_e, hyper.tau_i, hyper.tau_c) == (20e-3, 5e-3, 100e-3)
+    assert (hyper.avg_inh_lambda, hyper.avg_inh_init) == (1.0, 0.8)
+    assert (hyper.soft_target, hyper.target_nudge) == (0.99, 0.015)
+    assert hyper.optimizer["learning_rate"] == 1e-3
+    assert structure.norm_fb_weights and structure.strong_fb and structure.fb_to_readout
+    assert not structure.average_fb_weights and not structure.clip_fb_weights
+    assert isinstance(structure.solver, Newton)
+
+
+def test_published_integration_settings():
+    config = parse(options("model/vf=dale", "trainer=exact-inv", "solver=ode"))
+    assert config.architecture.solver == Ode(1e-3, 2.0, 1e-3, 1e-6, True, True)
+
+
+def test_seed_zero_is_a_seed():
+    assert parse(options("seed=0")).seed == 0
+    assert parse(options("seed=null")).seed is None
+
+
+def test_hard_targets_are_one_hot():
+    config = parse(options("dataset.soft_targets=false"))
+    assert config.hyperparameters.soft_target == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("optimizer.learning_rate", 0, "a number above 0"),
+        ("optimizer.learning_rate", -1e-3, "a number above 0"),
+        ("optimizer.learning_rate", float("nan"), "a number above 0"),
+        ("optimizer.learning_rate", "fast", "a number above 0"),
+        ("optimizer.b1", 1.0, "from 0 to below 1"),
+        ("optimizer.name", "adams", "did you mean adam?"),
+        ("epochs", 0, "a whole number of at least 1"),
+        ("epochs", 2.5, "a whole number of at least 1"),
+        ("epochs", True, "a whole number of at least 1"),
+        ("batchsize", -5, "a whole number of at least 1"),
+        ("seed", -1, "a whole number from 0"),
+        ("seed", 2**31, "a whole number from 0"),
+        ("device", "tpu", "one of auto, cpu, gpu"),
+        ("gpu_id", -1, "a whole number of at least 0"),
+        ("trainer.name", "exact", "one of bp, exact-inv, lin-thresh, taylor"),
+        ("trainer.norm_val", 0.0, "a number above 0"),
+        ("trainer.strong_fb", "yes", "true or false"),
+        ("trainer.avg_inh_lambda", 1.5, "a number from 0 to 1"),
+        ("model.vf.g_EI", -1.0, "a number above 0"),
+        ("model.vf.g_IE", 0.0, "a number above 0"),
+        ("model.vf.tauE", 0.0, "a number above 0"),
+        ("model.vf.nb_hidden", -1, "a whole number of at least 0"),
+        ("model.vf.sizes_hidden", [16, 16], "a size for each of model.vf.nb_hidden layers"),
+        ("model.vf.sizes_hidden", [0], "one size of at least 1"),
+        ("model.vf.sizes_hidden", [], "one size of at least 1"),
+        ("model.vf.actI.name", "softplus", "one of softrelu, linear, tanh, relu, sigmoid"),
+        ("model.vf.actI.sharpness", 0.0, "a number above 0"),
+        ("model.vf.controller.name", "pid", "one of leaky-pi, proportional"),
+        ("model.vf.controller.leak", 0.0, "a number above 0"),
+        ("model.vf.controller.k_p", -0.1, "a number of at least 0"),
+        ("dataset.name", "cifar", "one of digits, mnist, fmnist"),
+        ("dataset.valid_split", 1.0, "a number between 0 and 1"),
+        ("dataset.loss.name", "hinge", "one of softmax-cross-entropy, mse"),
+        ("solver.tolerance", 0, "a number above 0"),
+        ("solver.name", "euler", "one of newton, ode"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(dale, name, value, allowed):
+    with pytest.raises(ConfigError) as refused:
+        parse(with_value(dale, name, value))
+    message = str(refused.value)
+    given = str(value).lower() if isinstance(value, bool) else str(value)
+    assert message.startswith(f"{name}: given {given}, allowed is ") and allowed in message
+    assert "\n" not in message
+
+
+def test_every_number_is_checked(dale):
+    """No numeric option lets a text through: a new one cannot be forgotten."""
+    numbers = [
+        name
+        for name, value in flatten(dale).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    assert len(numbers) > 25
+    for name in numbers:
+        with pytest.raises(ConfigError, match=re.escape(f"{name}: given much")):
+            parse(with_value(dale, name, "much"))
+
+
+def test_an_unknown_option_names_the_nearest(dale):
+    tree = deepcopy(dale)
+    tree["trainer"]["norm_vall"] = 1.0
+    with pytest.raises(
+        ConfigError, match=r"trainer\.norm_vall: unknown option; did you mean trainer"
+    ):
+        parse(tree)
+
+
+def test_a_missing_option_is_named(dale):
+    tree = deepcopy(dale)
+    del tree["model"]["vf"]["g_EI"]
+    with pytest.raises(ConfigError, match=r"model\.vf\.g_EI: missing, needed is a number above 0"):
+        parse(tree)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("circuit", CIRCUIT)
+def test_a_rule_trains_only_the_circuits_it_is_for(rule, circuit):
+    tree = options(*CIRCUIT[circuit], f"trainer={rule}")
+    if circuit in RULES[rule].circuits:
+        assert parse(tree).architecture.rule == rule
+    else:
+        with pytest.raises(ConfigError, match=f"trainer={rule}: needs model/vf=dale"):
+            parse(tree)

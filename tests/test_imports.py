@@ -1,0 +1,20 @@
+"""The core trains on a machine that has neither Ray, MLflow, Optuna nor Hydra."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "disinhib"
+BORDERS = {"__main__", "command_line"}  # the rooms that know Hydra
+CORE = sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem not in BORDERS)
+
+
+def test_the_core_leaves_ray_mlflow_optuna_and_hydra_out():
+    modules = ", ".join(f"disinhib.{name}" for name in CORE if name != "__init__")
+    code = (
+        f"import sys, {modules};print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "jax" in loaded and "disinhib" in loaded
+    assert not loaded & {"ray", "mlflow", "optuna", "hydra", "omegaconf"}

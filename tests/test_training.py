@@ -1,0 +1,176 @@
+"""Training: lanes, order, what is traced, what is counted, what is refused."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from disinhib import command_line, training
+from disinhib.config import ConfigError, parse
+from disinhib.losses import LOSSES, soft_targets
+from disinhib.optimizers import OPTIMIZERS
+from disinhib.rules import RULES
+from disinhib.solvers import open_loop
+
+TINY = ("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "batchsize=100", "epochs=2")
+DALE = ("model/vf=dale", "trainer=exact-inv")
+
+
+def configured(*overrides):
+    return parse(command_line.compose("train", [*TINY, *overrides])[0])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return configured(*DALE)
+
+
+def losses(config, seeds, epochs=2):
+    data, state, kept = training.prepare(config), training.initial_state(config, seeds), []
+    for _ in range(epochs):
+        state, metrics = training.run_epoch(config, data, state)
+        kept.append(metrics)
+    return state, kept
+
+
+def test_seeds_as_lanes_equal_separate_runs(tiny):
+    """To float32's rounding of a lane's own program, which XLA may vectorise in another way."""
+    together, metrics = losses(tiny, range(4))
+    for seed in range(4):
+        alone, own = losses(tiny, [seed])
+        for lane, single in zip(
+            jax.tree.leaves(together.parameters), jax.tree.leaves(alone.parameters), strict=True
+        ):
+            np.testing.assert_allclose(lane[seed], single[0], rtol=1e-5, atol=1e-6)
+        for epoch in range(2):
+            for name in ("train_CL_loss", "valid_loss", "valid_accuracy"):
+                np.testing.assert_allclose(
+                    metrics[epoch][name][seed], own[epoch][name][0], rtol=1e-5
+                )
+
+
+def test_lanes_differ(tiny):
+    _, metrics = losses(tiny, range(4), epochs=1)
+    assert len(set(metrics[0]["train_CL_loss"].tolist())) == 4
+
+
+def test_the_order_of_the_images_depends_on_seed_and_epoch(tiny):
+    """With a learning rate of almost nothing, an epoch's y0 (lin-thresh: the last batch's mean
+    rates) tells which images came last."""
+    config = configured("model/vf=dale", "trainer=lin-thresh", "optimizer.learning_rate=1e-30")
+    data = training.prepare(config)
+    state = training.initial_state(config, [0, 1])
+    # The same network in both lanes: only the order of the images can differ.
+    same = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), state.parameters)
+    first, _ = training.run_epoch(config, data, state._replace(parameters=same))
+    second, _ = training.run_epoch(config, data, first)
+    again, _ = training.run_epoch(config, data, state._replace(parameters=same))
+    assert not np.array_equal(first.rule[0][0], first.rule[0][1])
+    assert not np.array_equal(first.rule[0][0], second.rule[0][0])
+    np.testing.assert_array_equal(first.rule[0], again.rule[0])
+
+
+def test_hyperparameters_are_traced(tiny, compilations):
+    """A second configuration of a structure compiles nothing."""
+    losses(tiny, [0], epochs=1)
+    other = configured(
+        *DALE,
+        *("optimizer.learning_rate=2e-3", "model.vf.g_EI=1.5", "model.vf.g_IE=0.7"),
+        *("model.vf.actI.sharpness=2", "model.vf.controller.k_p=0.3", "trainer.norm_val=2"),
+        *("model.vf.controller.k_i=1", "model.vf.weight_scale=2", "dataset.soft_target_val=0.9"),
+    )
+    assert other.architecture == tiny.architecture
+    with compilations() as compiled:
+        _, metrics = losses(other, [5], epochs=1)
+    assert compiled == []
+    assert np.isfinite(metrics[0]["train_CL_loss"]).all()
+
+
+@pytest.mark.parametrize("samples", [1, 499, 500, 501])
+def test_evaluation_counts_every_sample_once(tiny, samples):
+    data = training.prepare(tiny)
+    state = training.initial_state(tiny, [0])
+    parameters = jax.tree.map(lambda leaf: leaf[0], state.parameters)
+    hyper = training.as_arrays(tiny.hyperparameters)
+    split = training.Images(data.train.images[:samples], data.train.labels[:samples])
+    measured = jax.jit(training.evaluate, static_argnums=0)(
+        tiny.architecture, parameters, hyper, split, data.scale
+    )
+    x = split.images * data.scale
+    output = open_loop(tiny.architecture, parameters, hyper, x).state.u_y
+    target = soft_targets(split.labels, 10, 0.99)
+    expected = LOSSES["softmax-cross-entropy"].value(output, target).mean()
+    np.testing.assert_allclose(measured["loss"], expected, rtol=1e-5)
+    hits = 100 * np.mean(np.argmax(output, axis=1) == split.labels)
+    np.testing.assert_allclose(measured["accuracy"], hits, rtol=1e-6)
+
+
+def test_published_names_of_the_metrics(tiny):
+    _, (first, last) = losses(replace(tiny, evaluated_share_of_train=0.1, test_at_end=True), [0, 1])
+    assert set(first) == {
+        *("train_CL_loss", "train_CL_accuracy", "train_CL_avg_solver_steps"),
+        *("train_CL_residual", "train_CL_converged_share", "train_CL_weight_norm"),
+        *("train_OL_loss", "train_OL_accuracy", "valid_loss", "valid_accuracy", "epoch_seconds"),
+    }
+    assert set(last) - set(first) == {"test_loss", "test_accuracy"}  # once, after the last epoch
+    assert all(values.shape == (2,) for values in last.values())
+    assert (last["train_CL_converged_share"] == 1).all()
+    assert (last["train_CL_residual"] <= tiny.architecture.solver.tolerance).all()
+
+
+def test_divergence_names_quantity_epoch_and_seed():
+    config = configured("optimizer=sgd", "optimizer.learning_rate=1e20", "seed=7")
+    with pytest.raises(training.Diverged, match=r"^\w+ is (nan|inf) in epoch 1 \(seed 7\)$"):
+        training.train(config, [7], lambda *_: None)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"batchsize: given 1151, allowed is 1 to 1150 \(digits\)"
+    ):
+        training.prepare(configured("batchsize=1151"))
+
+
+# Every entry of every table that training reads, each at least once.
+COMBINATIONS = [
+    ("model/vf=non-dale", "trainer=bp", "dataset/loss=mse", "optimizer=sgd"),
+    ("model/vf=dale", "trainer=bp", "model.vf.use_bias=false"),
+    ("model/vf=dale", "trainer=exact-inv", "dataset/loss=mse", "trainer.clip_fb_weights=true"),
+    ("model/vf=dale", "trainer=exact-inv", "model.vf.nb_hidden=0"),
+    ("model/vf=dale", "trainer=lin-thresh", "trainer.average_fb_weights=true"),
+    ("model/vf=dale", "trainer=lin-thresh", "trainer.strong_fb=false", "optimizer=sgd"),
+    ("model/vf=dale", "trainer=taylor", "model/vf/controller=proportional"),
+    ("model/vf=dale", "trainer=taylor", "model.vf.fb_to_readout=false"),
+    ("model/vf=dale", "trainer=exact-inv", "solver=ode", "batchsize=575", "model.T=0.2"),
+]
+
+
+def test_the_combinations_cover_the_tables():
+    named = {override for overrides in COMBINATIONS for override in overrides}
+    assert {f"trainer={rule}" for rule in RULES} <= named
+    assert "optimizer=sgd" in named and set(OPTIMIZERS) == {"adam", "sgd"}  # adam: the default
+
+
+@pytest.mark.parametrize("overrides", COMBINATIONS, ids=" ".join)
+def test_a_combination_trains(overrides):
+    config = configured(*overrides)
+    before = training.initial_state(config, [0])
+    state, metrics = losses(config, [0], epochs=1)
+    assert all(np.isfinite(values).all() for values in metrics[0].values())
+    for name, leaf in state.parameters.items():
+        assert not np.array_equal(leaf, before.parameters[name]), name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_learns(rule):
+    """A rule that descends leaves chance (log 10 = 2.30) far behind in 15 epochs of digits."""
+    circuit = "non-dale" if rule == "bp" else "dale"
+    config = configured(
+        *(f"model/vf={circuit}", f"trainer={rule}", "model.vf.sizes_hidden=[32]"),
+        *("optimizer.learning_rate=1e-2", "epochs=15"),
+    )
+    _, metrics = losses(config, [0], epochs=15)
+    assert metrics[-1]["valid_loss"][0] < 1.2
+    assert metrics[-1]["valid_accuracy"][0] > 70
