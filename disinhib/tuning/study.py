@@ -87,6 +87,9 @@ def run(
     started = time.monotonic()
     os.environ.update(RAY_SWITCHES)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Said once more at the end, as an error, of trials that `progress` has named.
+    unsaid = "Trials did not complete"
+    logging.getLogger("ray.tune.tune").addFilter(lambda record: unsaid not in str(record.msg))
     with _cluster(study):
         uri = tracking.absolute(study.tracking["uri"], study.out_dir)
         artifacts = study.out_dir / "mlflow-artifacts"

@@ -1,0 +1,153 @@
+"""Learning rules against independent derivatives and against each other (float64)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from disinhib.activations import Shape
+from disinhib.architecture import Hyperparameters, Newton
+from disinhib.losses import LOSSES
+from disinhib.rules import RULES
+from disinhib.solvers import open_loop
+
+pytestmark = pytest.mark.usefixtures("float64", "unoptimised")
+
+TIGHT = Newton(tolerance=1e-12, max_iterations=50)
+HYPER = Hyperparameters({}, Shape(1.2, 0.9, 0.1), Shape(0.8, 1.3, -0.2), g_ei=1.3, g_ie=0.7)
+FEEDBACK = [name for name, rule in RULES.items() if rule.has_feedback]
+
+
+def update(problem, rule, hyper, **changes):
+    """The update of `rule` on a small problem, and that problem."""
+    small = problem(rule=rule, solver=TIGHT, **changes)
+    hyper = jax.tree.map(jnp.asarray, hyper)
+    entry = RULES[rule]
+    state = entry.initial_state(small.architecture, hyper)
+    step = jax.jit(entry.update, static_argnums=0)
+    return step(small.architecture, small.parameters, state, hyper, small.x, small.target), small
+
+
+def flat(tree):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def cosine(one, other):
+    return float(one @ other / jnp.linalg.norm(one) / jnp.linalg.norm(other))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bp_is_the_gradient_of_a_plain_forward_pass(problem, loss):
+    result, small = update(problem, "bp", HYPER, circuit="non-dale", loss=loss)
+
+    def plain(parameters):
+        rate = small.x
+        for layer in range(2):
+            u = rate @ parameters[f"kernel_{layer}"] + parameters[f"bias_{layer}"]
+            rate = 1.2 * jax.nn.softplus(0.9 * (u - 0.1))
+        return jnp.mean(LOSSES[loss].value(rate @ parameters["kernel_out"], small.target))
+
+    expected = jax.grad(plain)(small.parameters)
+    for name, gradient in result.gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-10, atol=1e-14)
+
+
+def test_bp_through_the_steady_state_is_what_finite_differences_say(problem):
+    """Central differences of the loss through the solver itself, whose residual of 1e-12 over a
+    step of 1e-5 leaves 1e-7."""
+    result, small = update(problem, "bp", HYPER)
+    hyper = jax.tree.map(jnp.asarray, HYPER)
+
+    @jax.jit
+    def loss(parameters):
+        output = open_loop(small.architecture, parameters, hyper, small.x).state.u_y
+        return jnp.mean(LOSSES["softmax-cross-entropy"].value(output, small.target))
+
+    key = jax.random.key(0)
+    for name, value in small.parameters.items():
+        direction = jax.random.normal(jax.random.fold_in(key, value.size), value.shape)
+        moved = [
+            loss({**small.parameters, name: value + sign * 1e-5 * direction}) for sign in (1, -1)
+        ]
+        numeric = (moved[0] - moved[1]) / 2e-5
+        analytic = jnp.sum(result.gradients[name] * direction)
+        np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_gradients_are_like_the_parameters(problem, rule, use_bias):
+    result, small = update(problem, rule, HYPER, use_bias=use_bias)
+    shapes = partial(jax.tree.map, jnp.shape)
+    assert shapes(result.gradients) == shapes(small.parameters)
+    assert ("bias_0" in result.gradients) == use_bias
+    assert bool(result.solution.converged.all())
+
+
+@pytest.mark.parametrize("rule", ["bp", "exact-inv"])
+def test_nothing_to_correct_is_nothing_to_learn(problem, rule):
+    """Where the output already is the target there is no error, so no gradient. (The tangent
+    rules err about the inverse itself and learn even then.)"""
+    small = problem(rule=rule, solver=TIGHT)
+    hyper = jax.tree.map(jnp.asarray, HYPER)
+    output = open_loop(small.architecture, small.parameters, hyper, small.x).state.u_y
+    target = jax.nn.softmax(output)
+    result = RULES[rule].update(small.architecture, small.parameters, (), hyper, small.x, target)
+    assert float(jnp.max(jnp.abs(flat(result.gradients)))) < 1e-10
+
+
+def test_weak_feedback_learns_as_bp_does(problem):
+    """With unnormalised Jacobian feedback and a vanishing controller gain, delta is the output
+    error sent back through the network's own weights, so exact-inv descends nearly along bp. Not
+    exactly: the published feedback weights leave out how much each interneuron holds its neuron
+    (the loop gain), which is here about a third."""
+    weak = HYPER._replace(k_p=1e-3, k_i=1e-3)
+    ours, small = update(problem, "exact-inv", weak, norm_fb_weights=False, fb_to_readout=False)
+    bp, _ = update(problem, "bp", weak)
+    for layer in range(2):
+        name = f"kernel_{layer}"
+        assert cosine(ours.gradients[name].ravel(), bp.gradients[name].ravel()) > 0.9
+    # Without feedback to the readout, its gradient is that of bp itself.
+    np.testing.assert_allclose(
+        ours.gradients["kernel_out"], bp.gradients["kernel_out"], rtol=0.05, atol=1e-3
+    )
+
+
+def test_exact_inverse_reads_the_dis_inhibition(problem):
+    """delta_l = u_I - g_EI r_E = -s_l: the exact rule is the feedback itself, times phi_E'."""
+    result, small = update(problem, "exact-inv", HYPER, sizes=(5, 8, 4))
+    state = result.solution.state
+    rate = 1.2 * jax.nn.softplus(0.9 * (state.u_e[0] - 0.1))
+    slope = 1.2 * 0.9 * jax.nn.sigmoid(0.9 * (state.u_e[0] - 0.1))
+    delta = (state.u_i[0] - 1.3 * rate) * slope
+    expected = small.x.T @ delta / len(small.x)
+    np.testing.assert_allclose(result.gradients["kernel_0"], expected, rtol=1e-9, atol=1e-15)
+
+
+def test_taylor_is_linear_threshold_at_a_fixed_rate(problem):
+    """With lambda = 0, the running mean stays at its start."""
+    frozen = HYPER._replace(avg_inh_lambda=0.0, avg_inh_init=0.6, y0=0.6)
+    tangent, _ = update(problem, "taylor", frozen)
+    threshold, _ = update(problem, "lin-thresh", frozen)
+    for name, gradient in tangent.gradients.items():
+        np.testing.assert_allclose(gradient, threshold.gradients[name], rtol=1e-12)
+
+
+def test_linear_threshold_remembers_the_open_loop_rates(problem):
+    result, small = update(problem, "lin-thresh", HYPER._replace(avg_inh_lambda=0.25))
+    hyper = jax.tree.map(jnp.asarray, HYPER)
+    opened = open_loop(small.architecture, small.parameters, hyper, small.x).state
+    for y0, u_i in zip(result.rule_state, opened.u_i, strict=True):
+        mean = jnp.mean(0.8 * jax.nn.softplus(1.3 * (u_i + 0.2)), axis=0)
+        np.testing.assert_allclose(y0, 0.75 * 0.8 + 0.25 * mean, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", FEEDBACK)
+def test_linear_interneurons_make_all_rules_one(problem, rule):
+    """The inverse of a linear activation is its own tangent."""
+    exact, _ = update(problem, "exact-inv", HYPER, activation_i="linear")
+    other, _ = update(problem, rule, HYPER, activation_i="linear")
+    for name, gradient in exact.gradients.items():
+        np.testing.assert_allclose(gradient, other.gradients[name], rtol=1e-9, atol=1e-15)
