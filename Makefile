@@ -68,7 +68,7 @@ $(UV_STAMP):
 	@touch $@
 
 $(LOCKED): requirements.lock $(UV_STAMP)
-	$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync -q --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	@touch $@
 
 # After every sync, which removes what the lock does not name: the project too.
