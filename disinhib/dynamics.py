@@ -99,40 +99,31 @@ def steady_state(
     control: Control | None,
     start: DynamicState,
 ) -> Solution:
-    """Integrates each sample from `start` for T seconds or up to the steady-state event."""
+    """Integrates each sample from `start` for T seconds or up to the steady-state event.
+
+    A sample has converged if the event came, or if it ends with a residual within the tolerances.
+    """
     solver = architecture.solver
     assert isinstance(solver, Ode)
 
     def solve(first_input, control, start):
-        field = _field(architecture, parameters, hyper, first_input, control)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            diffrax.Tsit5(),
-            t0=0.0,
-            t1=solver.T,
-            dt0=solver.dt,
-            y0=start,
-            stepsize_controller=_step_size(solver),
-            event=diffrax.Event(diffrax.steady_state_event(solver.rtol, solver.atol))
-            if solver.early_termination
-            else None,
-            max_steps=MAX_STEPS,
+        event = diffrax.steady_state_event(solver.rtol, solver.atol)
+        solution, states = _integrate(
+            *(architecture, parameters, hyper, first_input, control, start, solver.T),
+            event=diffrax.Event(event) if solver.early_termination else None,
             throw=False,
         )
-        state = jax.tree.map(lambda value: value[-1], solution.ys)
+        state = jax.tree.map(lambda value: value[-1], states)
         rest, c = velocity(architecture, parameters, hyper, state, first_input, control)
-        finished = diffrax.is_okay(solution.result)
-        return (
-            state.network,
-            c,
-            solution.stats["num_steps"],
-            _residual(hyper, state, rest),
-            finished,
-        )
+        residual = _residual(hyper, state, rest)
+        # Having used up T is no arrival; without the event, the residual has to say.
+        arrived = diffrax.is_event(solution.result) | (residual <= solver.rtol + solver.atol)
+        converged = diffrax.is_okay(solution.result) & arrived
+        return state.network, c, solution.stats["num_steps"], residual, converged
 
     first_input = _first_input(architecture, parameters, x)
-    network, c, steps, residual, finished = jax.vmap(solve)(first_input, control, start)
-    return Solution(network, c, steps.astype(x.dtype), residual, finished)
+    network, c, steps, residual, converged = jax.vmap(solve)(first_input, control, start)
+    return Solution(network, c, steps.astype(x.dtype), residual, converged)
 
 
 def trajectory(
@@ -149,18 +140,10 @@ def trajectory(
     assert isinstance(solver, Ode)
 
     def solve(first_input, control, start):
-        field = _field(architecture, parameters, hyper, first_input, control)
-        states: Any = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            diffrax.Tsit5(),
-            t0=0.0,
-            t1=times[-1],
-            dt0=solver.dt,
-            y0=start,
-            stepsize_controller=_step_size(solver),
+        _, states = _integrate(
+            *(architecture, parameters, hyper, first_input, control, start, times[-1]),
             saveat=diffrax.SaveAt(ts=times),
-            max_steps=MAX_STEPS,
-        ).ys
+        )
         signal = jax.vmap(
             lambda state: velocity(architecture, parameters, hyper, state, first_input, control)[1]
         )
@@ -177,7 +160,7 @@ def open_then_closed_trajectory(
     target: Float[Array, "batch out"],
     weights_at,
     times: Float[Array, " time"],
-) -> tuple[DynamicState, Float[Array, "batch time out"]]:
+) -> tuple[DynamicState, Float[Array, "batch 2*time out"]]:
     """Open loop from rest for `times`, then closed loop for `times` again, concatenated.
 
     `weights_at(state) -> FeedbackWeights` gives the feedback weights at the open loop's end.
@@ -192,10 +175,31 @@ def open_then_closed_trajectory(
     return jax.tree.map(join, opened, closed), join(no_signal, signal)
 
 
-def _field(architecture, parameters, hyper, first_input, control):
-    return lambda t, state, _: velocity(
-        architecture, parameters, hyper, state, first_input, control
-    )[0]
+def _integrate(
+    architecture, parameters, hyper, first_input, control, start: DynamicState, until, **options
+) -> tuple[Any, DynamicState]:
+    """(diffrax's solution, the states it saved) of one sample from 0 to `until` seconds."""
+    solver = architecture.solver
+    # A list of arrays: diffrax stumbles over the empty tuples of a network without hidden layers.
+    leaves, structure = jax.tree.flatten(start)
+
+    def field(t, leaves, _):
+        state = jax.tree.unflatten(structure, leaves)
+        rate, _ = velocity(architecture, parameters, hyper, state, first_input, control)
+        return jax.tree.leaves(rate)
+
+    solution: Any = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        diffrax.Tsit5(),
+        t0=0.0,
+        t1=until,
+        dt0=solver.dt,
+        y0=leaves,
+        stepsize_controller=_step_size(solver),
+        max_steps=MAX_STEPS,
+        **options,
+    )
+    return solution, jax.tree.unflatten(structure, solution.ys)
 
 
 def _first_input(architecture, parameters, x):

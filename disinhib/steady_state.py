@@ -191,7 +191,8 @@ def closed_loop(
         jnp.zeros(len(x), x.dtype),
         jnp.zeros((), jnp.int32),
     )
-    for method, cap in ((broyden, BROYDEN_EVALUATIONS), (newton, solver.max_iterations)):
+    brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
+    for method, cap in ((broyden, brief), (newton, solver.max_iterations)):
         iterate = jax.lax.while_loop(
             lambda iterate, cap=cap: jnp.any(unsolved(iterate)) & (iterate.evaluations < cap),
             method,
@@ -208,7 +209,7 @@ def closed_loop(
         iterate.control,
         iterate.iterations,
         iterate.residual,
-        ~unsolved(iterate),
+        iterate.residual <= solver.tolerance,  # not of a NaN, which ends the iteration as well
     )
 
 

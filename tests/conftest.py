@@ -51,9 +51,9 @@ def compilations():
     def counted():
         seconds: list[float] = []
 
-        def listen(event: str, duration: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                seconds.append(duration)
+                seconds.append(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:

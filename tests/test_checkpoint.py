@@ -2,10 +2,12 @@
 
 import pickletools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import serialization
 
 from disinhib import checkpoint, command_line, training
 from disinhib.config import ConfigError, parse
@@ -88,6 +90,17 @@ def test_a_file_that_is_no_checkpoint_is_refused(config, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"resume: given .*, which (does not exist|is no check)"):
         checkpoint.load(path, config)
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(config, tmp_path):
+    path = tmp_path / "state.msgpack"
+    checkpoint.save(path, config, training.initial_state(config, [0]))
+    content: Any = serialization.msgpack_restore(path.read_bytes())
+    del content["state"]["parameters"]["kernel_0"]
+    path.write_bytes(serialization.msgpack_serialize(content))
+    with pytest.raises(ConfigError, match="which is no checkpoint") as refused:
+        checkpoint.load(path, config)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_truncated_checkpoint_is_refused(config, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from disinhib.activations import Shape
 from disinhib.architecture import Hyperparameters, Newton
+from disinhib.feedback import modified
 from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop
@@ -104,7 +105,7 @@ def test_weak_feedback_learns_as_bp_does(problem):
     exactly: the published feedback weights leave out how much each interneuron holds its neuron
     (the loop gain), which is here about a third."""
     weak = HYPER._replace(k_p=1e-3, k_i=1e-3)
-    ours, small = update(problem, "exact-inv", weak, norm_fb_weights=False, fb_to_readout=False)
+    ours, _ = update(problem, "exact-inv", weak, norm_fb_weights=False, fb_to_readout=False)
     bp, _ = update(problem, "bp", weak)
     for layer in range(2):
         name = f"kernel_{layer}"
@@ -151,3 +152,29 @@ def test_linear_interneurons_make_all_rules_one(problem, rule):
     other, _ = update(problem, rule, HYPER, activation_i="linear")
     for name, gradient in exact.gradients.items():
         np.testing.assert_allclose(gradient, other.gradients[name], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", FEEDBACK)
+def test_linear_interneurons_only_pass_the_product_of_the_gains(problem, rule):
+    """u_I scales with g_EI and its effect with g_IE: with g_EI and the feedback doubled and g_IE
+    halved, excitatory neurons and output do as before, and hidden errors are read off doubled."""
+    one, _ = update(problem, rule, HYPER, activation_i="linear")
+    scaled = HYPER._replace(g_ei=2 * HYPER.g_ei, g_ie=HYPER.g_ie / 2, norm_val=2 * HYPER.norm_val)
+    two, _ = update(problem, rule, scaled, activation_i="linear")
+    for old, new in zip(one.solution.state.u_e, two.solution.state.u_e, strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(two.solution.control, one.solution.control, rtol=1e-9)
+    for name, gradient in one.gradients.items():
+        factor = 1 if name == "kernel_out" else 2
+        np.testing.assert_allclose(two.gradients[name], factor * gradient, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_silent_layer_gets_no_feedback(problem, dtype):
+    small = problem(sizes=(5, 8, 4))
+    q = jnp.zeros((6, 4, 8), dtype).at[0].set(1e-3)
+    hyper = HYPER._replace(norm_val=jnp.asarray(1e4, dtype))
+    (scaled,) = modified(small.architecture, hyper, (q,))
+    assert scaled.dtype == dtype
+    np.testing.assert_allclose(jnp.linalg.norm(scaled[0]), 1e4, rtol=1e-5)
+    assert not np.any(scaled[1:])  # and no NaN

@@ -51,6 +51,21 @@ def test_seeds_as_lanes_equal_separate_runs(tiny):
                 )
 
 
+def test_lanes_may_be_vmapped(tiny):
+    """As they are on a GPU; a CPU takes one lane after another."""
+    data, states = training.prepare(tiny), training.initial_state(tiny, [0, 5])
+    hyper = training.as_arrays(tiny.hyperparameters)
+    one_epoch = jax.jit(lambda s: training.epoch(tiny.architecture, s, hyper, data))
+    vmapped, metrics = jax.jit(jax.vmap(one_epoch))(states)
+    for lane in range(2):
+        alone, own = one_epoch(jax.tree.map(lambda leaf, lane=lane: leaf[lane], states))
+        # float32 sums in another order, over eleven steps of Adam
+        for name, leaf in alone.parameters.items():
+            np.testing.assert_allclose(vmapped.parameters[name][lane], leaf, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(metrics["loss"][lane], own["loss"], rtol=1e-5)
+        assert int(vmapped.epoch[lane]) == 1
+
+
 def test_lanes_differ(tiny):
     _, metrics = losses(tiny, range(4), epochs=1)
     assert len(set(metrics[0]["train_CL_loss"].tolist())) == 4
