@@ -53,9 +53,7 @@ def load(path: Path, config: RunConfig) -> TrainingState:
     except FileNotFoundError as error:
         raise ConfigError(f"resume: given {path}, which does not exist") from error
     except Exception as error:  # msgpack names its errors freely
-        raise ConfigError(
-            f"resume: given {path}, which is no checkpoint ({type(error).__name__})"
-        ) from error
+        raise _no_checkpoint(path, error) from error
     wanted = _described(config.architecture)
     differences = [
         f"{name} {saved.get(name, 'none')} (checkpoint) and {wanted.get(name, 'none')} (this run)"
@@ -65,7 +63,14 @@ def load(path: Path, config: RunConfig) -> TrainingState:
     if differences:
         raise ConfigError(f"resume: {path} is of another architecture: {', '.join(differences)}")
     template = initial_state(config, seeds)
-    return jax.tree.map(jnp.asarray, serialization.from_state_dict(template, state))
+    try:
+        return jax.tree.map(jnp.asarray, serialization.from_state_dict(template, state))
+    except ValueError as error:  # parts that are missing or unknown
+        raise _no_checkpoint(path, error) from error
+
+
+def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"resume: given {path}, which is no checkpoint ({type(error).__name__})")
 
 
 def _described(architecture: Architecture) -> dict[str, str]:

@@ -62,5 +62,5 @@ def per_sample(weights: FeedbackWeights, batch: int) -> FeedbackWeights:
 
 def _frobenius(q):
     norm = jnp.sqrt(jnp.sum(q**2, axis=(1, 2), keepdims=True))
-    # A silent layer has no feedback; it must not become NaN.
-    return jnp.maximum(norm, jnp.finfo(q.dtype).tiny)
+    # A silent layer has no feedback; it must not become NaN. (Squares underflow below this.)
+    return jnp.maximum(norm, jnp.finfo(q.dtype).tiny ** 0.5)

@@ -50,7 +50,7 @@ def close(one, other, **tolerances):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"average_fb_weights": True},
+        {"sizes": (5, 8, 4), "average_fb_weights": True},
         {"sizes": (5, 4), "loss": "mse"},
         {
             "sizes": (5, 8, 4),

@@ -14,7 +14,7 @@ from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop
 
-pytestmark = pytest.mark.usefixtures("float64", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
 
 TIGHT = Newton(tolerance=1e-12, max_iterations=50)
 HYPER = Hyperparameters({}, Shape(1.2, 0.9, 0.1), Shape(0.8, 1.3, -0.2), g_ei=1.3, g_ie=0.7)
@@ -93,9 +93,11 @@ def test_nothing_to_correct_is_nothing_to_learn(problem, rule):
     rules err about the inverse itself and learn even then.)"""
     small = problem(rule=rule, solver=TIGHT)
     hyper = jax.tree.map(jnp.asarray, HYPER)
-    output = open_loop(small.architecture, small.parameters, hyper, small.x).state.u_y
-    target = jax.nn.softmax(output)
-    result = RULES[rule].update(small.architecture, small.parameters, (), hyper, small.x, target)
+    arrays = small.architecture, small.parameters
+    opened = jax.jit(open_loop, static_argnums=0)(*arrays, hyper, small.x)
+    target = jax.nn.softmax(opened.state.u_y)
+    step = jax.jit(RULES[rule].update, static_argnums=0)
+    result = step(*arrays, (), hyper, small.x, target)
     assert float(jnp.max(jnp.abs(flat(result.gradients)))) < 1e-10
 
 
