@@ -14,9 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import hydra
 import jax
@@ -27,9 +26,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from disinhib import checkpoint, command_line, training
-from disinhib.config import RunConfig, parse, refusal
+from disinhib.config import ConfigError, RunConfig, flatten, parse, refusal
+from disinhib.rules import RULES
 
-CHECKPOINT = "checkpoint.msgpack"
+CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
+# What may differ from the run that is resumed.
+RESUMED_WITH = {
+    *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
+    *("OL_eval_on_train", "test_at_end"),
+}
 log = logging.getLogger("disinhib")
 
 
@@ -51,20 +56,27 @@ def main(arguments: list[str]) -> int | None:
 def _task(composed: DictConfig) -> None:
     try:
         options = OmegaConf.to_container(composed, resolve=True)
-        config, state = _check(options)  # pyright: ignore[reportArgumentType]
+        config, past = _check(options)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        _run(config, state, options, folder)  # pyright: ignore[reportArgumentType]
+        _run(config, past, options, folder)  # pyright: ignore[reportArgumentType]
     except training.Diverged as error:
         log.error("diverged: %s", error)
         sys.exit(1)
 
 
-def _check(options: Mapping[str, Any]) -> tuple[RunConfig, training.TrainingState | None]:
-    """The run's configuration and the state it resumes from.
+class Past(NamedTuple):
+    """What a resumed run goes on from: its state, and its results so far."""
+
+    state: training.TrainingState
+    results: dict[str, Any]
+
+
+def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
+    """The run's configuration and what it resumes from.
 
     Raises ConfigError or data.DataError for whatever is wrong; writes nothing.
     """
@@ -74,8 +86,38 @@ def _check(options: Mapping[str, Any]) -> tuple[RunConfig, training.TrainingStat
     training.prepare(config)
     if options["resume"] is None:
         return config, None
-    path = Path(options["resume"])
-    return config, checkpoint.load(path / CHECKPOINT if path.is_dir() else path, config)
+    return config, _past(Path(options["resume"]), config, options)
+
+
+def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
+    """What the run in `folder` left. Raises ConfigError if there is none, if it was another run
+    (the differences are named), or if it has done all epochs that are asked for."""
+    try:
+        before = flatten(yaml.safe_load((folder / CONFIG).read_text()))
+        results = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError) as error:
+        allowed = f"the folder of a run ({type(error).__name__}: no {CONFIG} or {RESULTS})"
+        raise refusal("resume", folder, allowed) from error
+    now = flatten(options)
+    if now["seed"] is None:  # any: so the one it had
+        now["seed"] = before["seed"]
+    changed = [
+        f"{name}={before.get(name)} (given {now.get(name)})"
+        for name in sorted({*before, *now} - RESUMED_WITH)
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {folder} ran with {', '.join(changed)}; give the same options as then, and"
+            " resume"
+        )
+    state = checkpoint.load(folder / CHECKPOINT, config)
+    done = int(state.epoch[0])
+    if config.epochs <= done:
+        raise refusal("epochs", config.epochs, f"more than the {done} that {folder} has done")
+    # The results are written first: those of an epoch after the checkpoint come again.
+    kept = {name: v[:done] if isinstance(v, list) else v for name, v in results.items()}
+    return Past(state, kept)
 
 
 def _select_device(config: RunConfig) -> None:
@@ -106,20 +148,20 @@ def _check_folder(folder: Path) -> None:
 
 def _run(
     config: RunConfig,
-    state: training.TrainingState | None,
+    past: Past | None,
     options: dict[str, Any],
     folder: Path,
 ) -> None:
     start = time.perf_counter()
+    state, results = past or (None, {})
     if state is not None:
         seed = int(state.seed[0])
     else:
         seed = secrets.randbelow(2**31) if config.seed is None else config.seed
-    config = replace(config, seed=seed)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**options, "seed": seed}, sort_keys=False))
+    (folder / CONFIG).write_text(yaml.safe_dump({**options, "seed": seed}, sort_keys=False))
     log.info("seed %d, %s, output in %s", seed, jax.devices()[0].device_kind, folder)
 
-    results: dict[str, Any] = {}
+    start -= results.pop("wall_time", 0.0)
     console = Console(stderr=True)
     columns = (
         TextColumn("epoch"),
@@ -133,17 +175,18 @@ def _run(
         _log_to(sys.stdout)  # which is rich's while the bar is drawn: lines go above it
 
         def report(state: training.TrainingState, metrics: training.Metrics) -> None:
+            epoch = int(state.epoch[0])
+            results.setdefault("epoch", []).append(epoch)
             for name, values in metrics.items():
                 results.setdefault(name, []).append(float(values[0]))
+            results["wall_time"] = time.perf_counter() - start
+            _write_json(folder / RESULTS, results)
             checkpoint.save(folder / CHECKPOINT, config, state)
-            log.info(_line(int(state.epoch[0]), config.epochs, results))
+            log.info(_line(config, epoch, metrics))
             progress.advance(bar)
 
         training.train(config, [seed], report, state)
     _log_to(sys.stdout)
-    results["wall_time"] = time.perf_counter() - start
-    results["first_epoch"] = done + 1
-    _write_json(folder / "results.json", results)
 
 
 def _log_to(stream: TextIO) -> None:
@@ -152,17 +195,18 @@ def _log_to(stream: TextIO) -> None:
             handler.setStream(stream)
 
 
-def _line(epoch: int, epochs: int, results: Mapping[str, list[float]]) -> str:
-    last = {name: values[-1] for name, values in results.items()}
-    parts = [f"epoch {epoch}/{epochs}"]
-    for split, name in (("train_CL", "train"), ("train_OL", "train OL"), ("valid", "valid")):
-        if f"{split}_loss" in last:
-            parts.append(f"{name} {last[f'{split}_loss']:.3f}, {last[f'{split}_accuracy']:.1f} %")
-    if "test_loss" in last:
-        parts.append(f"test {last['test_loss']:.3f}, {last['test_accuracy']:.1f} %")
-    if (converged := last["train_CL_converged_share"]) < 1:
+def _line(config: RunConfig, epoch: int, metrics: training.Metrics) -> str:
+    parts = [f"epoch {epoch}/{config.epochs}"]
+    # With the target fed back, the training accuracy says how well the controller does its work.
+    learning = "closed loop" if RULES[config.architecture.rule].has_feedback else "train"
+    splits = {"train_CL": learning, "train_OL": "open loop", "valid": "valid", "test": "test"}
+    for split, name in splits.items():
+        if f"{split}_loss" in metrics:
+            loss, accuracy = metrics[f"{split}_loss"][0], metrics[f"{split}_accuracy"][0]
+            parts.append(f"{name} {loss:.3f}, {accuracy:.1f} %")
+    if (converged := metrics["train_CL_converged_share"][0]) < 1:
         parts.append(f"converged {100 * converged:.1f} %")
-    return " | ".join([*parts, f"{last['epoch_seconds']:.1f} s"])
+    return " | ".join([*parts, f"{metrics['epoch_seconds'][0]:.1f} s"])
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ BAD = [
     (["batchsize=2000"], "batchsize: given 2000, allowed is 1 to 1150 (digits)"),
     (["dataset=fmnist", "dataset.path=/no/such/folder"], "/no/such/folder"),
     (["dataset.valid_split=1.5"], "dataset.valid_split: given 1.5"),
-    (["resume=no-such-run"], "resume: given no-such-run, which does not exist"),
+    (["resume=no-such-run"], "resume: given no-such-run, allowed is the folder of a run"),
     (["seed=["], "seed=[: not understood"),
     (["epochs"], "epochs: not understood, allowed is option=value"),
 ]
@@ -147,7 +147,7 @@ def test_a_run_leaves_its_results(run):
     assert process.returncode == 0, process.stderr
     results = json.loads((folder / "results.json").read_text())
     assert results.pop("wall_time") > sum(results["epoch_seconds"]) > 0
-    assert results.pop("first_epoch") == 1
+    assert results["epoch"] == [1, 2]
     assert all(len(values) == 2 for values in results.values())
     assert {"train_CL_loss", "train_OL_loss", "valid_accuracy"} <= set(results)
     assert not any(name.startswith("test") for name in results)  # only when asked
@@ -168,9 +168,31 @@ def test_a_run_goes_on_from_its_folder(run):
     assert whole.returncode == resumed.returncode == 0, whole.stderr + resumed.stderr
     at_once = json.loads((work / "whole" / "results.json").read_text())
     later = json.loads((work / "second" / "results.json").read_text())
-    assert later["first_epoch"] == 3
+    assert later["epoch"] == [1, 2, 3, 4]
     for name in ("train_CL_loss", "valid_loss", "train_CL_weight_norm", "train_OL_loss"):
-        assert at_once[name][2:] == later[name]
+        assert at_once[name] == later[name]
+    assert later["wall_time"] > sum(later["epoch_seconds"])
+    assert (work / "whole/checkpoint.msgpack").read_bytes() == (
+        work / "second/checkpoint.msgpack"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate=0.001 (given 0.1)"),
+        ("seed=5", "seed=0 (given 5)"),
+        ("batchsize=50", "batchsize=100 (given 50)"),
+        ("epochs=2", "epochs: given 2, allowed is more than the 2 that"),
+    ],
+)
+def test_another_run_is_not_resumed(run, monkeypatch, tmp_path, capsys, changed, words):
+    _, folder, _ = run
+    arguments = [*TINY, "epochs=4", f"resume={folder}", changed]
+    assert invoke(monkeypatch, tmp_path, *arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_diverges_says_where_and_fails(run):

@@ -205,7 +205,8 @@ def summary(finished: Finished, console: Console) -> None:
     console.print(progress.leaderboard(rows, study.metric, study.mode))
     uri = shlex.quote(finished.tracking_uri)
     ui = uri if uri.startswith("http") else f"{_tool('mlflow')} ui --backend-store-uri {uri}"
-    say(f"\nall trials:  {ui}")
+    address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
+    say(f"\nall trials:  {ui}{address}")
     if top := progress.best(rows, study.mode):
         say(f"best trial:  {_tool('python')} {top.command.removeprefix('python ')}")
 
