@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +81,7 @@ def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
     """
     config = parse(options)
     _select_device(config)
-    _check_folder(Path(options["out_dir"]))
+    command_line.check_folder(Path(options["out_dir"]))
     training.prepare(config)
     if options["resume"] is None:
         return config, None
@@ -131,19 +130,6 @@ def _select_device(config: RunConfig) -> None:
         if config.gpu_id >= len(gpus):
             raise refusal("gpu_id", config.gpu_id, f"0 to {len(gpus) - 1}")
         jax.config.update("jax_default_device", gpus[config.gpu_id])
-
-
-def _check_folder(folder: Path) -> None:
-    """Tries whether something can be written there, or in the nearest parent that exists."""
-    parents = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in parents if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        raise refusal(
-            "out_dir", folder, f"a folder that can be written ({existing}: {error.strerror})"
-        ) from error
 
 
 def _run(

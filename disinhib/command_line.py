@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from disinhib.config import ConfigError, flatten, nearest
+from disinhib.config import ConfigError, flatten, nearest, refusal
 from disinhib.data import DataError
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
@@ -41,7 +42,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
         choices = composed.hydra.runtime.choices
         options = OmegaConf.create({k: v for k, v in composed.items() if k != "hydra"})
         plain = OmegaConf.to_container(options, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explained(error, config_name, overrides) from error
     own = {group: str(choice) for group, choice in choices.items() if "hydra/" not in group}
     return plain, own  # pyright: ignore[reportReturnType]
@@ -66,7 +67,7 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
     groups = [override for override in parsed if _choices_of(override.key_or_group)]
     for override in groups:
         allowed, given = _choices_of(override.key_or_group), override.value()
-        if given is not None and given not in allowed:
+        if given not in allowed:
             return ConfigError(
                 f"{override.key_or_group}: given {given}, allowed is one of {', '.join(allowed)}"
                 f"{nearest(str(given), allowed)}"
@@ -145,6 +146,18 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return repr(value)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError if nothing can be written there, or in the nearest parent that exists."""
+    try:
+        parents = (folder.absolute(), *folder.absolute().parents)
+        existing = next(path for path in parents if path.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        allowed = f"a folder that can be written ({error.strerror})"
+        raise refusal("out_dir", folder, allowed) from error
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

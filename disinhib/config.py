@@ -59,7 +59,7 @@ SEED: Check = (
     "a whole number from 0 to 2147483647, or null",
 )
 TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a text")
-OPTIONAL_TEXT: Check = (lambda v: v is None or isinstance(v, str), "a text or null")
+OPTIONAL_TEXT: Check = (lambda v: v is None or TEXT[0](v), "a text or null")
 
 
 def one_of(names: Iterable[str]) -> Check:
@@ -250,15 +250,23 @@ def _feedback(take, structure: dict, hyper: dict) -> None:
     hyper["clip_val"] = take("trainer.clip_val", POSITIVE)
     hyper["norm_val"] = take("trainer.norm_val", POSITIVE)
     hyper["target_nudge"] = take("trainer.target_nudge", POSITIVE)
-    for name, check in RULE_CHECKS.get(structure["rule"], ()):
-        hyper[name] = take(f"trainer.{name}", check)
+    rate = RATE_CHECKS[structure["activation_i"]]
+    if structure["rule"] == "lin-thresh":
+        hyper["avg_inh_lambda"] = take("trainer.avg_inh_lambda", UNIT)
+        hyper["avg_inh_init"] = take("trainer.avg_inh_init", rate)
+    if structure["rule"] == "taylor":
+        hyper["y0"] = take("trainer.y0", rate)
 
 
 OPTIMIZER_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     "adam": (("learning_rate", POSITIVE), ("b1", DECAY), ("b2", DECAY), ("eps", POSITIVE)),
     "sgd": (("learning_rate", POSITIVE), ("momentum", DECAY)),
 }
-RULE_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
-    "lin-thresh": (("avg_inh_lambda", UNIT), ("avg_inh_init", ANY_NUMBER)),
-    "taylor": (("y0", ANY_NUMBER),),
+# Rates at which an interneuron's activation has an inverse with a tangent.
+RATE_CHECKS: dict[str, Check] = {
+    "softrelu": POSITIVE,
+    "relu": POSITIVE,
+    "sigmoid": SHARE,
+    "tanh": (lambda v: _is_number(v) and -1 < v < 1, "a number between -1 and 1"),
+    "linear": ANY_NUMBER,
 }

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 
 class Loss(NamedTuple):
-    """Per-sample loss `[batch]`, error `[batch, out]`, the error's output-Jacobian product,
-    and the nudged target `[batch, out]` of weak feedback."""
+    """Per-sample loss `[batch]`, error `[batch, out]`, and the nudged target `[batch, out]` of weak
+    feedback."""
 
     value: Callable[[Float[Array, "batch out"], Float[Array, "batch out"]], Float[Array, " batch"]]
     error: Callable[

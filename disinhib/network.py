@@ -6,7 +6,6 @@ kernels are `[pre, post]`. Hidden layers count from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,12 +49,6 @@ def feedforward_input(parameters: Parameters, layer: int, rate: Array) -> Array:
     a = rate @ parameters[f"kernel_{layer}"]
     bias = parameters.get(f"bias_{layer}")
     return a if bias is None else a + bias
-
-
-def excitatory_rates(architecture: Architecture, hyper: Hyperparameters, u_e: Sequence) -> list:
-    """r_l = phi_E(u_E,l) of each hidden layer."""
-    phi = bind(architecture.activation_e, hyper.shape_e)
-    return [phi.value(u) for u in u_e]
 
 
 def mlp_forward(

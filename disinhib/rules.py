@@ -67,11 +67,10 @@ def backpropagation(
     loss = LOSSES[architecture.loss].value
     circuit = microcircuit(architecture, hyper)
 
+    solution = open_loop(architecture, parameters, hyper, x)
     if architecture.circuit == "dale":
-        solution = open_loop(architecture, parameters, hyper, x)
         output = lambda p: implicit_output(circuit, p, x, solution.state.u_e)
     else:
-        solution = open_loop(architecture, parameters, hyper, x)
         output = lambda p: mlp_forward(architecture, p, hyper, x).u_y
     gradients = jax.grad(lambda p: jnp.mean(loss(output(p), target)))(parameters)
     return Update(gradients, rule_state, solution)

@@ -36,14 +36,17 @@ from disinhib.microcircuit import (
 from disinhib.network import NetworkState, Parameters, feedforward_input
 
 BROYDEN_EVALUATIONS = 12
+NEAR = (
+    1e-2  # residual from which Newton's steps on the neurons can be left to converge by themselves
+)
 
 
 class Solution(NamedTuple):
     """A steady state and how well it was reached; the last three are per sample `[batch]`.
 
     `residual` is the largest, over layers and controller, of |equilibrium error| / (1 + |value|)
-    in Euclidean norms; `iterations` counts evaluations of the network (Newton) or integration
-    steps (ODE).
+    in Euclidean norms. `iterations` counts evaluations of the network in closed loop (Newton; in
+    open loop rounds of two steps on the neurons, the same for all samples) or integration steps.
     """
 
     state: NetworkState
@@ -67,7 +70,12 @@ def open_loop(
     residual, rounds = jnp.zeros(len(x), x.dtype), 0
     for layer in range(architecture.hidden_layers):
         a = feedforward_input(parameters, layer, rate)
-        u_e, layer_residual, layer_rounds = _settle(circuit, a, solver)
+        # Newton's first step from u = 0 is the same line for every neuron.
+        zero = jnp.zeros((), a.dtype)
+        f_0, slope_0 = imbalance(circuit, zero, zero, 0.0)
+        u_e, layer_residual, layer_rounds = _settle(
+            circuit, (a - f_0) / slope_0, a, 0.0, 2, solver.tolerance, solver.max_iterations
+        )
         potentials.append(u_e)
         rate = circuit.phi_e.value(u_e)
         residual = jnp.maximum(residual, layer_residual)
@@ -85,20 +93,20 @@ def open_loop(
     )
 
 
-def _settle(circuit: Microcircuit, a: Array, solver: Newton) -> tuple[Array, Array, Array]:
-    """(u_E, residual of each sample, rounds) of one layer for the input `a`, without feedback."""
-    # Newton's first step from u = 0 is the same line for every neuron.
-    f_0, slope_0 = imbalance(circuit, jnp.zeros((), a.dtype), jnp.zeros((), a.dtype), 0.0)
-    start = (a - f_0) / slope_0
+def _settle(
+    circuit: Microcircuit, start: Array, a: Array, s: Array | float, steps: int, goal, cap: int
+) -> tuple[Array, Array, Array]:
+    """(u_E, residual of each sample, rounds of `steps`) of one layer for the input `a` and the
+    dis-inhibition `s`: rounds until every residual is below `goal`, at most `cap`."""
 
     def one_round(carry):
         search, _, rounds = carry
-        search = relax(circuit, search, a, 0.0, steps=2)
-        return search, _neuron_residual(circuit, search.u_e, a, 0.0), rounds + 1
+        search = relax(circuit, search, a, s, steps)
+        return search, _neuron_residual(circuit, search.u_e, a, s), rounds + 1
 
     def unsettled(carry):
         _, residual, rounds = carry
-        return jnp.any(residual > solver.tolerance) & (rounds < solver.max_iterations)
+        return jnp.any(residual > goal) & (rounds < cap)
 
     first = one_round((search_from(start), None, jnp.zeros((), int)))
     search, residual, rounds = jax.lax.while_loop(unsettled, one_round, first)
@@ -224,6 +232,7 @@ def _evaluation(
     """(control, last u_E) -> (u_E, F(control), residual of each sample): one forward pass."""
     error = LOSSES[architecture.loss].error
     gain = CONTROLLERS[architecture.controller].gain(hyper)
+    near, cap = max(NEAR, architecture.solver.tolerance), architecture.solver.max_iterations
     # The first layer's input does not depend on the control.
     first = feedforward_input(parameters, 0, x) if architecture.hidden_layers else x
 
@@ -233,10 +242,11 @@ def _evaluation(
         for layer, s in enumerate(disinhibition(control, weights)):
             if layer > 0:
                 a = feedforward_input(parameters, layer, rate)
-            u_e = relax(circuit, search_from(last[layer]), a, s, steps=1).u_e
+            # One step as a rule: what it leaves shrinks with the next evaluation's.
+            u_e, layer_residual, _ = _settle(circuit, last[layer], a, s, 1, near, cap)
             potentials.append(u_e)
             rate = circuit.phi_e.value(u_e)
-            residual = jnp.maximum(residual, _neuron_residual(circuit, u_e, a, s))
+            residual = jnp.maximum(residual, layer_residual)
         u_y = _output(architecture, parameters, rate, control)
         mismatch = gain * error(u_y, target) - control
         residual = jnp.maximum(residual, relative_norm(mismatch, control))

@@ -76,6 +76,11 @@ def prepare(config: RunConfig) -> Data:
         raise refusal(
             "batchsize", config.architecture.batch_size, f"1 to {samples} ({config.dataset})"
         )
+    classes = datasets.DATASETS[config.dataset].classes
+    if config.architecture.sizes[-1] != classes:
+        raise refusal(
+            "dataset.dim_output", config.architecture.sizes[-1], f"{classes} ({config.dataset})"
+        )
     if config.architecture.sizes[0] != features:
         raise refusal(
             "dataset.dim_input", config.architecture.sizes[0], f"{features} ({config.dataset})"

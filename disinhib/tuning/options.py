@@ -6,7 +6,6 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,15 +39,17 @@ from search_spaces import SPACES, Overrides
 # Root options and groups that only a study has; the rest of its options are those of training.
 STUDY_OPTIONS = ("study", "space", "trials", "metric", "mode")
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
-METRICS = ("valid_accuracy", "valid_loss")  # what selection may rest on: validation only
+# What selection may rest on, validation only, and which way is better.
+METRICS = {"valid_accuracy": "max", "valid_loss": "min"}
 
 OPTIONAL_COUNT: Check = (lambda v: v is None or COUNT[0](v), f"{COUNT[1]}, or null")
 CHECKS: dict[str, Check] = {
     "study": (
-        lambda v: v is None or re.fullmatch(r"[\w.-]*\w", str(v)) is not None,
+        lambda v: v is None or (isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None),
         "a folder's name or null",
     ),
-    "space": (lambda v: v in SPACES, f"one of {', '.join(SPACES)}"),
+    "space": one_of(SPACES),
+    "out_dir": TEXT,
     "trials": COUNT,
     "epochs": COUNT,
     "metric": one_of(METRICS),
@@ -114,7 +115,7 @@ def compose(overrides: Sequence[str]) -> Study:
     options, _ = command_line.compose("study", [*overrides, *groups])
     _check(options)
     out_dir = Path(options["out_dir"]).absolute()
-    _check_folder(out_dir)
+    command_line.check_folder(out_dir)
     default = f"{options['space']}-{options['dataset']['name']}"
     own = ("space", "trials", "epochs", "seed", "metric", "mode")
     groups = ("scheduler", "searcher", "cluster", "tracking")
@@ -153,13 +154,18 @@ def _check(options: Mapping[str, Any]) -> None:
         raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
     if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
         raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
+    best = METRICS[options["metric"]]
+    if options["mode"] != best:
+        raise refusal("mode", options["mode"], f"{best} for metric={options['metric']}")
+    if options["test_at_end"]:
+        raise refusal("test_at_end", True, "false: a search must not see the test set")
     if options["resume"] is not None:
         raise refusal("resume", options["resume"], "null (trials of a study start afresh)")
 
 
 def _own(options: Mapping[str, Any]) -> dict[str, Any]:
     """What `training_options` leaves out, and what a study needs of the rest."""
-    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed")
+    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed", "out_dir")
     return {name: options[name] for name in names if name in options}
 
 
@@ -251,13 +257,6 @@ def _blaming(space: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{error} (in space={space})") from error
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises ConfigError if nothing can be written there, or in the nearest parent there is."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise refusal("out_dir", folder, f"a folder that can be written ({existing} cannot)")
 
 
 def _name(given: str | None, default: str, out_dir: Path) -> str:

@@ -171,7 +171,8 @@ class Search(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         asked, epoch = self.asked[trial_id], result[TRAINING_ITERATION]
-        if epoch not in self.record.trials[asked.entry.number].intermediate_values:
+        recorded = self.record.get_trials(deepcopy=False)[asked.entry.number]
+        if epoch not in recorded.intermediate_values:
             asked.guess.report(result[trials.SCORE], epoch)
             asked.entry.report(result[trials.SCORE], epoch)
 

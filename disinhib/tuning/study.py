@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import socket
 import sys
 import time
 import warnings
@@ -114,13 +115,19 @@ def _cluster(study: Study) -> Iterator[None]:
     with warnings.catch_warnings():
         # jax warns of forks; Ray's are all followed by an exec at once.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        ray.init(
-            address=study.cluster["address"],
-            runtime_env={"env_vars": trial.environment(cpus, gpus)},
-            include_dashboard=False if study.cluster["address"] is None else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        address = study.cluster["address"]
+        try:
+            _reach(address)
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": trial.environment(cpus, gpus)},
+                include_dashboard=False if address is None else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except OSError as error:  # ConnectionError is one
+            allowed = "auto or HOST:PORT of a running Ray cluster, or null"
+            raise refusal("cluster.address", address, allowed) from error
     try:
         for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
@@ -130,6 +137,13 @@ def _cluster(study: Study) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nobody listens there: Ray would wait for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _searcher(study: Study) -> search.Search:

@@ -29,7 +29,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
-from disinhib.config import refusal
+from disinhib.config import ConfigError, refusal
 from disinhib.tuning.trial import (
     COMPLETE,
     FAILED,
@@ -93,6 +93,11 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Store:
                 experiment_id = client.create_experiment(experiment, artifact_location=location)
             else:
                 experiment_id = found.experiment_id
+            if found is not None and found.lifecycle_stage == "deleted":
+                allowed = "one that is not deleted (mlflow gc, or mlflow experiments restore)"
+                raise refusal("tracking.experiment", experiment, allowed)
+    except ConfigError:
+        raise
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
         allowed = f"the address of an MLflow store that answers ({_one_line(error)})"
         raise refusal("tracking.uri", uri, allowed) from error

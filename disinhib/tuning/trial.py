@@ -22,6 +22,7 @@ from ray.tune.experiment import Trial as RayTrial
 # Ray, the scheduler and the searcher see one number a trial and epoch under this name: the mean
 # over lanes of the study's metric.
 SCORE = "score"
+LEAST_CONVERGED = 0.9  # share of an epoch's samples whose closed loop must be a steady state
 METRICS = "metrics"
 CHECKPOINT = "checkpoint.msgpack"
 
@@ -59,6 +60,7 @@ class TrainingTrial(tune.Trainable):
         """Starts another trial in this worker; data and compiled programs stay."""
         from disinhib import config, training
 
+        self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
         self._trial = cast(TrialConfig, new_config)
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
@@ -68,18 +70,24 @@ class TrainingTrial(tune.Trainable):
     def step(self) -> dict:
         """Trains one epoch.
 
-        Raises `training.Diverged` when a lane's score is not finite: NaN is a failure, never a
-        score.
+        Raises `training.Diverged` when a lane's score is not finite, or when too few of a lane's
+        samples reached their steady state: such numbers are a failure, never a score.
         """
         from disinhib import training
 
-        compiled = len(self._compilations)
         self._state, lanes = training.run_epoch(self._run, self._data, self._state)
         means = {name: float(values.mean()) for name, values in lanes.items()}
         metric, epoch = self._trial["metric"], self.iteration + 1
         if not math.isfinite(means[metric]):
             raise training.Diverged(f"{metric} is {means[metric]} in epoch {epoch}")
-        means["compilations"] = len(self._compilations) - compiled
+        converged = float(lanes["train_CL_converged_share"].min())
+        if converged < LEAST_CONVERGED:
+            raise training.Diverged(
+                f"train_CL_converged_share is {converged:.3f} in epoch {epoch}, below"
+                f" {LEAST_CONVERGED}"
+            )
+        means["compilations"] = len(self._compilations) - self._compiled
+        self._compiled = len(self._compilations)
         return {
             SCORE: means[metric],
             METRICS: means,
