@@ -111,6 +111,23 @@ def test_a_value_that_cannot_be_is_refused(dale, name, value, allowed):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("activation", "y0", "allowed"),
+    [
+        ("softrelu", 0.0, "above 0"),
+        ("tanh", 1.0, "between -1 and 1"),
+        ("sigmoid", 1.0, "between 0"),
+    ],
+)
+def test_a_rate_without_a_tangent_is_refused(activation, y0, allowed):
+    tree = options(
+        *("model/vf=dale", "trainer=taylor", f"trainer.y0={y0}"),
+        f"model/vf/activation@model.vf.actI={activation}",
+    )
+    with pytest.raises(ConfigError, match=rf"trainer\.y0: given {y0}, allowed is .*{allowed}"):
+        parse(tree)
+
+
 def test_every_number_is_checked(dale):
     """No numeric option lets a text through: a new one cannot be forgotten."""
     numbers = [

@@ -1,5 +1,6 @@
 """Learning rules against independent derivatives and against each other (float64)."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -180,3 +181,54 @@ def test_a_silent_layer_gets_no_feedback(problem, dtype):
     assert scaled.dtype == dtype
     np.testing.assert_allclose(jnp.linalg.norm(scaled[0]), 1e4, rtol=1e-5)
     assert not np.any(scaled[1:])  # and no NaN
+
+
+@pytest.mark.parametrize(
+    ("average", "clip", "norm"), list(itertools.product((False, True), repeat=3))
+)
+def test_feedback_weights_are_averaged_then_clipped_then_normalised(problem, average, clip, norm):
+    """The order counts: the same by hand, in numpy."""
+    small = problem(
+        average_fb_weights=average, clip_fb_weights=clip, norm_fb_weights=norm, sizes=(5, 8, 4)
+    )
+    q = jax.random.normal(jax.random.key(2), (6, 4, 8))
+    hyper = HYPER._replace(clip_val=0.5, norm_val=3.0)
+    (found,) = modified(small.architecture, hyper, (q,))
+    expected = np.asarray(q)
+    if average:
+        expected = np.mean(expected, axis=0, keepdims=True)
+    if clip:
+        expected = np.minimum(np.maximum(expected, -0.5), 0.5)
+    if norm:
+        expected = np.stack([3.0 * sample / np.linalg.norm(sample) for sample in expected])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_nudge_moves_the_output_a_little_towards_the_target():
+    draw = np.random.default_rng(0)
+    output, target = draw.normal(size=(3, 4)), draw.dirichlet(np.ones(4), size=3)
+    softmax = lambda y: np.exp(y) / np.sum(np.exp(y), axis=-1, keepdims=True)
+    expected = {
+        "softmax-cross-entropy": softmax(output + 0.1 * (target - softmax(output))),
+        "mse": output + 0.1 * (target - output),
+    }
+    for loss, entry in LOSSES.items():
+        found = entry.nudged_target(jnp.asarray(output), jnp.asarray(target), 0.1)
+        np.testing.assert_allclose(found, expected[loss], rtol=1e-12)
+
+
+def test_weak_feedback_controls_towards_the_nudge(problem):
+    """The control vanishes with the nudge, and is that of the nudged target given outright."""
+    for nudge in (0.0, 0.1):
+        weak = HYPER._replace(target_nudge=nudge)
+        result, small = update(problem, "exact-inv", weak, strong_fb=False, sizes=(5, 8, 4))
+        hyper = jax.tree.map(jnp.asarray, weak)
+        opened = jax.jit(open_loop, static_argnums=0)(
+            small.architecture, small.parameters, hyper, small.x
+        )
+        entry = LOSSES["softmax-cross-entropy"]
+        aim = entry.nudged_target(opened.state.u_y, small.target, nudge)
+        # At equilibrium c = (k_p + k_i / leak) e.
+        expected = (0.2 + 0.4) * entry.error(result.solution.state.u_y, aim)
+        np.testing.assert_allclose(result.solution.control, expected, rtol=1e-8, atol=1e-11)
+        assert (float(jnp.max(jnp.abs(expected))) > 1e-3) == (nudge > 0)

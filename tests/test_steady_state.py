@@ -231,6 +231,15 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
 # --- Hard and impossible cases -----------------------------------------------------------------
 
 
+def test_saturating_neurons_settle_in_closed_loop_too(problem):
+    """Newton's method on tanh neurons held by rectifying interneurons jumps from one side of the
+    root to the other for ever; the bracket has to be kept from step to step."""
+    hyper = HYPER._replace(g_ei=6.0, g_ie=6.0)
+    small = problem(weight_scale=3.0, batch=40, activation_e="tanh", activation_i="relu")
+    _, closed, _ = solved(small, hyper)
+    assert np.all(closed.converged)
+
+
 STRONG = HYPER._replace(k_p=2.0, k_i=4.0, g_ei=2.0)
 
 

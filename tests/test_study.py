@@ -18,7 +18,7 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib import command_line, config
+from disinhib import command_line, config, training
 from disinhib.config import ConfigError
 from disinhib.tuning import options, progress, schedule, search, study
 from disinhib.tuning.trial import (
@@ -235,7 +235,7 @@ def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     last = printed.strip().splitlines()
     assert f"{done.study.name}: 6 trials in" in printed
     assert "4 complete, 1 pruned, 1 failed" in printed
-    assert last[-2].endswith(f"mlflow ui --backend-store-uri {done.tracking_uri}")
+    assert f"mlflow ui --backend-store-uri {done.tracking_uri} " in last[-2]
     best = progress.best(done.rows, "max")
     assert best and last[-1].endswith(best.command.removeprefix("python "))
     assert [line.split()[0] for line in last if line.strip().startswith(tuple(RULES))] == [
@@ -271,6 +271,12 @@ REFUSED = {
     "searcher.multivariate=false": ["searcher.group: given true", "searcher.multivariate"],
     "study=a/b": ["study: given a/b", "a folder's name"],
     "cluster.cpus_per_trial=0.5": ["cluster.cpus_per_trial: given 0.5", "whole number"],
+    "metric=valid_loss": ["mode: given max", "min for metric=valid_loss"],
+    "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
+    "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
+    "study=2024": ["study: given 2024", "a folder's name"],
+    "tracking.uri=": ["tracking.uri: given ", "a text or null"],
+    "cluster.address=127.0.0.1:1": ["cluster.address: given 127.0.0.1:1", "running Ray cluster"],
     "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
     "optimizer.learning_rate=0.1": ["optimizer.learning_rate: given 0.1", "searches it"],
     "dataset.path=nowhere": ["dataset.path", "nowhere"],
@@ -315,6 +321,16 @@ def test_a_name_that_is_taken_is_refused_and_a_default_one_is_numbered(tmp_path)
 
 
 # Pieces.
+
+
+def test_too_few_converged_samples_fail_a_trial():
+    """One evaluation of the network is not enough for any sample; the numbers are no score."""
+    asked = options.compose(["experiment=smoke", "space=lin_thresh", "solver.max_iterations=1"])
+    _, branch, *_ = search.branches(options.SPACES["lin_thresh"])  # numbers at their high ends
+    chosen = options.configure(asked, 0, branch.overrides)
+    trial = study.trial.TrainingTrial(config=dict(chosen))
+    with pytest.raises(training.Diverged, match=r"train_CL_converged_share is 0\.\d+ in epoch 1"):
+        trial.step()
 
 
 def row(number, rule="bp", state=COMPLETE, score=50.0):

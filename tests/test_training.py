@@ -153,6 +153,13 @@ def test_a_batch_larger_than_the_data_is_refused():
         training.prepare(configured("batchsize=1151"))
 
 
+def test_outputs_that_are_not_the_classes_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"dataset\.dim_output: given 5, allowed is 10 \(digits\)"
+    ):
+        training.prepare(configured("dataset.dim_output=5"))
+
+
 # Every entry of every table that training reads, each at least once.
 COMBINATIONS = [
     ("model/vf=non-dale", "trainer=bp", "dataset/loss=mse", "optimizer=sgd"),

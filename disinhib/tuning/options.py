@@ -48,7 +48,7 @@ CHECKS: dict[str, Check] = {
         lambda v: v is None or (isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None),
         "a folder's name or null",
     ),
-    "space": one_of(SPACES),
+    "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
     "out_dir": TEXT,
     "trials": COUNT,
     "epochs": COUNT,
