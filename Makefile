@@ -15,7 +15,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study test slow lint lint-format lint-check lint-types format lock
+.PHONY: help install study test quick lint lint-format lint-check lint-types format lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,11 +25,11 @@ install: $(STAMP) ## make the environment .venv; done again only when the lock o
 study: $(STAMP) ## run the default study
 	$(BIN)/python tune_main.py $(ARGS)
 
-test: lint ## lint, then every test that is not slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: lint ## lint, then every test
+	$(BIN)/python -m pytest $(ARGS)
 
-slow: $(STAMP) ## the slow tests only
-	$(BIN)/python -m pytest -m slow $(ARGS)
+quick: $(STAMP) ## the tests that are not slow only
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lint: lint-format lint-check lint-types ## check format and style (ruff) and types (pyright)
 

@@ -70,7 +70,7 @@ def prepared(
     hyper = training.as_arrays(
         Hyperparameters({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8})
     )
-    config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0)
+    config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0, 0.9, 1e3)
     state = training.initial_state(config, range(lanes))
     data = random_data(steps)
 

@@ -4,8 +4,9 @@ A real study (digits, published network sizes, Ray, Optuna, MLflow, reused worke
 its workers. A trial's first epoch ends some seconds after its worker was free for it: since the
 last epoch of the trial before it, or, for a worker's first trial, since its process was started.
 Subtracted is the epoch itself: the median of the trial's later epochs. What remains is everything
-else: telling Optuna and MLflow, asking, composing and checking options, Ray's messages, a fresh
-state, and, for the first trial of a structure in a worker, compiling.
+else: the journal, asking Optuna, composing and checking options, Ray's messages, a fresh state,
+and, for the first trial of a structure in a worker, compiling. A trial that fails before its second
+epoch has no such median: it is named and left out.
 
 Bar: later trials of a structure under 0.5 s and without a compilation.
 """
@@ -45,13 +46,13 @@ class ClockedTrial(TrainingTrial):
         start, cpu = time.time(), time.process_time()
         result = super().step()
         now = time.time()
-        result[METRICS] |= {
+        clocked = {
             "seconds": now - start,
             "since_free": now - self.free_since,
             "cores": (time.process_time() - cpu) / (now - start),
         }
         self.free_since = now
-        return result
+        return {**result, METRICS: result[METRICS] | clocked}
 
 
 class Recorder(tune.Callback):
@@ -89,21 +90,22 @@ class Overhead(NamedTuple):
 
 
 def overheads(recorded: dict[int, list[dict[str, Any]]]) -> list[Overhead]:
-    """In the order in which the trials' first epochs ended."""
+    """Of trials with two epochs or more, in the order in which their first ones ended."""
     known, found = set(), []
     for number, epochs in recorded.items():
         begin, later = epochs[0], [epoch["seconds"] for epoch in epochs[1:]]
         key = (begin["pid"], begin["structure"])
-        found.append(
-            Overhead(
-                number,
-                begin["rule"],
-                key not in known,
-                begin["since_free"],
-                statistics.median(later),
-                sum(epoch["compilations"] for epoch in epochs),
+        if later:
+            found.append(
+                Overhead(
+                    number,
+                    begin["rule"],
+                    key not in known,
+                    begin["since_free"],
+                    statistics.median(later),
+                    sum(epoch["compilations"] for epoch in epochs),
+                )
             )
-        )
         known.add(key)
     return found
 
@@ -141,14 +143,19 @@ def main() -> int:
         asked = options.compose(
             [f"trials={arguments.trials}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
         )
-        study.run(asked, console, ClockedTrial, [recorder])
+        records = study.run(asked, console, ClockedTrial, [recorder]).records
     found = overheads(recorder.epochs)
     later = [one for one in found if not one.first]
     excess, compiled = [one.excess for one in later], sum(one.compilations for one in later)
     cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
-    met = max(excess) < BAR_SECONDS and compiled == 0
     say = partial(console.print, soft_wrap=True, highlight=False)
     console.print(table(found))
+    if left_out := {record.number for record in records} - {one.number for one in found}:
+        say(f"failed before their second epoch and left out: trials {sorted(left_out)}")
+    if not later:
+        say("no trial was the second of its structure in its worker: take more --trials")
+        return 1
+    met = max(excess) < BAR_SECONDS and compiled == 0
     say(f"cores that a running epoch keeps busy: at most {max(cores):.2f}")
     say(
         f"later trials: excess {statistics.median(excess):.2f} s (median), at most"

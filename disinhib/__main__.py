@@ -32,7 +32,7 @@ CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack
 # What may differ from the run that is resumed.
 RESUMED_WITH = {
     *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
-    *("OL_eval_on_train", "test_at_end"),
+    *("OL_eval_on_train", "test_at_end", "min_converged_share", "max_weight"),
 }
 log = logging.getLogger("disinhib")
 
@@ -110,7 +110,7 @@ def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
             f"resume: {folder} ran with {', '.join(changed)}; give the same options as then, and"
             " resume"
         )
-    state = checkpoint.load(folder / CHECKPOINT, config)
+    state = checkpoint.load(folder / CHECKPOINT, config).state
     done = int(state.epoch[0])
     if config.epochs <= done:
         raise refusal("epochs", config.epochs, f"more than the {done} that {folder} has done")

@@ -62,7 +62,6 @@ class Architecture:
     average_fb_weights: bool = False
     clip_fb_weights: bool = False
     norm_fb_weights: bool = True
-    strong_fb: bool = True
     optimizer: str = "adam"
     batch_size: int = 100
     solver: Newton | Ode = Newton()
@@ -88,7 +87,8 @@ class Hyperparameters(NamedTuple):
     leak: Scalar = 1.0
     norm_val: Scalar = 1.0  # Frobenius norm of a sample's feedback weights
     clip_val: Scalar = 1.0
-    target_nudge: Scalar = 0.015
+    strong_fb: Scalar = 1.0  # 1: control towards the target itself, 0: towards a nudge
+    target_nudge: Scalar = 0.015  # how far the nudge lies from the open-loop output
     avg_inh_lambda: Scalar = 1.0  # lin-thresh: weight of the newest batch in y0
     avg_inh_init: Scalar = 0.8  # lin-thresh: y0 before the first batch
     y0: Scalar = 1.0  # taylor: fixed point of linearisation

@@ -1,16 +1,20 @@
 """Checkpoints: one file, written atomically, without pickle.
 
 MessagePack (flax.serialization) of the architecture and of the whole training state: parameters,
-optimizer, rule state, epoch and seed, from which every key derives. Resuming repeats the
-uninterrupted run bit for bit on CPU.
+optimizer, rule state, epoch and seed, from which every key derives; and, as JSON, of the results
+so far, so that state and results are always of the same epoch. Resuming repeats the uninterrupted
+run bit for bit on CPU.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +25,31 @@ from disinhib.config import ConfigError, RunConfig, flatten
 from disinhib.training import TrainingState, initial_state
 
 
-def save(path: Path, config: RunConfig, state: TrainingState) -> None:
-    """Writes `state` to `path`; a reader sees the old file or the whole new one."""
+class Checkpoint(NamedTuple):
+    """What a run goes on from: its state, and what was said of each epoch done."""
+
+    state: TrainingState
+    results: list[dict[str, Any]]
+
+
+def save(
+    path: Path,
+    config: RunConfig,
+    state: TrainingState,
+    results: Sequence[Mapping[str, Any]] = (),
+    most_bytes: float = math.inf,
+) -> bool:
+    """Writes `state` and `results` to `path`, unless that took more than `most_bytes`; says whether
+    it did. A reader sees the old file or the whole new one."""
     content = serialization.msgpack_serialize(
         {
             "architecture": _described(config.architecture),
             "state": serialization.to_state_dict(jax.device_get(state)),
+            "results": json.dumps([dict(epoch) for epoch in results]),
         }
     )
+    if len(content) > most_bytes:
+        return False
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -38,10 +59,11 @@ def save(path: Path, config: RunConfig, state: TrainingState) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return True
 
 
-def load(path: Path, config: RunConfig) -> TrainingState:
-    """The state in `path`, with its lanes.
+def load(path: Path, config: RunConfig) -> Checkpoint:
+    """The state in `path`, with its lanes, and the results.
 
     Raises ConfigError: no such file, not a checkpoint, or one of another architecture (the
     differences are named).
@@ -50,6 +72,7 @@ def load(path: Path, config: RunConfig) -> TrainingState:
         content: Any = serialization.msgpack_restore(path.read_bytes())
         saved, state = content["architecture"], content["state"]
         seeds = state["seed"].tolist()
+        results = json.loads(content["results"])
     except FileNotFoundError as error:
         raise ConfigError(f"resume: given {path}, which does not exist") from error
     except Exception as error:  # msgpack names its errors freely
@@ -64,9 +87,10 @@ def load(path: Path, config: RunConfig) -> TrainingState:
         raise ConfigError(f"resume: {path} is of another architecture: {', '.join(differences)}")
     template = initial_state(config, seeds)
     try:
-        return jax.tree.map(jnp.asarray, serialization.from_state_dict(template, state))
+        restored = serialization.from_state_dict(template, state)
     except ValueError as error:  # parts that are missing or unknown
         raise _no_checkpoint(path, error) from error
+    return Checkpoint(jax.tree.map(jnp.asarray, restored), results)
 
 
 def _no_checkpoint(path: Path, error: Exception) -> ConfigError:

@@ -40,6 +40,8 @@ class RunConfig:
     test_at_end: bool
     device: str
     gpu_id: int
+    min_converged_share: float  # of an epoch's samples, below which the run has diverged
+    max_weight: float  # |weight|, dimensionless, above which the run has diverged
 
 
 Check = tuple[Callable[[Any], bool], str]
@@ -170,6 +172,8 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
         test_at_end=take("test_at_end", FLAG),
         device=take("device", one_of(("auto", "cpu", "gpu"))),
         gpu_id=take("gpu_id", INDEX),
+        min_converged_share=float(take("min_converged_share", UNIT)),
+        max_weight=float(take("max_weight", POSITIVE)),
     )
     given.refuse_the_rest()
     return config
@@ -245,8 +249,9 @@ def _microcircuits(take, structure: dict, hyper: dict) -> None:
 
 
 def _feedback(take, structure: dict, hyper: dict) -> None:
-    for flag in ("average_fb_weights", "clip_fb_weights", "norm_fb_weights", "strong_fb"):
+    for flag in ("average_fb_weights", "clip_fb_weights", "norm_fb_weights"):
         structure[flag] = take(f"trainer.{flag}", FLAG)
+    hyper["strong_fb"] = float(take("trainer.strong_fb", FLAG))
     hyper["clip_val"] = take("trainer.clip_val", POSITIVE)
     hyper["norm_val"] = take("trainer.norm_val", POSITIVE)
     hyper["target_nudge"] = take("trainer.target_nudge", POSITIVE)

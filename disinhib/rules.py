@@ -122,11 +122,9 @@ def disinhibitory_control(
     circuit = microcircuit(architecture, hyper)
     opened = open_loop(architecture, parameters, hyper, x)
     weights = modified(architecture, hyper, jacobian_weights(circuit, parameters, opened.state))
-    aim = (
-        target
-        if architecture.strong_fb
-        else loss.nudged_target(opened.state.u_y, target, hyper.target_nudge)
-    )
+    # Chosen by value: strong and weak feedback are one compiled program.
+    nudged = loss.nudged_target(opened.state.u_y, target, hyper.target_nudge)
+    aim = jnp.where(jnp.asarray(hyper.strong_fb, bool), target, nudged)
     closed = closed_loop(architecture, parameters, hyper, x, aim, weights, opened.state)
     estimates, rule_state = estimate(
         architecture, hyper, circuit, rule_state, opened.state, closed.state

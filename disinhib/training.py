@@ -33,7 +33,8 @@ Metrics = dict[str, np.ndarray]
 
 
 class Diverged(RuntimeError):
-    """Training left the finite numbers; the message names quantity, epoch and seed."""
+    """Training left the numbers that mean something: not finite, too large, or of samples that did
+    not converge. The message names the quantity, the layer if it is one's, epoch and seed."""
 
 
 class Images(NamedTuple):
@@ -142,8 +143,8 @@ def epoch(
 
     Metrics describe the solution that the rule learnt from (closed loop; for bp open loop), mean
     over batches: loss, accuracy (per cent), solver iterations a sample, largest residual, share
-    of samples converged; and the parameters' mean Frobenius norm after the epoch. Images that do
-    not fill a last batch sit this epoch out.
+    of samples converged; and after the epoch the parameters' mean Frobenius norm and their largest
+    absolute value (NaN if there is one). Images that do not fill a last batch sit this epoch out.
     """
     loss = LOSSES[architecture.loss].value
     rule = RULES[architecture.rule]
@@ -175,8 +176,12 @@ def epoch(
     (parameters, optimizer_state, rule_state), metrics = jax.lax.scan(step, carry, batches)
     largest = jnp.max(metrics.pop("residual"))
     means = {name: jnp.mean(values) for name, values in metrics.items()}
-    norms = jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(parameters)])
-    means |= {"residual": largest, "weight_norm": jnp.mean(norms)}
+    leaves = jax.tree.leaves(parameters)
+    means |= {
+        "residual": largest,
+        "weight_norm": jnp.mean(jnp.stack([jnp.linalg.norm(leaf) for leaf in leaves])),
+        "largest_weight": jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])),
+    }
     next_state = TrainingState(parameters, optimizer_state, rule_state, state.epoch + 1, state.seed)
     return next_state, means
 
@@ -260,16 +265,43 @@ def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[Trai
             config.architecture, state.parameters, hyper, split, data.scale
         )
         metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}
-    _refuse_divergence(metrics, number, np.asarray(state.seed))
+    _refuse_divergence(config, metrics, state)
     metrics["epoch_seconds"] = np.full(len(state.seed), time.perf_counter() - start)
     return state, metrics
 
 
-def _refuse_divergence(metrics: Metrics, epoch_number: int, seeds: np.ndarray) -> None:
-    for name, values in metrics.items():
-        for seed, value in zip(seeds, values, strict=True):
+def _refuse_divergence(config: RunConfig, metrics: Metrics, state: TrainingState) -> None:
+    """Raises Diverged for the first lane that has; causes (a layer) go before consequences."""
+    for lane, seed in enumerate(state.seed.tolist()):
+        where = f"in epoch {int(state.epoch[lane])} (seed {seed})"
+        values = {name: values[lane] for name, values in metrics.items()}
+        if not values["train_CL_largest_weight"] <= config.max_weight:  # nor is NaN
+            parameters = {name: np.asarray(leaf[lane]) for name, leaf in state.parameters.items()}
+            raise Diverged(_broken_layer(config, parameters, where))
+        for name, value in values.items():
             if not np.isfinite(value):
-                raise Diverged(f"{name} is {value} in epoch {epoch_number} (seed {seed})")
+                raise Diverged(f"{name} is {value} {where}")
+        share = values["train_CL_converged_share"]
+        if share < config.min_converged_share:
+            raise Diverged(
+                f"train_CL_converged_share is {share:.4f} {where},"
+                f" below min_converged_share={config.min_converged_share}"
+            )
+
+
+def _broken_layer(config: RunConfig, parameters: dict[str, np.ndarray], where: str) -> str:
+    """Names the first layer with non-finite weights, else the one with the largest weight."""
+    layers = [*map(str, range(config.architecture.hidden_layers)), "out"]
+    names = [f"{kind}_{layer}" for layer in layers for kind in ("kernel", "bias")]
+    largest = {name: np.max(np.abs(parameters[name])) for name in names if name in parameters}
+    for name, value in largest.items():
+        if not np.isfinite(value):
+            return f"{name} has non-finite values {where}"
+    name = max(largest, key=lambda name: largest[name])
+    return (
+        f"largest |weight| of {name} is {largest[name]:.6g} {where},"
+        f" above max_weight={config.max_weight}"
+    )
 
 
 def train(

@@ -25,6 +25,10 @@ def config():
     return parse(options)
 
 
+# Of two epochs; numbers that a text could lose digits of.
+RESULTS = [{"valid_loss": 1 / 3, "epoch_seconds": 1e-300}, {"valid_loss": 0.1 + 0.2}]
+
+
 def same(one, other):
     leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in leaves)
@@ -37,12 +41,13 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path):
     def keep(state, metrics):
         kept[int(state.epoch[0])] = {k: v for k, v in metrics.items() if k != "epoch_seconds"}
         if int(state.epoch[0]) == 2:
-            checkpoint.save(path, config, state)
+            checkpoint.save(path, config, state, RESULTS)
 
     whole = training.train(config, [3, 4], keep)
     uninterrupted = dict(kept)
-    restored = checkpoint.load(path, config)
+    restored, results = checkpoint.load(path, config)
     assert int(restored.epoch[0]) == 2 and restored.seed.tolist() == [3, 4]
+    assert results == RESULTS
     resumed = training.train(config, [3, 4], keep, restored)
     assert same(whole, resumed)
     for epoch in (3, 4):
@@ -68,7 +73,8 @@ def test_a_write_that_fails_leaves_the_old_file(config, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, config, training.initial_state(config, [1]))
     assert [file.name for file in tmp_path.iterdir()] == ["state.msgpack"]
-    assert same(checkpoint.load(path, config), first)
+    loaded = checkpoint.load(path, config)
+    assert same(loaded.state, first) and loaded.results == []
 
 
 def test_another_architecture_is_refused_with_the_difference(config, tmp_path):
@@ -92,11 +98,16 @@ def test_a_file_that_is_no_checkpoint_is_refused(config, tmp_path, content):
         checkpoint.load(path, config)
 
 
-def test_a_checkpoint_that_lacks_a_part_is_refused(config, tmp_path):
+@pytest.mark.parametrize("parents_and_part", [("state", "parameters", "kernel_0"), ("results",)])
+def test_a_checkpoint_that_lacks_a_part_is_refused(config, tmp_path, parents_and_part):
     path = tmp_path / "state.msgpack"
     checkpoint.save(path, config, training.initial_state(config, [0]))
     content: Any = serialization.msgpack_restore(path.read_bytes())
-    del content["state"]["parameters"]["kernel_0"]
+    *parents, part = parents_and_part
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    del inner[part]
     path.write_bytes(serialization.msgpack_serialize(content))
     with pytest.raises(ConfigError, match="which is no checkpoint") as refused:
         checkpoint.load(path, config)

@@ -62,6 +62,56 @@ def test_options_that_no_command_composes_are_refused():
         command_line.command(options, choices)
 
 
+def test_an_option_left_out_is_refused_even_of_a_known_structure():
+    options, choices = command_line.compose("train", ["epochs=3"])
+    command_line.command(options, choices)
+    del options["optimizer"]["b1"]
+    with pytest.raises(ConfigError, match="no command composes to these options"):
+        command_line.command(options, choices)
+
+
+def test_a_structure_is_composed_once(monkeypatch):
+    """What Hydra takes 70 ms for; numbers in all the forms that Python writes come back."""
+    options, choices = command_line.compose("train", ["model/vf=dale", "trainer=exact-inv"])
+    composed, compose = [], command_line.compose
+
+    def counted(name, overrides):
+        composed.append(overrides)
+        return compose(name, overrides)
+
+    monkeypatch.setattr(command_line, "compose", counted)
+    monkeypatch.setattr(command_line, "_VERIFIED", set())
+    rates = [0.1234, 0.25, 2.0, 17.125, 1e-7, 2.5e-08, 1e22]
+    commands = []
+    for rate in rates:
+        options["optimizer"]["learning_rate"] = rate
+        commands.append(command_line.command(options, choices))
+    verified = [overrides[-1] for overrides in composed if "learning_rate" in str(overrides)]
+    kinds = (0.1234, 1e-7, 2.5e-08, 1e22)  # digits, 0e-0, 0.0e-0, 0e+0
+    assert verified == [f"optimizer.learning_rate={rate!r}" for rate in kinds]
+    for rate, written in zip(rates, commands, strict=True):
+        again, _ = compose("train", shlex.split(written)[3:])
+        assert again["optimizer"]["learning_rate"] == rate
+
+
+def test_texts_are_a_structure_each():
+    """A text may hold what Hydra would read as something else."""
+    options, choices = command_line.compose("train", [])
+    for path in ("/data/1", "/data/2", "it's", "a,b", "null"):
+        options["dataset"]["path"] = path
+        written = shlex.split(command_line.command(options, choices))
+        assert command_line.compose("train", written[3:])[0] == options
+
+
+def test_one_seed_takes_the_place_of_the_option():
+    options, choices = command_line.compose("train", ["seed=5"])
+    assert command_line.command(options, choices).endswith(" seed=5")
+    assert command_line.command(options, choices, [7]).endswith("disinhib seed=7")
+    assert command_line.command(options, choices, [0]).endswith("disinhib")  # the default
+    several = command_line.command(options, choices, [0, 7])
+    assert several == "python -m disinhib -m seed=0,7"
+
+
 def invoke(monkeypatch, folder, *arguments):
     """`python -m disinhib ARGUMENTS` in this process, in an empty folder; its exit code."""
     monkeypatch.chdir(folder)
@@ -204,6 +254,24 @@ def test_a_run_that_diverges_says_where_and_fails(run):
     assert "diverged: " in process.stdout and "epoch 1 (seed 0)" in process.stdout
     assert "Traceback" not in process.stderr
     assert not (work / "diverged" / "results.json").exists()
+
+
+def test_a_command_of_several_seeds_is_a_run_of_each(run, tmp_path):
+    """Hydra's multirun, with the numbers of the run of that seed alone."""
+    _, alone, _ = run
+    options, choices = command_line.compose("train", [*TINY, "OL_eval_on_train=true"])
+    written = shlex.split(command_line.command(options, choices, [0, 4]))
+    assert written[:4] == ["python", "-m", "disinhib", "-m"] and written[-1] == "seed=0,4"
+    process = disinhib(tmp_path, *written[3:])
+    assert process.returncode == 0, process.stderr
+    folders = sorted(path.parent for path in tmp_path.rglob("results.json"))
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    assert configs == [{**options, "seed": 0}, {**options, "seed": 4}]
+    zero, four, expected = (
+        json.loads((folder / "results.json").read_text())["valid_loss"]
+        for folder in (*folders, alone)
+    )
+    assert zero == expected != four
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):

@@ -42,9 +42,16 @@ def test_published_defaults():
     assert (hyper.avg_inh_lambda, hyper.avg_inh_init) == (1.0, 0.8)
     assert (hyper.soft_target, hyper.target_nudge) == (0.99, 0.015)
     assert hyper.optimizer["learning_rate"] == 1e-3
-    assert structure.norm_fb_weights and structure.strong_fb and structure.fb_to_readout
+    assert structure.norm_fb_weights and structure.fb_to_readout and hyper.strong_fb == 1
     assert not structure.average_fb_weights and not structure.clip_fb_weights
     assert isinstance(structure.solver, Newton)
+    assert (config.min_converged_share, config.max_weight) == (0.9, 1000)
+
+
+def test_strong_feedback_is_no_structure(dale):
+    strong, weak = parse(dale), parse(with_value(dale, "trainer.strong_fb", False))
+    assert (strong.hyperparameters.strong_fb, weak.hyperparameters.strong_fb) == (1, 0)
+    assert strong.architecture == weak.architecture
 
 
 def test_published_integration_settings():
@@ -77,6 +84,10 @@ def test_hard_targets_are_one_hot():
         ("batchsize", -5, "a whole number of at least 1"),
         ("seed", -1, "a whole number from 0"),
         ("seed", 2**31, "a whole number from 0"),
+        ("min_converged_share", 1.1, "a number from 0 to 1"),
+        ("min_converged_share", -0.1, "a number from 0 to 1"),
+        ("max_weight", 0.0, "a number above 0"),
+        ("max_weight", float("inf"), "a number above 0"),
         ("device", "tpu", "one of auto, cpu, gpu"),
         ("gpu_id", -1, "a whole number of at least 0"),
         ("trainer.name", "exact", "one of bp, exact-inv, lin-thresh, taylor"),

@@ -97,6 +97,7 @@ def read(file, solver):
             {**config, **trainer},
             {
                 "norm_val": "norm_val",
+                "strong_fb": "strong_fb",
                 "clip_val": "clip_val",
                 "target_nudge": "target_nudge",
                 "avg_inh_lambda": "avg_inh_lambda",
@@ -106,7 +107,7 @@ def read(file, solver):
             },
         ),
     )
-    flags = ("average_fb_weights", "clip_fb_weights", "norm_fb_weights", "strong_fb")
+    flags = ("average_fb_weights", "clip_fb_weights", "norm_fb_weights")
     architecture = Architecture(
         rule=trainer.get("rule", "exact-inv"),
         circuit="dale",

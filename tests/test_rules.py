@@ -220,8 +220,8 @@ def test_a_nudge_moves_the_output_a_little_towards_the_target():
 def test_weak_feedback_controls_towards_the_nudge(problem):
     """The control vanishes with the nudge, and is that of the nudged target given outright."""
     for nudge in (0.0, 0.1):
-        weak = HYPER._replace(target_nudge=nudge)
-        result, small = update(problem, "exact-inv", weak, strong_fb=False, sizes=(5, 8, 4))
+        weak = HYPER._replace(strong_fb=0.0, target_nudge=nudge)
+        result, small = update(problem, "exact-inv", weak, sizes=(5, 8, 4))
         hyper = jax.tree.map(jnp.asarray, weak)
         opened = jax.jit(open_loop, static_argnums=0)(
             small.architecture, small.parameters, hyper, small.x

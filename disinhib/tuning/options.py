@@ -6,74 +6,31 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 
 from disinhib import command_line, config, training
-from disinhib.config import (
-    COUNT,
-    FLAG,
-    INDEX,
-    NOT_NEGATIVE,
-    OPTIONAL_TEXT,
-    POSITIVE,
-    TEXT,
-    Check,
-    ConfigError,
-    nearest,
-    one_of,
-    refusal,
-)
-from disinhib.tuning import schedule, search
+from disinhib.config import ConfigError, nearest, refusal
+from disinhib.tuning import search, spaces
+from disinhib.tuning.checks import STUDY_GROUPS, STUDY_OPTIONS, check
+from disinhib.tuning.points import defaults, grid, read_points
 from disinhib.tuning.trial import TrialConfig
 from search_spaces import SPACES, Overrides
 
-# Root options and groups that only a study has; the rest of its options are those of training.
-STUDY_OPTIONS = ("study", "space", "trials", "metric", "mode")
-STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
-# What selection may rest on, validation only, and which way is better.
-METRICS = {"valid_accuracy": "max", "valid_loss": "min"}
-
-OPTIONAL_COUNT: Check = (lambda v: v is None or COUNT[0](v), f"{COUNT[1]}, or null")
-CHECKS: dict[str, Check] = {
-    "study": (
-        lambda v: v is None or (isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None),
-        "a folder's name or null",
-    ),
-    "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
-    "out_dir": TEXT,
-    "trials": COUNT,
-    "epochs": COUNT,
-    "metric": one_of(METRICS),
-    "mode": one_of(("max", "min")),
-    "seed": INDEX,
-    "scheduler.name": one_of(schedule.SCHEDULERS),
-    "scheduler.within_rule": FLAG,
-    "scheduler.grace_period": OPTIONAL_COUNT,
-    "scheduler.reduction_factor": (lambda v: POSITIVE[0](v) and v > 1, "a number above 1"),
-    "scheduler.brackets": COUNT,
-    "searcher.name": one_of(search.SAMPLERS),
-    "searcher.balanced": FLAG,
-    "searcher.n_startup_trials": INDEX,
-    "searcher.n_ei_candidates": COUNT,
-    "searcher.multivariate": FLAG,
-    "searcher.group": FLAG,
-    "searcher.constant_liar": FLAG,
-    "cluster.address": OPTIONAL_TEXT,
-    "cluster.cpus_per_trial": COUNT,
-    "cluster.gpus_per_trial": NOT_NEGATIVE,
-    "cluster.max_concurrent": OPTIONAL_COUNT,
-    "tracking.uri": OPTIONAL_TEXT,
-    "tracking.experiment": TEXT,
-}
+FILE = "study.yaml"  # in a study's folder
+# What may differ from the study that is resumed: where it runs and writes, not what it does.
+RESUMED_WITH = (
+    *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
+    *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,12 +39,18 @@ class Study:
 
     name: str
     out_dir: Path  # absolute; the study's own folder is out_dir / name
+    resume: bool
+    plan: bool
     space: str
     trials: int
     epochs: int
+    replicates: int
     seed: int
     metric: str
     mode: str
+    points: str | None  # a file
+    warm_start: str | None  # an earlier study's name
+    checkpoints: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     searcher: Mapping[str, Any]
     cluster: Mapping[str, Any]
@@ -99,80 +62,119 @@ class Study:
     def folder(self) -> Path:
         return self.out_dir / self.name
 
+    @property
+    def batch(self) -> int | None:
+        """How many trials are proposed together, if that is to be the same however trials are
+        timed."""
+        return self.searcher["batch"] if self.searcher["deterministic"] else None
+
 
 def compose(overrides: Sequence[str]) -> Study:
     """The study that `overrides` (as on the command line) ask for, its own options checked.
 
-    Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed.
+    `resume=true` and `extend=true` put them on top of those of the study that they name.
+
+    Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
+    `resume`, no such study, or other options than it has.
     """
+    own, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
+    check(own)
+    earlier = None
+    if own["resume"] or own["extend"]:
+        earlier = read_kept(own)
+        overrides = _on_top_of(earlier, overrides, own)
     settings, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
-    _check(settings)
+    check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
-    first = next(search.branches(SPACES[settings["space"]])).overrides
+    first = next(spaces.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
     with _blaming(settings["space"]):
         command_line.compose("study", groups)
     options, _ = command_line.compose("study", [*overrides, *groups])
-    _check(options)
+    check(options)
     out_dir = Path(options["out_dir"]).absolute()
     command_line.check_folder(out_dir)
+    if options["resume"] and earlier is not None:
+        _refuse_changes(earlier["options"], options)
     default = f"{options['space']}-{options['dataset']['name']}"
-    own = ("space", "trials", "epochs", "seed", "metric", "mode")
-    groups = ("scheduler", "searcher", "cluster", "tracking")
+    plain = {
+        *("space", "trials", "epochs", "replicates", "seed", "metric", "mode", "resume", "plan"),
+        *("points", "warm_start", "checkpoints"),
+        *("scheduler", "searcher", "cluster", "tracking"),
+    }
     return Study(
-        **{name: options[name] for name in (*own, *groups)},
-        name=_name(options["study"], default, out_dir),
+        **{name: options[name] for name in plain},
+        name=options["study"] if options["resume"] else _name(options["study"], default, out_dir),
         out_dir=out_dir,
         overrides=tuple(overrides),
         options=options,
     )
 
 
+def kept(study: Study) -> dict[str, Any]:
+    """What is kept of the options, to resume or extend the study."""
+    return {"overrides": list(study.overrides), "options": dict(study.options)}
+
+
+def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `kept` gave of the study that `options` name. Raises ConfigError if there is none."""
+    flag = "resume" if options["resume"] else "extend"
+    if options["study"] is None:
+        raise refusal(flag, True, "false without the name of a study (study=NAME)")
+    folder = Path(options["out_dir"]).absolute() / options["study"]
+    try:
+        return yaml.safe_load((folder / FILE).read_text())
+    except OSError as error:
+        names = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
+        allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
+        raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
+
+
+def _on_top_of(
+    earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
+) -> list[str]:
+    """Overrides of a study that goes on from an earlier one."""
+    # Its place is where it was found; what it started from is no concern of one that extends it.
+    left = {_name_of(override) for override in overrides} | {"study", "out_dir"}
+    if own["extend"]:
+        left |= {"warm_start", "points"}
+    before = [o for o in earlier["overrides"] if _name_of(o) not in left]
+    if own["resume"]:
+        return [*before, *overrides]
+    new = _name(None, own["study"], Path(own["out_dir"]).absolute())
+    given = [o for o in overrides if _name_of(o) not in ("study", "extend")]
+    return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
+
+
+def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `now` are not the options `before`: then it were another study."""
+    was, given = config.flatten(before), config.flatten(now)
+    changed = [
+        f"{name}={was.get(name)} (now {given.get(name)})"
+        for name in sorted({*was, *given})
+        if was.get(name) != given.get(name) and not name.startswith(RESUMED_WITH)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was, or start"
+            f" another from it: study={now['study']} extend=true"
+        )
+
+
 def _is_for_study(override: str) -> bool:
     root = _name_of(override).partition(".")[0].partition("@")[0]
-    return root in (*STUDY_OPTIONS, *STUDY_GROUPS)
+    return root in (*STUDY_OPTIONS, *STUDY_GROUPS, "out_dir")
 
 
 def _name_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if an option of the study itself is not allowed."""
-    for name, value in config.flatten(_own(options)).items():
-        if name not in CHECKS:
-            raise ConfigError(f"{name}: unknown option{nearest(name, CHECKS)}")
-        test, allowed = CHECKS[name]
-        if not test(value):
-            names = allowed.removeprefix("one of ").split(", ")
-            raise refusal(name, value, allowed + nearest(str(value), names))
-    searcher, scheduler = options["searcher"], options["scheduler"]
-    if searcher.get("group") and not searcher["multivariate"]:
-        raise refusal("searcher.group", True, "false without searcher.multivariate")
-    grace = scheduler.get("grace_period")
-    if grace is not None and grace > options["epochs"]:
-        raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
-    if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
-        raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
-    best = METRICS[options["metric"]]
-    if options["mode"] != best:
-        raise refusal("mode", options["mode"], f"{best} for metric={options['metric']}")
-    if options["test_at_end"]:
-        raise refusal("test_at_end", True, "false: a search must not see the test set")
-    if options["resume"] is not None:
-        raise refusal("resume", options["resume"], "null (trials of a study start afresh)")
-
-
-def _own(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `training_options` leaves out, and what a study needs of the rest."""
-    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed", "out_dir")
-    return {name: options[name] for name in names if name in options}
-
-
 def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """A study's options without its own: what `config.parse` and a worker understand."""
     own = (*STUDY_OPTIONS, *STUDY_GROUPS)
-    return {name: value for name, value in options.items() if name not in own}
+    rest = {name: value for name, value in options.items() if name not in own}
+    return {**rest, "resume": None}  # that of a training run is a folder
 
 
 def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
@@ -180,14 +182,14 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
-    seed = search.trial_seed(study.seed, number)
+    seeds = search.trial_seeds(study.seed, number, study.replicates)
     groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
     options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
     options = training_options(options)
     for name, value in overrides.items():
         if not _is_group(name):
             _set(options, name, value)
-    options["seed"] = seed
+    options["seed"] = seeds[0]
     # A trial writes no folder of its own, so where it would do so is no part of its command.
     options["out_dir"] = _composed(command_line.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
@@ -195,9 +197,9 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         number=number,
         rule=rule_name(choices),
         searched=dict(overrides),
-        command=command_line.command(options, choices),
+        command=command_line.command(options, choices, seeds),
         options=options,
-        seed=seed,
+        seeds=seeds,
         epochs=config.parse(options).epochs,
         metric=study.metric,
     )
@@ -230,15 +232,16 @@ def rule_name(choices: Mapping[str, str]) -> str:
     return "bp-ei" if on_microcircuits else choices["trainer"]
 
 
-def check_space(study: Study) -> None:
-    """Composes a configuration of every branch of the space, and loads its data.
+def check_space(study: Study) -> list[TrialConfig]:
+    """A configuration of every branch of the space, composed and its data loaded.
 
     Raises ConfigError if one is refused, or if the study was given an option that is searched;
     data.DataError if there is no such data.
     """
+    checked = []
     jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
     given = {_name_of(override): override.partition("=")[2] for override in study.overrides}
-    for branch in search.branches(SPACES[study.space]):
+    for branch in spaces.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
             if given.get(name, str(value)) != str(value):
                 raise ConfigError(
@@ -248,6 +251,8 @@ def check_space(study: Study) -> None:
         with _blaming(study.space):
             trial = configure(study, 0, branch.overrides)
             training.prepare(config.parse(trial["options"]))
+        checked.append(trial)
+    return checked
 
 
 @contextmanager
@@ -265,5 +270,38 @@ def _name(given: str | None, default: str, out_dir: Path) -> str:
         names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
         return next(name for name in names if not (out_dir / name).exists())
     if (out_dir / given).exists():
-        raise refusal("study", given, f"a new name ({out_dir / given} is there already)")
+        there = f"a new name, or resume=true ({out_dir / given} is there already)"
+        raise refusal("study", given, there)
     return given
+
+
+def first_points(study: Study) -> list[dict[str, Any]]:
+    """What is tried first: the published defaults of each rule, then the points of the study's
+    file, then for a grid all of it, in an order of the study's own.
+
+    Raises ConfigError if a point is not in the space, or if a grid has fewer than study.trials.
+    """
+    space = SPACES[study.space]
+    points = defaults(space, partial(_configured, study))
+    if study.points is not None:
+        try:
+            text = Path(study.points).read_text()
+        except OSError as error:
+            allowed = f"a file that can be read ({error.strerror})"
+            raise refusal("points", study.points, allowed) from error
+        try:
+            points += read_points(text, space)
+        except ConfigError as error:
+            raise ConfigError(f"points: {study.points}: {error}") from error
+    if search.SAMPLERS[study.searcher["name"]].grid:
+        whole = grid(space, study.searcher["points_per_range"])
+        points += search.shuffled([point for point in whole if point not in points], study.seed)
+        if study.trials > len(points):
+            raise refusal("trials", study.trials, f"at most {len(points)}, the whole grid")
+    return points
+
+
+def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
+    """The study's options, flat, under the groups that a branch of its space chooses."""
+    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    return config.flatten(_composed("study", (*study.overrides, *groups))[0])

@@ -1,22 +1,22 @@
 """What a study shows while it runs and when it is over.
 
-Numbers first (`tally`, `best`, `seconds_left`: pure functions of rows), then their drawing.
+Numbers first (`tally`, `best`, `seconds_left`: pure functions of records), then their drawing.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from disinhib.tuning.trial import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Row, reason, row
+from disinhib.tuning.journal import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Record
 
 PLAIN_SECONDS = 10.0  # between two lines where stdout is no terminal
 
@@ -38,8 +38,8 @@ class Tally(NamedTuple):
         return self.complete + self.pruned + self.failed
 
 
-def tally(rows: Iterable[Row]) -> Tally:
-    states = [row.state for row in rows]
+def tally(records: Iterable[Record]) -> Tally:
+    states = [record.state for record in records]
     return Tally(*(states.count(state) for state in STATES))
 
 
@@ -47,35 +47,39 @@ class Standing(NamedTuple):
     """How a rule stands; `best` is its best complete trial, if there is one."""
 
     rule: str
-    best: Row | None
+    best: Record | None
     tally: Tally
 
 
-def best(rows: Iterable[Row], mode: str) -> Row | None:
+def best(records: Iterable[Record], mode: str) -> Record | None:
     """The best trial; only complete ones compete, and of equals the first wins."""
-    complete = sorted((row for row in rows if row.state == COMPLETE), key=lambda row: row.number)
-    return max(complete, key=lambda row: _merit(row, mode), default=None)
+    complete = sorted(
+        (record for record in records if record.state == COMPLETE), key=lambda record: record.number
+    )
+    return max(complete, key=lambda record: merit(record, mode), default=None)
 
 
-def standings(rows: Sequence[Row], mode: str) -> list[Standing]:
+def standings(records: Sequence[Record], mode: str) -> list[Standing]:
     """Rules, the best first; those without a complete trial last."""
-    rules = sorted({row.rule for row in rows})
-    own = {rule: [row for row in rows if row.rule == rule] for rule in rules}
+    rules = sorted({record.rule for record in records})
+    own = {rule: [record for record in records if record.rule == rule] for rule in rules}
     found = [Standing(rule, best(own[rule], mode), tally(own[rule])) for rule in rules]
-    return sorted(found, key=lambda standing: _merit(standing.best, mode), reverse=True)
+    return sorted(found, key=lambda standing: merit(standing.best, mode), reverse=True)
 
 
-def _merit(row: Row | None, mode: str) -> float:
+def merit(record: Record | None, mode: str) -> float:
     """A score such that more is better, whatever the mode."""
-    if row is None or row.score is None:
+    if record is None or record.score is None:
         return -math.inf
-    return {"max": 1, "min": -1}[mode] * row.score
+    return {"max": 1, "min": -1}[mode] * record.score
 
 
-def seconds_left(rows: Sequence[Row], trials: int, elapsed: float) -> float | None:
-    """Seconds until `trials` have ended at the pace so far; None before the first has."""
-    ended = tally(rows).ended
-    return elapsed / ended * (trials - ended) if ended else None
+def seconds_left(
+    records: Sequence[Record], trials: int, elapsed: float, before: int = 0
+) -> float | None:
+    """Seconds until `trials` have ended at the pace since `before` had; None before the next."""
+    ended = tally(records).ended
+    return elapsed / (ended - before) * (trials - ended) if ended > before else None
 
 
 def clock(seconds: float | None) -> str:
@@ -86,44 +90,84 @@ def clock(seconds: float | None) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def line(rows: Sequence[Row], trials: int, elapsed: float, mode: str) -> str:
+def line(records: Sequence[Record], trials: int, elapsed: float, mode: str, before: int = 0) -> str:
     """The study in one line."""
-    now = tally(rows)
-    scores = [f"{s.rule} {s.best.score:.2f}" for s in standings(rows, mode) if s.best]
+    now = tally(records)
+    scores = [f"{s.rule} {s.best.score:.2f}" for s in standings(records, mode) if s.best]
     return (
         f"{now.ended}/{trials} trials: {now.complete} complete, {now.pruned} pruned,"
         f" {now.failed} failed, {now.running} running;"
         f" best {', '.join(scores) or 'not yet'};"
-        f" {clock(elapsed)}, {clock(seconds_left(rows, trials, elapsed))} left"
+        f" {clock(elapsed)}, {clock(seconds_left(records, trials, elapsed, before))} left"
     )
 
 
-def leaderboard(rows: Sequence[Row], metric: str, mode: str) -> Table:
+def leaderboard(records: Sequence[Record], metric: str, mode: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
-    whole = tally(rows)._asdict()
+    whole = tally(records)._asdict()
     shown = [state for state in STATES if state in (COMPLETE, PRUNED, FAILED) or whole[state]]
     table = Table("rule", f"best {metric}", "trial", *shown, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for rule, top, now in standings(rows, mode):
+    for rule, top, now in standings(records, mode):
         score, number = (f"{top.score:.2f}", str(top.number)) if top else ("none complete", "")
         table.add_row(rule, score, number, *(str(now._asdict()[state]) for state in shown))
     return table
 
 
-class Progress(tune.Callback):
+def failures(records: Sequence[Record]) -> list[str]:
+    """Why trials failed, and where in the search space: for each rule, how many of them, the
+    reasons, and the number that tells them best from its other trials."""
+    lines = []
+    for rule in sorted({record.rule for record in records if record.state == FAILED}):
+        own = [record for record in records if record.rule == rule]
+        failed = [record for record in own if record.state == FAILED]
+        why = Counter(_kind(record.reason or "") for record in failed)
+        reasons = ", ".join(f"{count} x {kind}" for kind, count in why.most_common(3))
+        others = [record for record in own if record.ended and record.state != FAILED]
+        lines.append(
+            f"{rule}: {len(failed)} of {len(own)} failed ({reasons}){_where(failed, others)}"
+        )
+    return lines
+
+
+def _kind(reason: str) -> str:
+    """A reason without its numbers: `Diverged: kernel_0 has non-finite values`."""
+    return reason.partition(" is ")[0].partition(" in epoch ")[0]
+
+
+def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
+    """The searched number by which `failed` differ most from `others`, and its range in both."""
+    numeric = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    found = []
+    for name in failed[0].config["searched"]:
+        bad, good = (
+            [r.config["searched"][name] for r in side if numeric(r.config["searched"].get(name))]
+            for side in (failed, others)
+        )
+        if bad and good:
+            # Share of pairs in which the failed one is larger: 0.5 tells nothing.
+            larger = sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / len(bad) / len(good)
+            found.append((abs(larger - 0.5), name, larger > 0.5, bad, good))
+    if not found:
+        return ""
+    _, name, high, bad, good = max(found)
+    end = "high" if high else "low"
+    return (
+        f", most at {end} {name}: {min(bad):.3g} to {max(bad):.3g}"
+        f" (the others {min(good):.3g} to {max(good):.3g})"
+    )
+
+
+class Progress:
     """Shows a study of `trials` trials on `console`: a live table on a terminal, else a line every
-    PLAIN_SECONDS; failures are named as they happen. `rows` are the trials as last seen."""
+    PLAIN_SECONDS; failures are named as they happen."""
 
     def __init__(self, console: Console, trials: int, metric: str, mode: str):
         self.console, self.trials, self.metric, self.mode = console, trials, metric, mode
         self.started = self.shown = time.monotonic()
+        self.before = 0  # trials that had ended before this session
         self.live = Live(console=console, transient=True, auto_refresh=False)
-        self.ended: dict[int, Row] = {}
-
-    def __getstate__(self) -> dict:
-        # Ray pickles its callbacks along with a study; a terminal is not for keeping.
-        return {**self.__dict__, "console": None, "live": None}
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
@@ -133,36 +177,21 @@ class Progress(tune.Callback):
     def __exit__(self, *_) -> None:
         self.live.stop()
 
-    def on_step_end(self, *, trials, **_) -> None:
+    def update(self, records: Sequence[Record]) -> None:
         now = time.monotonic()
         if now - self.shown < (0.5 if self.console.is_terminal else PLAIN_SECONDS):
             return
         self.shown = now
-        rows = self._rows(trials)
-        status = line(rows, self.trials, now - self.started, self.mode)
+        status = line(records, self.trials, now - self.started, self.mode, self.before)
         if self.console.is_terminal:
-            board = leaderboard(rows, self.metric, self.mode)
+            board = leaderboard(records, self.metric, self.mode)
             self.live.update(Group(board, Text(status)), refresh=True)
         else:
-            self._print(status)
+            self.say(status)
 
-    def on_trial_complete(self, *, trial, **_) -> None:
-        self.ended[trial.config["number"]] = row(trial, stopped=True)
+    def ended(self, record: Record) -> None:
+        if record.state == FAILED:
+            self.say(f"trial {record.number} failed: {record.reason}")
 
-    def on_trial_error(self, *, trial, **_) -> None:
-        number = trial.config["number"]
-        self.ended[number] = row(trial)
-        self._print(f"trial {number} failed: {reason(trial)}")
-
-    def on_experiment_end(self, *, trials, **_) -> None:
-        # Ray calls what an interruption left running TERMINATED; it ended in no way of its own.
-        self.rows = [
-            row if row.number in self.ended else row._replace(state=KILLED)
-            for row in self._rows(trials)
-        ]
-
-    def _rows(self, trials) -> list[Row]:
-        return [self.ended.get(trial.config["number"]) or row(trial) for trial in trials]
-
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,202 +1,269 @@
-"""What to try next: Optuna's ask and tell behind Ray's `Searcher`.
-
-Ray's own OptunaSearch tells Optuna that a trial stopped by the scheduler is COMPLETE, so TPE
-mixes budgets, and leaves a NaN trial RUNNING for ever. Here every epoch is reported and a trial
-ends as COMPLETE, PRUNED or FAIL (DESIGN section 6).
+"""What to try next: Optuna's samplers, asked for one trial at a time.
 
 With `balanced`, every rule has a sampler of its own and gets the same number of trials, in turn.
 In one common study TPE calls the best few trials *of all rules* good: nothing would ever be
 learnt about the parameters of a rule that is not the best.
+
+A proposal follows from the study's seed, the trial's number and what was heard of the earlier
+trials: so a study that goes on after a kill proposes what it would have proposed.
 """
 
 from __future__ import annotations
 
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
-from ray.air.constants import TRAINING_ITERATION
-from ray.tune.search import Searcher
+from optuna.trial import FixedTrial, TrialState, create_trial
 
-from disinhib.tuning import trial as trials
+from disinhib.tuning import journal
+from disinhib.tuning.journal import ASKED, ENDED, EPOCH, Event
+from disinhib.tuning.spaces import RULE, allows, offered, walk
 from search_spaces import Overrides, Space
 
-RULE = "trainer"  # the parameter by which a space chooses its rule, if it does
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 STATES = {
-    trials.COMPLETE: TrialState.COMPLETE,
-    trials.PRUNED: TrialState.PRUNED,
-    trials.FAILED: TrialState.FAIL,
+    journal.COMPLETE: TrialState.COMPLETE,
+    journal.PRUNED: TrialState.PRUNED,
+    journal.FAILED: TrialState.FAIL,
+}
+Make = Callable[..., optuna.samplers.BaseSampler]
+
+
+class Sampler(NamedTuple):
+    """`make(**options, seed=...)`; `needs` is a package that it imports and that may be missing;
+    `grid`: it is only ever asked for points that are given."""
+
+    make: Make
+    needs: str | None = None
+    grid: bool = False
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "tpe": Sampler(optuna.samplers.TPESampler),
+    "random": Sampler(optuna.samplers.RandomSampler),
+    "cmaes": Sampler(optuna.samplers.CmaEsSampler, needs="cmaes"),
+    "gp": Sampler(optuna.samplers.GPSampler, needs="torch"),
+    "grid": Sampler(optuna.samplers.RandomSampler, grid=True),
 }
 
 
-def tpe(options: Mapping[str, Any], seed: int) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        # `group` is what makes multivariate TPE fit a space with branches; it has been in Optuna,
-        # unchanged and marked experimental, since 2.8.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(**options, seed=seed)
+def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
+    """Seeds of trial `number`, independent of all others; below 2**31, as jax takes them."""
+    return _seeds(study_seed, (number,), replicates)
 
 
-def random(options: Mapping[str, Any], seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.RandomSampler(**options, seed=seed)
+def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
+    drawn = np.random.SeedSequence(entropy, spawn_key=key).generate_state(count)
+    return [int(seed) >> 1 for seed in drawn]
 
 
-SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {"tpe": tpe, "random": random}
+def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
+    """`points` in an order of the study's own."""
+    order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))
+    return [points[index] for index in order]
 
 
-def trial_seed(study_seed: int, number: int) -> int:
-    """Seed of trial `number`, independent of all others; below 2**31, as jax takes it."""
-    return _seed(study_seed, number)
+class Point(TypedDict):
+    """What Optuna chose, in plain values: parameters, their distributions as JSON, and what its
+    sampler keeps with a trial."""
+
+    params: dict[str, Any]
+    distributions: dict[str, str]
+    system_attrs: dict[str, Any]
 
 
-def sampler_seed(study_seed: int, branch: int) -> int:
-    return _seed(study_seed, branch, 0)
-
-
-def _seed(entropy: int, *key: int) -> int:
-    return int(np.random.SeedSequence(entropy, spawn_key=key).generate_state(1)[0]) >> 1
-
-
-class Branch(NamedTuple):
-    """One way through a space: the choices made, and what it returned."""
-
-    choices: dict[str, Any]
+class Proposal(NamedTuple):
     overrides: Overrides
+    point: Point
 
 
-def branches(space: Space) -> Iterator[Branch]:
-    """Ways through `space` that together make every categorical choice at least once, each with
-    its numbers at the low and at the high end of their ranges."""
-    todo: list[dict[str, Any]] = [{}]
-    seen: set[tuple[str, Any]] = set()
-    while todo:
-        forced = todo.pop(0)
-        for end in ("low", "high"):
-            probe = _Probe(forced, end)
-            yield Branch(probe.choices, space(probe))  # pyright: ignore[reportArgumentType]
-        path: dict[str, Any] = {}
-        for name, chosen in probe.choices.items():
-            for value in probe.offered[name]:
-                if (name, value) not in seen and value != chosen:
-                    todo.append({**path, name: value})
-                seen.add((name, value))
-            path[name] = chosen
+class Finished(TypedDict):
+    """A trial of an earlier study, in plain values."""
+
+    rule: str
+    point: Point
+    scores: list[float]
+    state: str
 
 
-class _Probe:
-    """Stands in for an `optuna.Trial`: takes the `forced` choices, else the first on offer, and
-    the same `end` of every numeric range."""
-
-    def __init__(self, forced: dict[str, Any], end: str):
-        self.forced, self.end, self.number = forced, end, 0
-        self.choices: dict[str, Any] = {}
-        self.offered: dict[str, Sequence] = {}
-
-    def suggest_categorical(self, name: str, choices: Sequence) -> Any:
-        self.offered[name] = choices
-        self.choices[name] = self.forced.get(name, choices[0])
-        return self.choices[name]
-
-    def suggest_float(self, name: str, low: float, high: float, **_: Any) -> float:
-        return low if self.end == "low" else high
-
-    def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
-        return low if self.end == "low" else high
+def finished(events: Iterable[Event], space: Space) -> list[Finished]:
+    """What an earlier study can teach one of `space`: its trials that were completed or pruned and
+    lie in `space`, as points of it."""
+    events = list(events)
+    points = {event.trial: event.body["point"] for event in events if event.kind == ASKED}
+    taught = []
+    for number, record in journal.records(events).items():
+        if record.state in (journal.COMPLETE, journal.PRUNED):
+            point = _point_of(space, {RULE: record.rule, **points[number]["params"]})
+            if point is not None:
+                taught.append(
+                    Finished(
+                        rule=record.rule, point=point, scores=record.scores, state=record.state
+                    )
+                )
+    return taught
 
 
-def rules_of(space: Space) -> list[str]:
-    """The rules among which `space` chooses; empty if it has one only."""
-    chosen = [branch.choices[RULE] for branch in branches(space) if RULE in branch.choices]
-    return list(dict.fromkeys(chosen))
+def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
+    """`params` as the point of `space` that they are, with its ranges; None if they are none."""
+    way = walk(space, lambda name, kind: params.get(name, offered(kind, "low")[0]))
+    known = (
+        name in params and allows(kind, params[name]) for name, kind in way.distributions.items()
+    )
+    return _point(way.params, way.distributions, {}) if all(known) else None
 
 
-class _Asked(NamedTuple):
-    guess: optuna.Trial  # in the study of its sampler
-    entry: optuna.Trial  # in the record
-    config: trials.TrialConfig
+def _point(
+    params: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+    system_attrs: Mapping[str, Any],
+) -> Point:
+    texts = {name: distribution_to_json(kind) for name, kind in distributions.items()}
+    return Point(params=dict(params), distributions=texts, system_attrs=dict(system_attrs))
 
 
-class Search(Searcher):
-    """Ray's searcher for one study.
+class Search:
+    """The proposals of one study.
 
-    `record` is the Optuna study of all trials, in order of their numbers. What is suggested comes
-    from `guessers`: one Optuna study for each rule of `rules`, or a single one for all.
-
-    `configure(number, overrides)` turns what the space chose into a trial's configuration.
+    `rules` has those that take turns, or nothing; `points` are parameters to try first, and
+    `past` are trials of earlier studies. With `batch`, proposals are made for `batch` consecutive
+    numbers together and learn from earlier batches only, in the order of their numbers.
     """
 
     def __init__(
         self,
-        name: str,
         space: Space,
-        sampler: Callable[[int], optuna.samplers.BaseSampler],
-        configure: Callable[[int, Overrides], trials.TrialConfig],
+        sampler: Make,
         mode: str,
+        seed: int,
         rules: Sequence[str] = (),
+        points: Sequence[Mapping[str, Any]] = (),
+        past: Iterable[Finished] = (),
+        batch: int | None = None,
     ):
-        super().__init__(metric=trials.SCORE, mode=mode)
-        direction = DIRECTIONS[mode]
-        self.space, self.configure, self.rules = space, configure, tuple(rules)
-        # The record only writes down: all its parameters are given (`enqueue_trial`).
-        self.record = optuna.create_study(
-            study_name=name, direction=direction, sampler=optuna.samplers.RandomSampler()
-        )
+        self.space, self.sampler, self.seed, self.batch = space, sampler, seed, batch
+        self.rules = tuple(rules)
         self.guessers = [
-            optuna.create_study(direction=direction, sampler=sampler(index))
-            for index in range(max(1, len(self.rules)))
+            optuna.create_study(direction=DIRECTIONS[mode]) for _ in range(max(1, len(rules)))
         ]
-        self.asked: dict[str, _Asked] = {}
+        self.points = [[p for p in points if self._belongs(p.get(RULE), i)] for i in self._indices]
+        self.ids: dict[int, int] = {}  # trial -> its id in its guesser's storage
+        self.late: list[Event] = []  # heard in this batch
+        for trial in past:
+            self._learn(trial)
 
-    def suggest(self, trial_id: str) -> dict:
-        """A new configuration; the same one again when asked again for the same trial."""
-        if trial_id not in self.asked:
-            self.asked[trial_id] = self._ask(number=len(self.asked))
-        return dict(self.asked[trial_id].config)
-
-    def _ask(self, number: int) -> _Asked:
-        guesser = self._guesser(number)
-        if self.rules:
-            guesser.enqueue_trial({RULE: self.rules[number % len(self.rules)]})
+    def propose(self, number: int) -> Proposal:
+        """The configuration of trial `number`; numbers come in order, each once."""
+        self._begin(number)
+        guesser, given = self._guesser(number), self._given(number)
+        guesser.sampler = self.sampler(seed=_seeds(self.seed, (number, 0))[0])
+        if given:
+            guesser.enqueue_trial(given)
         guess = guesser.ask()
         self.space(guess)
-        self.record.enqueue_trial(guess.params)
-        entry = self.record.ask()
-        return _Asked(guess, entry, self.configure(entry.number, self.space(entry)))
+        self.ids[number] = guess._trial_id
+        kept = guesser.get_trials(deepcopy=False)[guess.number].system_attrs
+        attributes = {name: value for name, value in kept.items() if name != "fixed_params"}
+        point = _point(guess.params, guess.distributions, attributes)
+        # Again, for the number: that of the guess counts its own rule's trials.
+        return Proposal(self.space(FixedTrial(guess.params, number)), point)  # pyright: ignore
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        asked, epoch = self.asked[trial_id], result[TRAINING_ITERATION]
-        recorded = self.record.get_trials(deepcopy=False)[asked.entry.number]
-        if epoch not in recorded.intermediate_values:
-            asked.guess.report(result[trials.SCORE], epoch)
-            asked.entry.report(result[trials.SCORE], epoch)
+    def follow(self, event: Event) -> None:
+        """Learns from an event of the study, or of the study before it was resumed."""
+        if event.kind == ASKED:
+            if event.trial not in self.ids:
+                self._begin(event.trial)
+                self.ids[event.trial] = self._add(
+                    self._guesser(event.trial), event.body["point"], TrialState.RUNNING
+                )
+        elif self.batch is None:
+            self._tell(event)
+        else:
+            self.late.append(event)
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict | None = None, error: bool = False
-    ) -> None:
-        guess, entry, config = self.asked[trial_id]
-        if result:
-            # Ray withholds the last result, at which a trial stops, from `on_trial_result`.
-            self.on_trial_result(trial_id, result)
-        epochs = result[TRAINING_ITERATION] if result else 0
-        state = trials.state("ERROR" if error else "TERMINATED", epochs, config["epochs"])
-        value = result[trials.SCORE] if result and state == trials.COMPLETE else None
-        for study, trial in ((self._guesser(entry.number), guess), (self.record, entry)):
-            study.tell(trial, value, state=STATES[state])
+    def _begin(self, number: int) -> None:
+        if self.batch is not None and number % self.batch == 0:
+            for event in sorted(self.late, key=lambda e: (e.trial, e.kind == ENDED, e.epoch)):
+                self._tell(event)
+            self.late.clear()
+
+    def _tell(self, event: Event) -> None:
+        guesser, guess = self._guesser(event.trial), self.ids[event.trial]
+        if event.kind == EPOCH:
+            optuna.Trial(guesser, guess).report(event.body["score"], event.epoch)
+            return
+        state, index = event.body["state"], optuna.Trial(guesser, guess).number
+        scores = guesser.get_trials(deepcopy=False)[index].intermediate_values
+        value = scores[max(scores)] if state == journal.COMPLETE else None
+        guesser.tell(index, value, state=STATES[state])
+
+    def _given(self, number: int) -> dict[str, Any]:
+        """What is decided already of trial `number`."""
+        turn, index = divmod(number, len(self.guessers))
+        points = self.points[index]
+        rule = {RULE: self.rules[index]} if self.rules else {}
+        return {**(points[turn] if turn < len(points) else {}), **rule}
+
+    def _learn(self, trial: Finished) -> None:
+        """Adds a trial of an earlier study to those that its rule's sampler knows."""
+        point = trial["point"]
+        for index in self._indices:
+            if self._belongs(trial["rule"], index):
+                state = STATES[trial["state"]]
+                self._add(self.guessers[index], point, state, trial["scores"])
+
+    @property
+    def _indices(self) -> range:
+        return range(len(self.guessers))
+
+    def _belongs(self, rule: str | None, index: int) -> bool:
+        return not self.rules or rule == self.rules[index]
 
     def _guesser(self, number: int) -> optuna.Study:
         return self.guessers[number % len(self.guessers)]
 
-    def save(self, checkpoint_path: str) -> None:
-        state = (self.record, self.guessers, self.asked)
-        with open(checkpoint_path, "wb") as file:
-            pickle.dump(state, file)
+    def _add(
+        self, guesser: optuna.Study, point: Point, state: TrialState, scores: Sequence[float] = ()
+    ) -> int:
+        guesser.add_trial(
+            create_trial(
+                state=state,
+                value=scores[-1] if state == TrialState.COMPLETE else None,
+                params=point["params"],
+                distributions={
+                    name: json_to_distribution(text)
+                    for name, text in point["distributions"].items()
+                },
+                system_attrs=point["system_attrs"],
+                intermediate_values=dict(enumerate(scores, start=1)),
+            )
+        )
+        return guesser.get_trials(deepcopy=False)[-1]._trial_id
 
-    def restore(self, checkpoint_path: str) -> None:
-        with open(checkpoint_path, "rb") as file:
-            self.record, self.guessers, self.asked = pickle.load(file)
+
+def sampler(options: Mapping[str, Any]) -> Make:
+    """`make(seed=...)` of the sampler that a study's `searcher` options name."""
+    own = {name: value for name, value in options.items() if name not in SEARCHER_OPTIONS}
+    entry = SAMPLERS[options["name"]]
+
+    def make(**seed: int) -> optuna.samplers.BaseSampler:
+        with warnings.catch_warnings():
+            # Multivariate TPE's `group`, which makes it fit a space with branches, has been in
+            # Optuna, unchanged and marked experimental, since 2.8; CMA-ES and GP have such, too.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return entry.make(**own, **seed)
+
+    return make
+
+
+# What a searcher has beside its sampler's own arguments.
+SEARCHER_OPTIONS = ("name", "balanced", "deterministic", "batch", "storage", "points_per_range")

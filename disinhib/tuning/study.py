@@ -1,4 +1,4 @@
-"""A study, run: compose -> check -> run -> tell.
+"""A study, run: compose -> check -> begin, or go on -> run -> tell.
 
 Everything that can be wrong with the input is found before a trial is started or anything is
 written; such an error is one line (ConfigError).
@@ -6,69 +6,66 @@ written; such an error is one line (ConfigError).
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
-import socket
+import shutil
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import optuna
-import ray
 import yaml
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
 from disinhib import command_line
-from disinhib.config import refusal
-from disinhib.tuning import progress, schedule, search, trial
-from disinhib.tuning.options import Study, check_space, compose, configure
-from search_spaces import SPACES
-
-RAY_SWITCHES = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the study was started
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # its tables cannot be switched off, those of the old one can
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` names them in a line each
-}
+from disinhib.tuning import checkpoints, execution, origin as origins, plan, progress, trial
+from disinhib.tuning.conductor import Conductor
+from disinhib.tuning.delivery import Delivery
+from disinhib.tuning.journal import KILLED, Journal, Record
+from disinhib.tuning.options import Study, compose, configure
+from disinhib.tuning.schedule import Stopping
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a study leaves: its trials as Ray and as Optuna have them, and where MLflow's are."""
+    """What a study leaves: its trials, and where they are to be seen."""
 
     study: Study
-    rows: list[trial.Row]
-    record: optuna.Study
+    records: list[Record]
     tracking_uri: str
-    run_id: str
+    run_id: str | None  # None if MLflow never answered
     seconds: float
+    undelivered: dict[str, int]  # events that a store did not take, if any
 
 
 def main(arguments: list[str]) -> int:
     """Runs the study that the command line asks for.
 
-    Returns the exit code: 0, 1 if no trial was completed, 130 if the study was interrupted.
+    Returns the exit code: 0, 1 if no trial was completed or the study could not go on, 130 if it
+    was interrupted.
     """
     if {"-h", "--help"} & {*arguments}:
         print((command_line.CONFIGURATIONS / "study.yaml").read_text(), end="")
         return 0
     study = compose(arguments)
-    check_space(study)
     console = Console()
-    finished = run(study, console)
+    if study.plan:
+        plan.run(study, console)
+        return 0
+    try:
+        finished = run(study, console)
+    except execution.StudyStopped as error:
+        print(f"error: {error}; then go on: {_resume(study)}", file=sys.stderr)
+        return 1
     summary(finished, console)
-    if progress.tally(finished.rows).killed:
+    if progress.tally(finished.records).killed:
         return 130
-    return 0 if progress.best(finished.rows, study.mode) else 1
+    return 0 if progress.best(finished.records, study.mode) else 1
 
 
 def run(
@@ -77,152 +74,165 @@ def run(
     trainable: type[tune.Trainable] = trial.TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
 ) -> Finished:
-    """Runs every trial of `study`, shows it on `console`, records it in MLflow.
+    """Runs every trial of `study`, or those that are left of it; shows it on `console`, and
+    records it in its journal, in Optuna's store and in MLflow.
 
-    `callbacks` hear what Ray says before MLflow does.
+    `callbacks` hear what Ray says first.
 
-    Raises ConfigError if cluster, folder or tracking store cannot be used: before any trial.
+    Raises ConfigError if cluster, folder or a store cannot be used, or if a study to go on with
+    is not what it was: before any trial; execution.StudyStopped if it cannot go on.
     """
-    from disinhib.tuning import tracking  # MLflow takes seconds to import: not for a wrong option
+    # MLflow takes seconds to import: not for a wrong option.
+    from disinhib.tuning import optuna_store, tracking
 
     started = time.monotonic()
-    os.environ.update(RAY_SWITCHES)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Said once more at the end, as an error, of trials that `progress` has named.
-    unsaid = "Trials did not complete"
-    logging.getLogger("ray.tune.tune").addFilter(lambda record: unsaid not in str(record.msg))
-    with _cluster(study):
+    with ExitStack() as stack:
+        if study.resume:  # first of all: nobody else may be running it
+            journal = stack.enter_context(closing(Journal(study.folder)))
+            origin = origins.go_on(study)
+        else:
+            origin = origins.begin(study)
+        stack.enter_context(execution.cluster(study.cluster))
+        storage = study.searcher["storage"]
+        if storage is not None:
+            optuna_store.refuse_taken(storage, study.name, study.resume)
         uri = tracking.absolute(study.tracking["uri"], study.out_dir)
         artifacts = study.out_dir / "mlflow-artifacts"
-        store = tracking.open_store(uri, study.tracking["experiment"], artifacts)
-        study.folder.mkdir(parents=True)
-        (study.folder / "study.yaml").write_text(yaml.safe_dump(dict(study.options)))
-        tracker = tracking.Tracker(store, study.name, study.options, command(study))
+        experiment = tracking.open_store(uri, study.tracking["experiment"], artifacts)
+        if not study.resume:
+            origins.write(study, origin)
+            journal = stack.enter_context(closing(Journal(study.folder)))
+        resources = {
+            "cpu": study.cluster["cpus_per_trial"],
+            "gpu": study.cluster["gpus_per_trial"],
+        }
+        conductor = Conductor(
+            journal,
+            origins.searcher(study, origin),
+            Stopping(study.scheduler, study.epochs, study.mode, study.batch),
+            partial(configure, study),
+            study.trials,
+            # One more than fit waits ready for the next free worker, which Ray would else end.
+            study.cluster["max_concurrent"] or execution.trials_at_once(resources) + 1,
+        )
+        tracker = tracking.Tracker(
+            experiment,
+            study.name,
+            origin["id"],
+            origins.tags(study, origin),
+            {"config.yaml": yaml.safe_dump(dict(study.options)), **origins.files(origin)},
+            origins.files(origin),
+        )
         shown = progress.Progress(console, study.trials, study.metric, study.mode)
-        searcher = _searcher(study)
-        console.print(f"study {study.name} in {study.folder}", soft_wrap=True, highlight=False)
-        with shown:
-            _tuner(study, trainable, searcher, [*callbacks, tracker, shown]).fit()
-    return Finished(
-        study, shown.rows, searcher.record, uri, tracker.study_run, time.monotonic() - started
-    )
-
-
-@contextmanager
-def _cluster(study: Study) -> Iterator[None]:
-    """Ray, started here or joined, for the time of the study."""
-    cpus, gpus = study.cluster["cpus_per_trial"], study.cluster["gpus_per_trial"]
-    with warnings.catch_warnings():
-        # jax warns of forks; Ray's are all followed by an exec at once.
-        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        address = study.cluster["address"]
+        stores = [
+            tracker,
+            optuna_store.OptunaStore(study.name, study.mode, storage, study.folder),
+        ]
+        deliveries = [Delivery(journal, store, shown.say) for store in stores]
+        shown.say(f"study {study.name} in {study.folder}")
+        behind = {d.store.name: d.reconcile() for d in deliveries}
+        if study.resume:
+            for line in reconciled(conductor, behind):
+                shown.say(line)
+            shutil.rmtree(study.folder / execution.FOLDER, ignore_errors=True)
+        shown.before = progress.tally(conductor.records.values()).ended
+        for delivery in deliveries:
+            delivery.start()
         try:
-            _reach(address)
-            ray.init(
-                address=address,
-                runtime_env={"env_vars": trial.environment(cpus, gpus)},
-                include_dashboard=False if address is None else None,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
+            with shown:
+                execution.run(
+                    conductor, trainable, resources, _policy(study),
+                    reporter(study, conductor, shown), study.folder, callbacks,
+                )  # fmt: skip
+        finally:
+            records = [conductor.records[number] for number in sorted(conductor.records)]
+            missing = {d.store.name: d.finish(conductor.records) for d in deliveries}
+        for record in records:
+            if not record.ended:
+                record.state = KILLED
+    return Finished(
+        study,
+        records,
+        uri,
+        tracker.study_run,
+        time.monotonic() - started,
+        {name: count for name, count in missing.items() if count},
+    )
+
+
+def reconciled(conductor: Conductor, behind: dict[str, int]) -> list[str]:
+    """What a study that goes on finds, and what had to be mended, a line each."""
+    ended = progress.tally(conductor.records.values()).ended
+    left = [record for record in conductor.records.values() if not record.ended]
+    start = ", ".join(f"trial {r.number} after epoch {r.epochs}" for r in left) or "no trial"
+    lacked = [f"{name} lacked {count} records" for name, count in behind.items() if count]
+    return [
+        f"resumed with {ended} of {conductor.trials} trials ended; unfinished: {start}",
+        *(f"mended: {what}" for what in (*conductor.mended, *lacked)),
+    ]
+
+
+def reporter(study: Study, conductor: Conductor, shown: progress.Progress) -> execution.Reporter:
+    folder, best = study.folder / checkpoints.FOLDER, study.checkpoints["keep_best"]
+    everything = lambda: [conductor.records[n] for n in sorted(conductor.records)]
+    checkpoints.tidy(folder, everything(), study.mode, best)
+    said: list[str] = []
+
+    def on_end(record: Record) -> None:
+        checkpoints.tidy(folder, everything(), study.mode, best)
+        shown.ended(record)
+
+    def on_over_cap() -> None:
+        gone = checkpoints.make_room(folder, everything(), study.mode, best)
+        if gone is None and not said:
+            said.append("once")
+            shown.say(
+                f"checkpoints.cap_gb={study.checkpoints['cap_gb']:g} is reached by trials that run:"
+                " after a kill, some of them would start again"
             )
-        except OSError as error:  # ConnectionError is one
-            allowed = "auto or HOST:PORT of a running Ray cluster, or null"
-            raise refusal("cluster.address", address, allowed) from error
-    try:
-        for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
-            most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
-            if asked > most:
-                allowed = f"at most {most:g}, what the largest machine has"
-                raise refusal(f"cluster.{option}_per_trial", asked, allowed)
-        yield
-    finally:
-        ray.shutdown()
+
+    return execution.Reporter(conductor, lambda: shown.update(everything()), on_end, on_over_cap)
 
 
-def _reach(address: str | None) -> None:
-    """Raises OSError if nobody listens there: Ray would wait for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
-
-
-def _searcher(study: Study) -> search.Search:
-    options = dict(study.searcher)
-    sampler, balanced = search.SAMPLERS[options.pop("name")], options.pop("balanced")
-    space = SPACES[study.space]
-    return search.Search(
-        study.name,
-        space,
-        lambda branch: sampler(options, search.sampler_seed(study.seed, branch)),
-        partial(configure, study),
-        study.mode,
-        search.rules_of(space) if balanced else (),
+def _policy(study: Study) -> trial.Checkpoints:
+    return trial.Checkpoints(
+        folder=str(study.folder / checkpoints.FOLDER),
+        every_seconds=study.checkpoints["every_seconds"],
+        at_end=study.checkpoints["keep_best"] > 0,
+        cap_bytes=study.checkpoints["cap_gb"] * 1e9,
     )
 
 
-def _scheduler(study: Study) -> TrialScheduler:
-    options = dict(study.scheduler)
-    make, within_rule = schedule.SCHEDULERS[options.pop("name")], options.pop("within_rule")
-    build = partial(make, options, study.epochs, study.mode)
-    return schedule.WithinRule(build) if within_rule else build()
-
-
-def _tuner(study, trainable, searcher, callbacks) -> tune.Tuner:
-    cluster = study.cluster
-    resources = {"cpu": cluster["cpus_per_trial"], "gpu": cluster["gpus_per_trial"]}
-    name = lambda t: f"{t.config['number']:04d}"
-    return tune.Tuner(
-        tune.with_resources(trainable, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=_scheduler(study),
-            num_samples=study.trials,
-            # Never null: Ray would start one worker at a time and give it up as soon as another
-            # falls free, so that short trials run one after the other. One more than fit waits
-            # ready for the next free worker, which Ray would else send away.
-            max_concurrent_trials=cluster["max_concurrent"] or _trials_at_once(resources) + 1,
-            reuse_actors=True,
-            trial_name_creator=name,
-            trial_dirname_creator=name,
-        ),
-        run_config=tune.RunConfig(
-            name=study.name,
-            storage_path=str(study.out_dir),
-            failure_config=tune.FailureConfig(max_failures=0),  # it would only diverge again
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    )
-
-
-def _trials_at_once(resources: dict[str, float]) -> int:
-    """How many trials that need `resources` fit on the cluster as it is now."""
-    return sum(
-        min(int(node["Resources"].get(kind.upper(), 0) // n) for kind, n in resources.items() if n)
-        for node in ray.nodes()
-        if node["Alive"]
-    )
-
-
-def command(study: Study) -> str:
-    """The study's own command line."""
-    return shlex.join(["python", "tune_main.py", *study.overrides])
+def _resume(study: Study) -> str:
+    out = [] if study.options["out_dir"] == "out" else [f"out_dir={study.options['out_dir']}"]
+    words = [_tool("python"), "tune_main.py", f"study={study.name}", *out, "resume=true"]
+    return shlex.join(words)
 
 
 def summary(finished: Finished, console: Console) -> None:
     """Prints the leaderboard and the commands that go on from here."""
-    study, rows = finished.study, finished.rows
-    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    counts = ", ".join(f"{n} {state}" for state, n in progress.tally(rows)._asdict().items() if n)
-    say(f"\nstudy {study.name}: {len(rows)} trials in {progress.clock(finished.seconds)}: {counts}")
-    console.print(progress.leaderboard(rows, study.metric, study.mode))
+    study, records = finished.study, finished.records
+    say: Callable[[str], None] = partial(
+        console.print, soft_wrap=True, highlight=False, markup=False
+    )
+    counts = progress.tally(records)._asdict().items()
+    told = ", ".join(f"{n} {state}" for state, n in counts if n)
+    clock = progress.clock(finished.seconds)
+    say(f"\nstudy {study.name}: {len(records)} trials in {clock}: {told}")
+    console.print(progress.leaderboard(records, study.metric, study.mode))
+    for line in progress.failures(records):
+        say(line)
+    for name, count in finished.undelivered.items():
+        say(f"{name} has not taken {count} records: resume the study when it answers")
     uri = shlex.quote(finished.tracking_uri)
     ui = uri if uri.startswith("http") else f"{_tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
-    if top := progress.best(rows, study.mode):
-        say(f"best trial:  {_tool('python')} {top.command.removeprefix('python ')}")
+    if finished.undelivered or progress.tally(records).killed:
+        say(f"go on:       {_resume(study)}")
+    if top := progress.best(records, study.mode):
+        say(f"best trial:  {_tool('python')} {top.config['command'].removeprefix('python ')}")
 
 
 def _tool(name: str) -> str:

@@ -1,17 +1,17 @@
-"""What is remembered of a study: MLflow runs, written by the driver alone.
+"""A study in MLflow, written by the driver alone.
 
 A study is a parent run, each trial a child run of it (tag `mlflow.parentRunId`). The child has
 what was searched as params, every epoch's metrics with the epoch as step, and, as tags and
-artifacts, the command and the options that run the same training again.
+artifacts, the command, the options and the provenance that run the same training again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,43 +21,30 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# A server that does not answer is asked again by `delivery`, which loses nothing meanwhile.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
-from ray import tune
-from ray.air.constants import TRAINING_ITERATION
 
 from disinhib.config import ConfigError, refusal
-from disinhib.tuning.trial import (
-    COMPLETE,
-    FAILED,
-    KILLED,
-    METRICS,
-    PRUNED,
-    Row,
-    TrialConfig,
-    reason,
-    row,
-)
+from disinhib.tuning.delivery import one_line
+from disinhib.tuning.journal import ASKED, COMPLETE, EPOCH, FAILED, KILLED, PRUNED, Event, Record
 
-# A server is asked once and waited for 5 s before a study starts; afterwards
-# MLflow's own patience (7 retries, 120 s) holds.
-FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-FLUSH_SECONDS = 2.0
-RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
+FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED"}
+KILLED_RUN = "KILLED"
+MOST_METRICS = 800  # in one request; MLflow takes 1000 items of all kinds
 
 
-class Store(NamedTuple):
-    """An MLflow store and the experiment in it. (Plain values: Ray pickles its callbacks.)"""
+class Experiment(NamedTuple):
+    """An MLflow experiment: the address of its store, and its id there."""
 
     uri: str
-    experiment_id: str
-
-    @property
-    def client(self) -> MlflowClient:
-        return _client(self.uri)
+    id: str
 
 
 @cache
@@ -73,7 +60,7 @@ def absolute(uri: str | None, folder: Path) -> str:
     return f"sqlite:///{Path(path).absolute()}" if scheme == "sqlite" else uri
 
 
-def open_store(uri: str, experiment: str, artifacts: Path) -> Store:
+def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
     """Connects, and creates tables and experiment where they are missing.
 
     Once, here, in one process: several that open a fresh SQLite store race in its migration.
@@ -84,7 +71,7 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Store:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            _make_sqlite(Path(uri.removeprefix("sqlite:///")))
         with _environment(FIRST_CONTACT):
             client = _client(uri)
             found = client.get_experiment_by_name(experiment)
@@ -99,9 +86,21 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Store:
     except ConfigError:
         raise
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
-        allowed = f"the address of an MLflow store that answers ({_one_line(error)})"
+        allowed = f"the address of an MLflow store that answers ({one_line(error)})"
         raise refusal("tracking.uri", uri, allowed) from error
-    return Store(uri, experiment_id)
+    return Experiment(uri, experiment_id)
+
+
+def _make_sqlite(file: Path) -> None:
+    """Makes the store if there is none, whole or not at all: MLflow takes seconds to make its
+    tables, and never opens again what a kill left of them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as part:
+            made = Path(part, file.name)
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+            with suppress(FileExistsError):  # another study has made it meanwhile
+                os.link(made, file)
 
 
 @contextmanager
@@ -115,11 +114,6 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _one_line(error: Exception) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:160]}"
-
-
 def params(searched: Mapping[str, Any]) -> list[Param]:
     """What was searched, flat and dotted: group `model/vf` is param `model.vf`, and a group with
     a package (`model/vf/activation@model.vf.actI`) goes by the package."""
@@ -129,110 +123,147 @@ def params(searched: Mapping[str, Any]) -> list[Param]:
     ]
 
 
-def epoch_metrics(values: Mapping[str, float], epoch: int, milliseconds: int) -> list[Metric]:
-    return [Metric(name, value, milliseconds, epoch) for name, value in values.items()]
+def epoch_metrics(event: Event) -> list[Metric]:
+    """An epoch's metrics, with the time at which they were heard: told again, they are the same."""
+    return [
+        Metric(name, value, _milliseconds(event.time), event.epoch)
+        for name, value in event.body["metrics"].items()
+    ]
 
 
-def ending(ended: Row, why: str | None = None) -> dict[str, str]:
-    """Tags that say how a trial ended."""
-    return {
-        "trial_state": ended.state,
-        "epochs": str(ended.epochs),
-        **({"reason": why} if why else {}),
-    }
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
 
 
-class Tracker(tune.Callback):
-    """Writes a study into `store` as Ray goes through it; `study_run` is its parent run.
+class Tracker:
+    """Writes a study into MLflow: a parent run, and under it a run for each trial.
 
-    A write takes some 20 ms. So trials' beginnings and ends wait for the end of Ray's step, when
-    free workers have their next task, and epochs up to FLUSH_SECONDS, to be sent together.
+    `tags` and `files` (name -> text) belong to the study's run, `trial_files` to every trial's.
+    `id` is the study's own; by it and a trial's number its runs are found again.
     """
 
-    def __init__(self, store: Store, study: str, options: Mapping[str, Any], command: str):
-        self.store, self.study = store, study
-        self.runs: dict[int, str] = {}  # number of a trial -> its run
-        self.ended: set[int] = set()
-        self.begun: list[TrialConfig] = []  # not yet written, as are the two below
-        self.epochs: dict[int, list[Metric]] = {}
-        self.ends: list[tuple[TrialConfig, Row, str | None]] = []
-        self.flushed = time.monotonic()
-        tags = {"study": study, "command": command}
-        self.study_run = self._create(study, tags, {"config.yaml": yaml.safe_dump(options)})
+    name = "mlflow"
 
-    def on_trial_start(self, *, trial, **_) -> None:
-        self.begun.append(trial.config)
+    def __init__(
+        self,
+        experiment: Experiment,
+        study: str,
+        id: str,
+        tags: Mapping[str, str],
+        files: Mapping[str, str],
+        trial_files: Mapping[str, str],
+    ):
+        self.experiment, self.study, self.id = experiment, study, id
+        self.tags, self.files, self.trial_files = tags, files, trial_files
+        self.study_run: str | None = None  # as soon as the store is loaded
 
-    def on_trial_result(self, *, trial, result, **_) -> None:
-        now = int(time.time() * 1000)
-        metrics = epoch_metrics(result[METRICS], result[TRAINING_ITERATION], now)
-        self.epochs.setdefault(trial.config["number"], []).extend(metrics)
+    @property
+    def client(self) -> MlflowClient:
+        return _client(self.experiment.uri)
 
-    def on_trial_complete(self, *, trial, **_) -> None:
-        self.ends.append((trial.config, row(trial, stopped=True), None))
+    def load(self) -> set[int]:
+        runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
+        parents = [run for run in runs if "trial" not in run.data.tags]
+        trials = {int(run.data.tags["trial"]): run for run in runs if "trial" in run.data.tags}
+        tags = {**self.tags, "study": self.study, "study_id": self.id}
+        self.study_run = parents[0].info.run_id if parents else self._create(self.study, tags)
+        self._put(self.study_run, self.files)
+        for run in (*parents, *trials.values()):
+            if run.info.status in (KILLED_RUN, "RUNNING"):  # it goes on, if it was interrupted
+                for tag in ending(KILLED, 0, "").keys() & run.data.tags.keys():
+                    self.client.delete_tag(run.info.run_id, tag)
+                self.client.update_run(run.info.run_id, "RUNNING")
+        self.runs = {number: run.info.run_id for number, run in trials.items()}
+        return set(self.runs)
 
-    def on_trial_error(self, *, trial, **_) -> None:
-        self.ends.append((trial.config, row(trial), reason(trial)))
+    def deliver(self, events: Sequence[Event]) -> None:
+        for number in dict.fromkeys(event.trial for event in events):
+            self._deliver(number, [event for event in events if event.trial == number])
 
-    def on_step_end(self, **_) -> None:
-        self._write(epochs=time.monotonic() - self.flushed > FLUSH_SECONDS)
+    def close(self, records: Mapping[int, Record]) -> None:
+        interrupted = [record for record in records.values() if not record.ended]
+        for record in interrupted:
+            run, why = self.runs[record.number], "the study was interrupted"
+            tags = ending(KILLED, record.epochs, why)
+            self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
+            self.client.set_terminated(run, KILLED_RUN)
+        assert self.study_run is not None  # nothing was delivered before it was there
+        self.client.set_terminated(self.study_run, KILLED_RUN if interrupted else "FINISHED")
 
-    def on_experiment_end(self, *, trials, **_) -> None:
-        """Ends the study's run, and what an interruption left running."""
-        self._write(epochs=False)
-        for trial in trials:
-            number = trial.config["number"]
-            if number in self.runs and number not in self.ended:
-                left = row(trial)._replace(state=KILLED)
-                self.ends.append((trial.config, left, "the study was interrupted"))
-        status = "KILLED" if self.ends else "FINISHED"
-        self._write(epochs=True)
-        self.store.client.set_terminated(self.study_run, status)
+    def _deliver(self, number: int, events: Sequence[Event]) -> None:
+        """A trial's news, in as few requests as there can be."""
+        metrics: list[Metric] = []
+        searched: list[Param] = []
+        tags: dict[str, str] = {}
+        end = None
+        for event in events:
+            if event.kind == ASKED:
+                config = event.body["config"]
+                searched = params(config["searched"])
+                self._begin(config, event.time)
+            elif event.kind == EPOCH:
+                metrics += epoch_metrics(event)
+                tags |= event.body["place"]
+            else:
+                end = event
+                body = event.body
+                tags |= ending(body["state"], body["epochs"], body["reason"])
+        run = self.runs[number]
+        for first in range(0, max(1, len(metrics)), MOST_METRICS):
+            self.client.log_batch(
+                run,
+                metrics=metrics[first : first + MOST_METRICS],
+                params=[] if first else searched,
+                tags=[] if first else [RunTag(*tag) for tag in tags.items()],
+            )
+        if end is not None:
+            status = RUN_STATUS[end.body["state"]]
+            self.client.set_terminated(run, status, _milliseconds(end.time))
 
-    def _write(self, epochs: bool) -> None:
-        """Sends what has waited; `epochs` of trials that go on, too."""
-        while self.begun:
-            self._run_of(self.begun.pop(0))
-        while self.ends:
-            config, ended, why = self.ends.pop(0)
-            run = self._run_of(config)
-            tags = [RunTag(key, value) for key, value in ending(ended, why).items()]
-            metrics = self.epochs.pop(ended.number, [])
-            self.store.client.log_batch(run, metrics=metrics, tags=tags)
-            self.store.client.set_terminated(run, RUN_STATUS[ended.state])
-            self.ended.add(ended.number)
-        if epochs:
-            while self.epochs:
-                number, metrics = self.epochs.popitem()
-                self.store.client.log_batch(self.runs[number], metrics=metrics)
-            self.flushed = time.monotonic()
-
-    def _run_of(self, config: TrialConfig) -> str:
-        """The trial's run; made when it is first heard of (one may fail before it starts)."""
+    def _begin(self, config: Mapping[str, Any], began: float) -> None:
+        """Makes the trial's run, if a delivery that failed has not made it."""
         number = config["number"]
         if number not in self.runs:
             tags = {
+                **self.tags,
                 MLFLOW_PARENT_RUN_ID: self.study_run,
                 "study": self.study,
+                "study_id": self.id,
                 "trial": str(number),
                 "rule": config["rule"],
+                "seeds": ",".join(map(str, config["seeds"])),
                 "command": config["command"],
             }
-            texts = {
-                "config.yaml": yaml.safe_dump(config["options"]),
-                "command.txt": config["command"] + "\n",
-            }
-            self.runs[number] = self._create(f"{self.study}-{number:04d}", tags, texts)
-            self.store.client.log_batch(self.runs[number], params=params(config["searched"]))
-        return self.runs[number]
+            name = f"{self.study}-{number:04d}"
+            self.runs[number] = self._create(name, tags, _milliseconds(began))
+        options = yaml.safe_dump(config["options"])
+        command = config["command"] + "\n"
+        files = {**self.trial_files, "config.yaml": options, "command.txt": command}
+        self._put(self.runs[number], files)
 
-    def _create(self, name: str, tags: Mapping[str, str], texts: Mapping[str, str]) -> str:
-        client = self.store.client
-        run = client.create_run(
-            self.store.experiment_id,
-            run_name=name,
-            tags={MLFLOW_SOURCE_NAME: "tune_main.py", **tags},
-        )
-        for file, text in texts.items():
-            client.log_text(run.info.run_id, text, file)
+    def _create(self, name: str, tags: Mapping[str, str], began: int | None = None) -> str:
+        tags = {MLFLOW_SOURCE_NAME: "tune_main.py", **tags}
+        run = self.client.create_run(self.experiment.id, began, tags, name)
         return run.info.run_id
+
+    def _put(self, run: str, files: Mapping[str, str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in files.items():
+                Path(folder, file).write_text(text)
+            self.client.log_artifacts(run, folder)
+
+
+def ending(state: str, epochs: int, reason: str | None) -> dict[str, str]:
+    """Tags that say how a trial ended."""
+    why = {} if reason is None else {"reason": reason}
+    return {"trial_state": state, "epochs": str(epochs), **why}
+
+
+def _all_runs(experiment: Experiment, criterion: str) -> list[Run]:
+    found, token = [], None
+    while True:
+        page = _client(experiment.uri).search_runs([experiment.id], criterion, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

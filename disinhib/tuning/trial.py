@@ -1,45 +1,59 @@
-"""One trial: a configuration trained epoch by epoch in a Ray worker, and how the driver reads it.
+"""One trial in a Ray worker: a configuration trained epoch by epoch, seeds as lanes.
 
 The driver composes and checks a trial's options; the worker gets the plain result (`TrialConfig`)
 and knows nothing of Hydra, Optuna or MLflow. Workers are reused, and the core caches its compiled
 programs by structure, so the second trial of a structure compiles nothing: `compilations` of
 every epoch is reported to prove it.
+
+A trial's checkpoint has its results so far beside its state. A worker that goes on from one first
+reports them again, so that no epoch is lost that the driver had not yet heard of when it, or the
+worker, was killed; who has heard of an epoch ignores it (`journal`).
 """
 
 from __future__ import annotations
 
-import math
+import errno
 import os
 import platform
+import resource
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, TypedDict, cast
 
+import numpy as np
 import pooch
-from ray import cloudpickle, tune
+from filelock import FileLock
+from ray import tune
 from ray.air.constants import TRAINING_ITERATION
-from ray.tune.experiment import Trial as RayTrial
 
-# Ray, the scheduler and the searcher see one number a trial and epoch under this name: the mean
-# over lanes of the study's metric.
-SCORE = "score"
-LEAST_CONVERGED = 0.9  # share of an epoch's samples whose closed loop must be a steady state
-METRICS = "metrics"
-CHECKPOINT = "checkpoint.msgpack"
+from disinhib.tuning.schedule import SCORE
 
-WAITING, RUNNING = "waiting", "running"
-COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
-KILLED = "killed"  # the study was interrupted while it ran
+# Ray, the scheduler and the searcher see one number a trial and epoch under the name SCORE: the
+# mean over lanes of the study's metric.
+METRICS, PLACE = "metrics", "place"
+DISK_FULL, OVER_CAP = "disk_full", "over_cap"  # why no checkpoint was written
+
+
+class Checkpoints(TypedDict):
+    """Where and when a trial keeps its state."""
+
+    folder: str
+    every_seconds: float  # between two of a trial
+    at_end: bool  # also when it has run its whole budget
+    cap_bytes: float  # for the whole folder
 
 
 class TrialConfig(TypedDict):
-    """What a worker gets. (Plain values only: it crosses processes and is stored by Ray.)"""
+    """What a worker gets. (Plain values only: it crosses processes and is kept as JSON.)"""
 
     number: int  # from 0, the same in Ray, Optuna and MLflow
     rule: str
     searched: dict[str, Any]  # Hydra overrides that the space chose
     command: str  # runs the same training by hand
     options: dict[str, Any]  # resolved training options
-    seed: int
+    seeds: list[int]
     epochs: int
     metric: str
 
@@ -47,8 +61,9 @@ class TrialConfig(TypedDict):
 class TrainingTrial(tune.Trainable):
     """Ray's handle on a training run; a step is one epoch.
 
-    jax is imported only here, after Ray has set the worker's environment (`environment`): XLA
-    sizes its thread pool once, when it starts.
+    Its configuration is a `TrialConfig` and, under `checkpoints`, a `Checkpoints`. jax is imported
+    only here, after Ray has set the worker's environment (`environment`): XLA sizes its thread
+    pool once, when it starts.
     """
 
     def setup(self, config: dict) -> None:
@@ -57,52 +72,117 @@ class TrainingTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        """Starts another trial in this worker; data and compiled programs stay."""
-        from disinhib import config, training
-
-        self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
+        """Makes ready for a trial, in a new worker or in one that has run others. What can fail
+        is left to the first step, whose errors are the trial's own and not the worker's."""
         self._trial = cast(TrialConfig, new_config)
-        self._run = config.parse(self._trial["options"])
-        self._data = training.prepare(self._run)
-        self._state = training.initial_state(self._run, [self._trial["seed"]])
+        self._begun = False
         return True
 
     def step(self) -> dict:
-        """Trains one epoch.
+        """Trains one epoch, or reports one again that a checkpoint has.
 
-        Raises `training.Diverged` when a lane's score is not finite, or when too few of a lane's
-        samples reached their steady state: such numbers are a failure, never a score.
+        Raises `training.Diverged` where that does: such numbers are a failure, never a score.
         """
+        if not self._begun:
+            self._begin()
+        obstacle = {}
+        self._told += 1
+        if self._told > len(self._results):
+            self._results.append(self._epoch())
+            obstacle = self._save()
+        last = self._told >= self._trial["epochs"]
+        body = self._results[self._told - 1]
+        return {**body, TRAINING_ITERATION: self._told, "done": last, **obstacle}
+
+    def _begin(self) -> None:
+        """Loads data, and the trial's checkpoint if it has one; data and compiled programs of
+        earlier trials are still there."""
+        from disinhib import checkpoint, config, training
+
+        self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
+        self._run = config.parse(self._trial["options"])
+        self._data = training.prepare(self._run)
+        self._results: list[dict[str, Any]] = []
+        self._told, self._saved, self._begun = 0, time.monotonic(), True
+        kept = checkpoint_file(self._checkpoints["folder"], self._trial["number"])
+        if kept.exists():
+            self._state, self._results = checkpoint.load(kept, self._run)
+        else:
+            self._state = training.initial_state(self._run, self._trial["seeds"])
+
+    def _epoch(self) -> dict[str, Any]:
         from disinhib import training
 
         self._state, lanes = training.run_epoch(self._run, self._data, self._state)
-        means = {name: float(values.mean()) for name, values in lanes.items()}
-        metric, epoch = self._trial["metric"], self.iteration + 1
-        if not math.isfinite(means[metric]):
-            raise training.Diverged(f"{metric} is {means[metric]} in epoch {epoch}")
-        converged = float(lanes["train_CL_converged_share"].min())
-        if converged < LEAST_CONVERGED:
-            raise training.Diverged(
-                f"train_CL_converged_share is {converged:.3f} in epoch {epoch}, below"
-                f" {LEAST_CONVERGED}"
-            )
-        means["compilations"] = len(self._compilations) - self._compiled
+        metrics = over_lanes(lanes)
+        metrics["compilations"] = len(self._compilations) - self._compiled
+        metrics["peak_memory_mb"] = peak_memory_mb()
         self._compiled = len(self._compilations)
-        return {
-            SCORE: means[metric],
-            METRICS: means,
-            "done": epoch >= self._trial["epochs"],
-        }
+        return {SCORE: metrics[self._trial["metric"]], METRICS: metrics, PLACE: place()}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
+    def _save(self) -> dict[str, Any]:
+        """Writes a checkpoint if one is due; says what kept it from doing so."""
         from disinhib import checkpoint
 
-        checkpoint.save(Path(checkpoint_dir) / CHECKPOINT, self._run, self._state)
+        policy, last = self._checkpoints, len(self._results) >= self._trial["epochs"]
+        due = time.monotonic() - self._saved >= policy["every_seconds"]
+        if not (policy["at_end"] if last else due):
+            return {}
+        file = checkpoint_file(policy["folder"], self._trial["number"])
+        try:
+            with FileLock(file.with_name(".lock")):
+                room = policy["cap_bytes"] - _bytes_beside(file)
+                written = checkpoint.save(file, self._run, self._state, self._results, room)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return {DISK_FULL: f"{error.strerror}: {file.parent}"}
+        if not written:
+            return {OVER_CAP: True}
+        self._saved = time.monotonic()
+        return {}
 
-    def load_checkpoint(self, checkpoint: str) -> None:
-        from disinhib.checkpoint import load
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return self._trial["checkpoints"]  # pyright: ignore[reportGeneralTypeIssues]
 
-        self._state = load(Path(checkpoint) / CHECKPOINT, self._run)
+
+def checkpoint_file(folder: str | Path, number: int) -> Path:
+    """The checkpoint of trial `number`."""
+    return Path(folder) / f"{number:04d}.msgpack"
+
+
+def _bytes_beside(file: Path) -> int:
+    """What the other checkpoints in the folder of `file` take."""
+    sizes = []
+    for other in file.parent.glob("*.msgpack"):
+        with suppress(FileNotFoundError):  # the driver removes some meanwhile
+            sizes.append(other.stat().st_size if other != file else 0)
+    return sum(sizes)
+
+
+def over_lanes(lanes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean over lanes of each metric and, of several lanes, its standard deviation (n - 1) as
+    `<name>_sd`."""
+    means = {name: float(values.mean()) for name, values in lanes.items()}
+    spread = {f"{n}_sd": float(v.std(ddof=1)) for n, v in lanes.items() if len(v) > 1}
+    return means | spread
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far: of the GPU if it uses one."""
+    import jax
+
+    on_device = jax.devices()[0].memory_stats() or {}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return on_device.get("peak_bytes_in_use", resident) / 1e6
+
+
+def place() -> dict[str, str]:
+    """Where this process computes."""
+    import jax
+
+    return {"device": jax.devices()[0].device_kind, "host": platform.node()}
 
 
 def environment(cpus: float, gpus: float) -> dict[str, str]:
@@ -149,51 +229,3 @@ def count_compilations() -> list[float]:
 
     monitoring.register_event_duration_secs_listener(listen)
     return seconds
-
-
-class Row(NamedTuple):
-    """A trial as the driver knows it; `score` is that of its last epoch."""
-
-    number: int
-    rule: str
-    state: str
-    epochs: int
-    budget: int
-    score: float | None
-    searched: dict[str, Any]
-    command: str
-
-
-def row(trial: RayTrial, stopped: bool = False) -> Row:
-    """Reads a Ray trial; `stopped` says that Ray is just ending it (its status comes later)."""
-    config = cast(TrialConfig, trial.config)
-    epochs = trial.last_result.get(TRAINING_ITERATION, 0)
-    return Row(
-        number=config["number"],
-        rule=config["rule"],
-        state=state(trial.status, epochs, config["epochs"], stopped),
-        epochs=epochs,
-        budget=config["epochs"],
-        score=trial.last_result.get(SCORE),
-        searched=config["searched"],
-        command=config["command"],
-    )
-
-
-def state(status: str, epochs: int, budget: int, stopped: bool = False) -> str:
-    """Complete ran its whole budget, pruned was stopped before, failed raised."""
-    if status == RayTrial.ERROR:
-        return FAILED
-    if stopped or status == RayTrial.TERMINATED:
-        return COMPLETE if epochs >= budget else PRUNED
-    return RUNNING if status == RayTrial.RUNNING else WAITING
-
-
-def reason(trial: RayTrial) -> str:
-    """Why a trial failed, in one line: the worker's own exception where there is one."""
-    path = trial.pickled_error_file  # on the driver's disk; not yet in storage
-    if path is None:
-        return "the worker left no error"
-    error = cloudpickle.loads(Path(path).read_bytes())
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"

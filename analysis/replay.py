@@ -1,0 +1,320 @@
+"""`python -m analysis.replay RUN_ID [tracking.uri=URI]`: trains a trial again from its MLflow run.
+
+Says whether every metric of every epoch came out the same, bit for bit (exit code 0), or how it
+differs (1); on a CPU it should be the same. Needs only the run, in any folder: its options, seeds
+and threads, and what has changed since in code, packages and data, are kept there.
+
+Nothing here imports jax before `set_environment`: XLA sizes its thread pool once, when it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# Before MLflow is imported: it reads these once.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import yaml
+from mlflow import MlflowClient
+
+from disinhib.data import DataError
+from disinhib.tuning import provenance
+
+if TYPE_CHECKING:  # it imports jax
+    from disinhib.config import RunConfig
+
+USAGE = "python -m analysis.replay RUN_ID [tracking.uri=URI]"
+DEFAULT_STORE = Path("out/mlflow.db")
+# Of the machine, not of the training.
+MACHINE_METRICS = ("epoch_seconds", "epoch_seconds_sd", "compilations", "peak_memory_mb")
+STATES = ("complete", "pruned", "failed")
+SHOWN = 10  # differences
+
+Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
+
+
+class Refused(ValueError):
+    """What cannot be replayed, in one line."""
+
+
+class Trial(NamedTuple):
+    """A trial as its run tells it."""
+
+    study: str
+    number: str
+    rule: str
+    state: str
+    reason: str | None  # it failed for
+    epochs: int  # reported
+    seeds: tuple[int, ...]  # a lane each
+    device: str | None  # its kind, as jax names it; None if it failed in its first epoch
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: Metrics
+
+
+class Outcome(NamedTuple):
+    """What training gave now."""
+
+    metrics: Metrics
+    reason: str | None
+
+
+class Comparison(NamedTuple):
+    """Metrics of two trainings; a value that only one of them has differs, as None."""
+
+    names: list[str]  # compared
+    differing: list[tuple[int, str, float | None, float | None]]  # epoch, name, then, now
+    only_then: list[str]  # names
+    only_now: list[str]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Replays one trial and prints what came of it; the exit code. Raises Refused."""
+    run_id, uri = _parsed(arguments)
+    trial = read(run_id, uri)
+    seeds = f"seed{'s' * (len(trial.seeds) > 1)} {', '.join(map(str, trial.seeds))}"
+    print(
+        f"study {trial.study}, trial {trial.number}: {trial.rule}, {trial.state},"
+        f" {_count(trial.epochs, 'epoch')}, {seeds}",
+        flush=True,
+    )
+    threads = trial.provenance["threads"]
+    set_environment(threads, on_cpu=trial.device in (None, "cpu"))
+    config, device = _prepared(trial)
+    now = provenance.collect(config, threads)
+    changes = provenance.differences(trial.provenance, now)
+    if device != (trial.device or device):
+        changes.append(f"device {trial.device}, now {device}")
+    for change in changes:
+        print(f"warning: {change}", flush=True)
+    outcome = train_again(trial, config)
+    comparison = compare(trial.metrics, outcome.metrics)
+    for names, lacking in (
+        (comparison.only_then, "training reports no such metric"),
+        (comparison.only_now, "the run has no such metric"),
+    ):
+        if names:
+            print(f"warning: not compared, as {lacking}: {', '.join(names)}")
+    problems = _problems(trial, outcome, comparison)
+    if not problems:
+        compared = [_count(trial.epochs, "epoch")]
+        if trial.epochs:
+            compared += [_count(len(comparison.names), "metric"), "bit-equal"]
+        if trial.reason is not None:
+            compared.append(f"then {trial.reason}")
+        print(f"the same: {', '.join(compared)}")
+        return 0
+    print("\n".join(problems))
+    cpu, cpu_now = trial.provenance["machine"]["cpu"], now["machine"]["cpu"]
+    if cpu != cpu_now:  # XLA compiles for the very processor
+        print(f"(then on {cpu}, now on {cpu_now}: other processors may give other bits)")
+    return 1
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[str, str]:
+    """(run id, tracking URI)."""
+    ids = [argument for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    given = options.pop("tracking.uri", None)
+    if len(ids) != 1 or ids[0].startswith("-") or options or given == "":
+        raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and not DEFAULT_STORE.exists():
+        raise Refused(
+            f"tracking.uri: missing, needed is the address of an MLflow store, as neither"
+            f" $MLFLOW_TRACKING_URI nor {DEFAULT_STORE} is there"
+        )
+    return ids[0], uri or f"sqlite:///{DEFAULT_STORE}"
+
+
+def read(run_id: str, uri: str) -> Trial:
+    """The trial of an MLflow run. Raises Refused."""
+    try:
+        if uri.startswith("sqlite:///"):
+            _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(run_id)
+    except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            raise Refused(f"{run_id}: no such run in {uri}") from error
+        raise Refused(f"tracking.uri: cannot read {uri} ({_one_line(error)})") from error
+    tags = run.data.tags
+    for name in ("study", "trial", "rule", "seeds", "trial_state", "epochs"):
+        if name not in tags:
+            raise Refused(f"{run_id}: no trial of a study, or not over (it has no tag {name})")
+    if tags["trial_state"] not in STATES:
+        raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(STATES)}")
+    try:
+        options = yaml.safe_load(_text(client, run_id, "config.yaml"))
+        about = json.loads(_text(client, run_id, "provenance.json"))
+        metrics = {
+            (metric.step, name): metric.value
+            for name in run.data.metrics
+            for metric in client.get_metric_history(run_id, name)
+        }
+    except Exception as error:  # the same, and what stores of artifacts raise
+        raise Refused(f"{run_id}: cannot read what it has kept ({_one_line(error)})") from error
+    return Trial(
+        study=tags["study"],
+        number=tags["trial"],
+        rule=tags["rule"],
+        state=tags["trial_state"],
+        reason=tags.get("reason"),
+        epochs=int(tags["epochs"]),
+        seeds=tuple(map(int, tags["seeds"].split(","))),
+        device=tags.get("device"),
+        options=options,
+        provenance=about,
+        metrics=metrics,
+    )
+
+
+def _check_sqlite(file: Path) -> None:
+    """Raises sqlite3.Error unless `file` is a store: MLflow would make it one."""
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        connection.execute("SELECT 1 FROM runs LIMIT 1")
+
+
+def _text(client: MlflowClient, run_id: str, artifact: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, artifact, folder)).read_text("utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
+
+
+def set_environment(threads: int, on_cpu: bool) -> None:
+    """As in the trial's worker: the number of threads may change the bits."""
+    pools = ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    os.environ.update(dict.fromkeys(pools, str(threads)))
+    if on_cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _prepared(trial: Trial) -> tuple[RunConfig, str]:
+    """(the run's configuration with its data loaded, the kind of device). Raises Refused."""
+    import jax
+
+    from disinhib import training
+    from disinhib.config import ConfigError, parse
+
+    try:
+        config = parse(trial.options)
+        training.prepare(config)
+    except (ConfigError, DataError) as error:
+        raise Refused(f"what ran then cannot run now: {error}") from error
+    return config, jax.devices()[0].device_kind
+
+
+def train_again(trial: Trial, config: RunConfig) -> Outcome:
+    """Trains the epochs that the trial reported, and of a failed one the epoch that broke it."""
+    from disinhib import training
+
+    data = training.prepare(config)
+    metrics: Metrics = {}
+    try:
+        state = training.initial_state(config, trial.seeds)
+        for epoch in range(1, trial.epochs + 1):
+            state, lanes = training.run_epoch(config, data, state)
+            for name, values in lanes.items():
+                metrics[epoch, name] = float(values.mean())
+                if len(trial.seeds) > 1:
+                    metrics[epoch, f"{name}_sd"] = float(values.std(ddof=1))
+        if trial.state == "failed":
+            training.run_epoch(config, data, state)
+    except training.Diverged as error:
+        return Outcome(metrics, f"Diverged: {error}")
+    return Outcome(metrics, None)
+
+
+def compare(then: Metrics, now: Metrics) -> Comparison:
+    """Every value of the names that both have, except of MACHINE_METRICS; NaN equals NaN."""
+    names_then = {name for _, name in then} - {*MACHINE_METRICS}
+    names_now = {name for _, name in now} - {*MACHINE_METRICS}
+    both = names_then & names_now
+    differing = [
+        (epoch, name, then.get((epoch, name)), now.get((epoch, name)))
+        for epoch, name in sorted({*then, *now})
+        if name in both and not _equal(then.get((epoch, name)), now.get((epoch, name)))
+    ]
+    return Comparison(
+        sorted(both), differing, sorted(names_then - names_now), sorted(names_now - names_then)
+    )
+
+
+def _equal(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+def _problems(trial: Trial, outcome: Outcome, comparison: Comparison) -> list[str]:
+    """In what the outcome is another one than the trial's, a line each."""
+    lines = []
+    if outcome.reason != trial.reason:
+        lines.append(
+            f"different: then it {_end(trial.reason, trial)}, now it {_end(outcome.reason, trial)}"
+        )
+    if trial.epochs and not comparison.names:
+        lines.append("different: no metric of the run is one that training reported now")
+    if comparison.differing:
+        lines += _table(comparison)
+    return lines
+
+
+def _end(reason: str | None, trial: Trial) -> str:
+    return f"failed ({reason})" if reason else f"went on after {_count(trial.epochs, 'epoch')}"
+
+
+def _table(comparison: Comparison) -> list[str]:
+    differing = comparison.differing
+    relative = [
+        abs(now - then) / max(abs(then), abs(now))
+        for _, _, then, now in differing
+        if then is not None and now is not None
+    ]
+    largest = f", by {max(relative):.3g} at most (relative)" if relative else ""
+    width = max(len(name) for _, name, _, _ in differing[:SHOWN])
+    return [
+        f"different: {_count(len(differing), 'value')}{largest}",
+        f"epoch  {'metric':{width}}  {'then':24}now",
+        *(
+            f"{epoch:5}  {name:{width}}  {then!s:24}{now}"
+            for epoch, name, then, now in differing[:SHOWN]
+        ),
+        *(["..."] if len(differing) > SHOWN else []),
+    ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+if __name__ == "__main__":
+    # MLflow's own patience with a server that is not there is minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    try:
+        code = main(sys.argv[1:])
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

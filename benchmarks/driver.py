@@ -1,0 +1,91 @@
+"""What the driver computes for each trial and each epoch that a trial reports.
+
+    python -m benchmarks.driver
+
+Real studies of trials that train nothing, with Ray, the journal, Optuna's store and MLflow (in
+SQLite): CPU time of the driver's process, all its threads, from the first trial to the last record
+delivered. Two studies that differ in their epochs tell trial and epoch apart.
+"""
+
+import argparse
+import tempfile
+import time
+
+from ray import tune
+from ray.air.constants import TRAINING_ITERATION
+from rich.console import Console
+from rich.table import Table
+
+from disinhib.tuning import options, study
+from disinhib.tuning.schedule import SCORE
+from disinhib.tuning.trial import METRICS, PLACE
+
+NAMES = [f"metric_{n}" for n in range(14)]  # as many as training has
+
+
+def instant():
+    """A trainable whose epochs take no time. (A local class: Ray sends it to the workers.)"""
+
+    class Instant(tune.Trainable):
+        def setup(self, config):
+            self.reset_config(config)
+
+        def reset_config(self, new_config):
+            self.epoch, self.trial = 0, new_config
+            return True
+
+        def step(self):
+            self.epoch += 1
+            score = (self.trial["number"] * 7919) % 1000 / 10
+            return {
+                SCORE: score,
+                METRICS: {**dict.fromkeys(NAMES, score), "valid_accuracy": score},
+                PLACE: {"device": "cpu", "host": "here"},
+                TRAINING_ITERATION: self.epoch,
+                "done": self.epoch >= self.trial["epochs"],
+            }
+
+    return Instant
+
+
+def cpu_seconds(trials: int, epochs: int) -> tuple[float, float]:
+    """(CPU seconds of the driver, wall seconds) of a study without its start and end."""
+    measured: list[tuple[float, float]] = []
+
+    class Watch(tune.Callback):
+        def on_trial_start(self, **_):
+            if not measured:
+                measured.append((time.process_time(), time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        asked = options.compose(
+            [f"trials={trials}", f"epochs={epochs}", "scheduler=none", f"out_dir={folder}"]
+        )
+        finished = study.run(asked, Console(quiet=True), instant(), [Watch()])
+        assert len(finished.records) == trials and not finished.undelivered
+    (cpu, wall), *_ = measured
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=11)
+    given = parser.parse_args()
+    few, few_wall = cpu_seconds(given.trials, 1)
+    many, many_wall = cpu_seconds(given.trials, given.epochs)
+    epoch = (many - few) / given.trials / (given.epochs - 1)
+    table = Table("driver CPU", "ms", "trials", "epochs", "CPU s", "wall s", box=None)
+    trial = few / given.trials - epoch
+    for name, value, epochs, cpu, wall in (
+        ("a trial", trial, 1, few, few_wall),
+        ("an epoch", epoch, given.epochs, many, many_wall),
+    ):
+        table.add_row(
+            name, f"{1e3 * value:.1f}", str(given.trials), str(epochs), f"{cpu:.1f}", f"{wall:.1f}"
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,525 @@
+"""Studies that are killed again and again: `python -m benchmarks.kill [--times 25] [--workers]`.
+
+A real study's driver is SIGKILLed at random moments (drawn from `--seed`, printed) and started
+again, `--times` in all, five times a study: while it starts, while it mends, in the midst of its
+trials, and the last time as it ends. Each study is then looked at in all three stores, with the
+journal as a fourth witness, and trials that went on after a kill are trained again without one.
+`--workers`: it is workers that are killed, and the study has to go on by itself. Exit code 0: not
+one violation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import psutil
+import yaml
+from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray.tune import ExperimentAnalysis
+from rich.console import Console
+from rich.table import Table
+
+from disinhib.tuning import execution, optuna_store, search, tracking
+from disinhib.tuning.journal import COMPLETE, EPOCH, FAILED, PRUNED, Journal, records
+from disinhib.tuning.options import FILE
+from disinhib.tuning.schedule import SCORE, Stopping
+from disinhib.tuning.trial import TrainingTrial
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "killed"
+# Trials of 0 to 3 s, some of them stopped early and some failed for their large weights.
+TRIALS = 24
+OPTIONS = (
+    *("experiment=smoke", f"trials={TRIALS}", "epochs=8", "batchsize=5"),
+    *("model.vf.sizes_hidden=[256]", "max_weight=1.2", "checkpoints.every_seconds=0"),
+)
+KILLS = 5  # of one study
+# What a moment is counted from, and the seconds that there can be between them. Not from the start
+# alone: a busy machine takes ten times as long to start Ray as an idle one.
+START, TABLES, RECONCILE, END = (
+    "start",
+    "MLflow's file is there",
+    "stores opened",
+    "last trial ended",
+)
+SINCE = {START: (0.5, 15.0), TABLES: (0.0, 3.0), RECONCILE: (0.0, 3.0), END: (0.0, 2.5)}
+MORE, MOST_MORE, AFTER = "trials more", TRIALS // 4, (0.0, 1.0)
+OF_WORKERS = (0.0, 3.0)  # s after the last kill of a worker, or the first epoch of all
+PATIENCE = 300.0  # s for which a driver may run
+AFTERLIFE = 60.0  # s in which the processes of a killed driver are gone; Ray's agents take 30
+REPLAYED = 2  # trials of a study that are trained again
+# Titles that Ray gives to the process of a worker that trains, and of one between two calls, which
+# may be about to get another trial.
+TRAINS, WAITS = "ray::ResourceTrainable.train", "ray::TrainingTrial"
+STATES = {state: name for name, state in search.STATES.items()}
+
+
+class Moment(NamedTuple):
+    """`seconds` after `since` (a key of SINCE, or MORE: when `trials` more have ended)."""
+
+    since: str
+    seconds: float
+    trials: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.trials or ''} {self.since} + {self.seconds:.2f} s".strip()
+
+
+class Row(NamedTuple):
+    """One start of a driver, and what became of it."""
+
+    study: str
+    resumed: bool
+    moment: str  # of the kill; empty if it was not to be killed
+    code: int  # its exit code, that of SIGKILL if it was killed
+    seconds: float
+    found: str  # what it said that it resumed with
+    mended: list[str]
+    message: str  # its last line on stderr
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+class Trial(NamedTuple):
+    """A trial as a store has it. Ray has the last epoch only."""
+
+    store: str
+    number: int
+    state: str
+    scores: dict[int, float]  # by epoch
+
+
+class Failure(RuntimeError):
+    """A driver that hangs or that cannot go on."""
+
+
+class DiesOnce(TrainingTrial):
+    """Its worker is killed, once in a study, at the moment when it is given another trial: too
+    short a moment to be hit from outside."""
+
+    def reset_config(self, new_config: dict) -> bool:
+        mark = Path(new_config["checkpoints"]["folder"], "died")
+        if hasattr(self, "_trial") and not mark.exists():  # it has had a trial before
+            mark.write_text(str(new_config["number"]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reset_config(new_config)
+
+
+def draw(rng: random.Random, times: int) -> list[Moment]:
+    """`times` moments of one study, the last around its end, half of the others amid trials."""
+    drawn = []
+    for _ in range(times - 1):
+        since = rng.choice((START, TABLES, RECONCILE, MORE, MORE, MORE))
+        trials = rng.randint(1, MOST_MORE) if since == MORE else 0
+        drawn.append(Moment(since, rng.uniform(*SINCE.get(since, AFTER)), trials))
+    return [*drawn, Moment(END, rng.uniform(*SINCE[END]))]
+
+
+def kill_and_resume(folder: Path, moments: Sequence[Moment]) -> list[Row]:
+    """Runs a study in `folder` to its end, its driver killed at `moments` of its starts in turn.
+
+    A start that ends before its moment ends the study, so there may be fewer kills than moments.
+
+    Raises Failure if a driver hangs, or if one that was not killed does not end well.
+    """
+    rows, pending, ghosts = [], list(moments), []
+    while not rows or rows[-1].code != 0:
+        moment = pending.pop(0) if pending else None
+        with _driver(folder, len(rows)) as driver:
+            if moment is not None and _comes(driver, moment):
+                ghosts += driver.processes()
+                os.kill(driver.process.pid, signal.SIGKILL)
+            rows.append(driver.end(moment))
+        _raise_unless(rows[-1].killed or rows[-1].code == 0, rows[-1])
+    _, left = psutil.wait_procs(ghosts, timeout=AFTERLIFE)
+    if left:
+        raise Failure(f"{NAME}: of killed drivers, still there: {', '.join(map(str, left))}")
+    return rows
+
+
+def kill_workers(folder: Path, rng: random.Random, times: int) -> list[Row]:
+    """Runs a study in `folder`, of which `times` workers are killed at random: one that trains,
+    one that waits, and so on.
+
+    Raises Failure as `kill_and_resume`, or if it ended before all were killed.
+    """
+    with _driver(folder, 0) as driver:
+        killed, began = [], time.monotonic()
+        while not _finished(driver.study) and driver.runs():
+            pass
+        for number in range(times):
+            title, how = [(TRAINS, "training"), (WAITS, "waiting")][number % 2]
+            driver.runs(rng.uniform(*OF_WORKERS))
+            while driver.runs():
+                found = [p for p in driver.processes() if _title(p).startswith(title)]
+                if found:
+                    rng.choice(found).kill()
+                    killed.append(f"{how} after {time.monotonic() - began:.1f} s")
+                    break
+        row = driver.end(None)._replace(moment=f"workers {', '.join(killed)}")
+    _raise_unless(row.code == 0 and len(killed) == times, row)
+    return [row]
+
+
+def _raise_unless(well: bool, row: Row) -> None:
+    if not well:
+        raise Failure(f"{row.study}: a driver ended with {row.code}: {row.message}")
+
+
+class _Driver:
+    """A `tune_main.py` that runs the study in `folder`: a new one, or the one that is there."""
+
+    def __init__(self, folder: Path, start: int):
+        self.folder, self.study = folder, folder / "out" / NAME
+        self.resumed = self.study.exists()
+        self.texts = [folder / f"{start:02d}.{stream}" for stream in ("stdout", "stderr")]
+        words = ["resume=true"] if self.resumed else OPTIONS
+        place = [f"study={NAME}", f"out_dir={folder / 'out'}"]
+        with self.texts[0].open("w") as out, self.texts[1].open("w") as err:
+            self.began = time.monotonic()
+            self.process = subprocess.Popen(
+                [sys.executable, "tune_main.py", *place, *words],
+                **{"cwd": ROOT, "env": _environment(folder), "stdout": out, "stderr": err},
+            )
+
+    def runs(self, seconds: float = 0.02) -> bool:
+        """Whether it still runs after some seconds. Raises Failure if it has too long."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() - self.began < PATIENCE:
+                return True
+            raise Failure(f"{NAME}: a driver still runs after {PATIENCE:.0f} s") from None
+        return False
+
+    def processes(self) -> list[psutil.Process]:
+        """All that it has started, Ray's own among them."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def end(self, moment: Moment | None) -> Row:
+        """What became of it, when it has ended."""
+        while self.runs():
+            pass
+        seconds = time.monotonic() - self.began
+        said, errors = (path.read_text().splitlines() for path in self.texts)
+        found = [line for line in said if line.startswith("resumed with ")]
+        return Row(
+            study=self.folder.name,
+            resumed=self.resumed,
+            moment="" if moment is None else str(moment),
+            code=self.process.returncode,
+            seconds=seconds,
+            found=found[0].removeprefix("resumed with ") if found else "",
+            mended=[line.removeprefix("mended: ") for line in said if line.startswith("mended: ")],
+            message=errors[-1] if errors else "",
+        )
+
+
+@contextmanager
+def _driver(folder: Path, start: int) -> Iterator[_Driver]:
+    folder.mkdir(parents=True, exist_ok=True)
+    driver = _Driver(folder, start)
+    try:
+        yield driver
+    finally:
+        driver.process.kill()  # unless it has ended
+        driver.process.wait()
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """That of every start, and of the trainings that are compared with them."""
+    # Set, it makes Ray's workers compile all that they import.
+    left = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"), **left}
+
+
+def _comes(driver: _Driver, moment: Moment) -> bool:
+    """Waits for `moment`; False if the driver ended before."""
+    before = _finished(driver.study)
+    wanted = {MORE: min(TRIALS, before + moment.trials), END: TRIALS}.get(moment.since, 0)
+    while driver.runs():
+        there = {
+            TABLES: lambda: (driver.study.parent / "mlflow.db").exists(),
+            RECONCILE: lambda: f"study {NAME} in " in driver.texts[0].read_text(),
+        }.get(moment.since, lambda: _finished(driver.study) >= wanted)
+        if there():
+            return driver.runs(moment.seconds)
+    return False
+
+
+def _finished(study: Path) -> int:
+    """How many trials have ended, as Optuna's file has it."""
+    file = study / optuna_store.FILE
+    return sum(trial.state.is_finished() for trial in _optuna(file)) if file.exists() else 0
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def inspect(study: Path) -> list[Trial]:
+    """Every trial of the study in folder `study`, as often as each store has it."""
+    with closing(Journal(study)) as opened:
+        truth = records(opened.events())
+    found = [
+        Trial("journal", number, record.state, dict(enumerate(record.scores, start=1)))
+        for number, record in truth.items()
+    ]
+    for trial in _ray(study):
+        last, budget = trial.last_result or {}, trial.config["epochs"]
+        epoch = last.get("training_iteration", 0)
+        state = {"TERMINATED": COMPLETE if epoch == budget else PRUNED, "ERROR": FAILED}
+        scores = {epoch: last[SCORE]} if epoch else {}
+        name = str(state.get(trial.status, trial.status))
+        found.append(Trial("ray", trial.config["number"], name, scores))
+    for trial in _optuna(study / optuna_store.FILE):
+        state = STATES.get(trial.state, trial.state.name)
+        found.append(Trial("optuna", trial.number, state, trial.intermediate_values))
+    for run in runs(study):
+        tags = run.data.tags
+        told = tags.get("trial_state", "none")
+        status = tracking.RUN_STATUS.get(told)
+        state = told if run.info.status == status else f"{told} and {run.info.status}"
+        scores = dict(_history(study, run, "valid_accuracy"))
+        found.append(Trial("mlflow", int(tags["trial"]), state, scores))
+    return found
+
+
+def _ray(study: Path) -> list[Any]:
+    # It misses Ray's own logs, of which there are none.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    return ExperimentAnalysis(str(study.absolute() / execution.FOLDER)).trials or []
+
+
+def _optuna(file: Path) -> list[optuna.trial.FrozenTrial]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    studies = storage.get_all_studies()  # none, just after the file was made
+    return [trial for one in studies for trial in storage.get_all_trials(one._study_id)]
+
+
+def _client(study: Path) -> MlflowClient:
+    return MlflowClient(_uri(study))
+
+
+def _uri(study: Path) -> str:
+    return f"sqlite:///{study.parent.absolute() / 'mlflow.db'}"
+
+
+def runs(study: Path, trials: bool = True) -> list[Any]:
+    """MLflow's runs of the study's trials, or of the study itself."""
+    client = _client(study)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.study = '{study.name}'", max_results=10_000)
+    return [run for run in found if ("trial" in run.data.tags) == trials]
+
+
+def _history(study: Path, run: Any, metric: str) -> list[tuple[int, float]]:
+    """(epoch, value) of all that was logged, in its order."""
+    history = _client(study).get_metric_history(run.info.run_id, metric)
+    return [(entry.step, entry.value) for entry in history]
+
+
+def check(study: Path) -> list[str]:
+    """What is wrong with a study that is over: lost, twice, unfinished or not the same."""
+    options = yaml.safe_load((study / FILE).read_text())["options"]
+    found, numbers = inspect(study), range(options["trials"])
+    wrong = []
+    for store in dict.fromkeys(trial.store for trial in found):
+        times = Counter(trial.number for trial in found if trial.store == store)
+        for number in sorted({*numbers, *times}):
+            if times[number] != (number in numbers):
+                wrong.append(f"trial {number} is {times[number]} times in {store}")
+    truth = {trial.number: trial for trial in found if trial.store == "journal"}
+    for trial in found:
+        if trial.state not in (COMPLETE, PRUNED, FAILED):
+            wrong.append(f"trial {trial.number} is {trial.state} in {trial.store}")
+        same = truth.get(trial.number)
+        if same is None:
+            continue
+        if trial.state != same.state:
+            wrong.append(
+                f"trial {trial.number} is {trial.state} in {trial.store}, not {same.state}"
+            )
+        last = dict(list(same.scores.items())[-1:]) if trial.store == "ray" else same.scores
+        if trial.scores != last:
+            wrong.append(
+                f"trial {trial.number} has epochs {[*trial.scores]} in {trial.store}, not"
+                f" {[*last]}, or other scores"
+            )
+    return [*wrong, *_check_runs(study, truth), *_check_decisions(study, options)]
+
+
+def _check_runs(study: Path, truth: dict[int, Trial]) -> list[str]:
+    """What is wrong with MLflow's runs besides their states."""
+    wrong, parents = [], runs(study, trials=False)
+    if [run.info.status for run in parents] != ["FINISHED"]:
+        wrong.append(f"the study's own runs are {[run.info.status for run in parents]}")
+    for run in runs(study):
+        number = int(run.data.tags["trial"])
+        epochs = list(range(1, len(truth[number].scores) + 1))
+        for metric in run.data.metrics:
+            steps = [step for step, _ in _history(study, run, metric)]
+            if steps != epochs:
+                wrong.append(f"trial {number} has epochs {steps} of {metric} in mlflow")
+        if run.data.tags.get("epochs") != str(len(epochs)):
+            wrong.append(f"trial {number} is tagged with {run.data.tags.get('epochs')} epochs")
+        if run.data.tags.get(MLFLOW_PARENT_RUN_ID) not in {run.info.run_id for run in parents}:
+            wrong.append(f"trial {number} is no child of its study")
+        kept = {file.path for file in _client(study).list_artifacts(run.info.run_id)}
+        lacks = {"config.yaml", "command.txt", "provenance.json", "space.json"} - kept
+        if lacks or not run.data.params:
+            wrong.append(f"trial {number} lacks {', '.join(sorted(lacks)) or 'params'} in mlflow")
+    return wrong
+
+
+def _check_decisions(study: Path, options: dict[str, Any]) -> list[str]:
+    """Trials that did not end where and as an uninterrupted study had ended them."""
+    with closing(Journal(study)) as opened:
+        events = opened.events()
+    stopping = Stopping(options["scheduler"], options["epochs"], options["mode"])
+    known, stops = records(events), {}
+    lost = [r for r in known.values() if r.reason and not r.reason.startswith("Diverged: ")]
+    for event in events:
+        if event.kind == EPOCH:
+            config, score = known[event.trial].config, event.body[SCORE]
+            if stopping.stops(config, event.epoch, score):
+                stops.setdefault(event.trial, event.epoch)
+    ends = {n: r.epochs for n, r in known.items() if r.state == PRUNED}
+    early = {n: epoch for n, epoch in stops.items() if epoch < known[n].budget}
+    failed = [f"trial {record.number} failed: {record.reason}" for record in lost]
+    return failed + [
+        f"trial {n} was stopped after epoch {ends.get(n)}, not {early.get(n)}"
+        for n in sorted({*ends, *early})
+        if ends.get(n) != early.get(n)
+    ]
+
+
+def went_on(rows: Sequence[Row]) -> list[int]:
+    """Trials that were in the midst of their epochs when a driver was killed."""
+    text = " ".join(row.found for row in rows)
+    found = re.findall(r"trial (\d+) after epoch (\d+)", text)
+    return list(dict.fromkeys(int(number) for number, epoch in found if int(epoch)))
+
+
+def restarted(study: Path) -> list[int]:
+    """Trials that went on when their worker had died."""
+    died = [trial for trial in _ray(study) if trial.num_failures]
+    return sorted(trial.config["number"] for trial in died if trial.status == "TERMINATED")
+
+
+def check_training(study: Path, numbers: Sequence[int]) -> list[str]:
+    """Which of the trials `numbers` have other metrics than an uninterrupted training."""
+    ids = {int(run.data.tags["trial"]): run.info.run_id for run in runs(study)}
+    wrong = []
+    for number in numbers:
+        words = [
+            sys.executable,
+            "-m",
+            "analysis.replay",
+            ids[number],
+            f"tracking.uri={_uri(study)}",
+        ]
+        environment = _environment(study.parent.parent)
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines()
+            wrong.append(f"trial {number}, trained again: {' | '.join(said[-4:])}")
+    return wrong
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A line for each start of a driver: what it found (trials that had ended, those that went on
+    with the epochs they had), and what it mended."""
+    drawn = Table("study", "", "to be killed", "was, after", "ended", "went on", "mended", box=None)
+    for row in rows:
+        ended = re.match(r"\d+", row.found)
+        unfinished = re.findall(r"trial (\d+) after epoch (\d+)", row.found)
+        drawn.add_row(
+            row.study,
+            "resumed" if row.resumed else "new",
+            row.moment or "never",
+            f"{row.seconds:.1f} s" if row.killed else f"exit code {row.code}, {row.seconds:.1f} s",
+            ended.group() if ended else "",
+            ", ".join(f"{number} ({epoch})" for number, epoch in unfinished),
+            "; ".join(row.mended),
+        )
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.kill", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("--times", type=int, default=25, help="kills in all")
+    parser.add_argument("--seed", type=int, default=0, help="of their moments")
+    parser.add_argument("--workers", action="store_true", help="kill workers, not the driver")
+    parser.add_argument("--folder", type=Path, help="where the studies are left")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    arguments = parser.parse_args()
+    rng, console = random.Random(arguments.seed), Console(width=150)
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    rows, wrong, left, number = [], [], arguments.times, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).absolute()
+        while left:
+            number += 1
+            place, times = folder / f"{number}", min(left, KILLS)
+            study = place / "out" / NAME
+            try:
+                if arguments.workers:
+                    new = kill_workers(place, rng, min(times, execution.WORKERS_LOST))
+                    left -= min(times, execution.WORKERS_LOST)
+                    again = restarted(study)
+                else:
+                    moments = draw(rng, times)
+                    say(f"study {number}, seed {arguments.seed}: {', '.join(map(str, moments))}")
+                    new = kill_and_resume(place, moments)
+                    left -= sum(row.killed for row in new)
+                    again = went_on(new)
+                console.print(table(new))
+                problems = [*check(study), *check_training(study, again[:REPLAYED])]
+            except Failure as failure:
+                new, problems, left = [], [str(failure)], left - times
+                again = []
+            say(f"trained again: {', '.join(map(str, again[:REPLAYED])) or 'none'}")
+            for problem in problems:
+                say(f"VIOLATION: {problem}")
+            rows += new
+            wrong += problems
+    say(f"{sum(row.killed for row in rows)} kills, {len(rows)} starts, {len(wrong)} violations")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""From the journal to the stores that people look at: in order, everything, nothing twice.
+
+Each store has a thread of its own and a cursor in the journal, so a store that does not answer
+holds up nothing: the journal is its queue. A delivery that may or may not have arrived is made
+again, and stores take twice what is the same twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from disinhib.tuning.journal import ASKED, Event, Journal, Record
+
+BATCH = 200  # events in one delivery
+PAUSE = 1.0  # s between deliveries: what comes in the meantime goes together
+PATIENCE = 20.0  # s that a study's end waits for a store that does not answer
+RETRY = (1.0, 15.0)  # s between attempts: the first, and the longest
+
+
+class Store(Protocol):
+    """A place that is given copies of the journal's events."""
+
+    name: str
+
+    def load(self) -> set[int]:
+        """Connects, mends what a kill left half-done; the trials that are there already."""
+        ...
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Takes events, in their order; again, perhaps, what it has taken before."""
+        ...
+
+    def close(self, records: Mapping[int, Record]) -> None:
+        """The study has ended; those of `records` that have not were interrupted."""
+        ...
+
+
+class Delivery:
+    """Brings `store` up to `journal`, now and then for as long as it runs; `say` prints a line."""
+
+    def __init__(self, journal: Journal, store: Store, say: Callable[[str], None]):
+        self.journal, self.store, self.say = journal, store, say
+        self.loaded = False
+        self.failed: str | None = None  # why the last attempt failed
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._run, name=store.name, daemon=True)
+
+    def reconcile(self) -> int:
+        """Delivers all that is missing, in the caller's own thread; returns how many events were.
+
+        Raises whatever the store raises.
+        """
+        behind = self._load()
+        while self._deliver():
+            pass
+        return behind
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def finish(self, records: Mapping[int, Record]) -> int:
+        """Delivers the rest and closes the store; returns how many events, of which the study's
+        end is one, it did not take."""
+        self.stopping.set()
+        self.thread.join()
+        missing = self.journal.last() - self.journal.delivered(self.store.name)
+        if missing:
+            return missing + 1
+        try:
+            self.store.close(records)
+        except Exception as error:  # as in `_run`
+            self._failed(error)
+            return 1
+        return 0
+
+    def _run(self) -> None:
+        pause, deadline = RETRY[0], None
+        while True:
+            last_round = self.stopping.is_set()
+            try:
+                if not self.loaded:
+                    self._load()
+                more = self._deliver()
+            except Exception as error:  # each store raises its own kinds; none is lost, all wait
+                self._failed(error)
+                deadline = deadline or (time.monotonic() + PATIENCE if last_round else None)
+                if deadline and time.monotonic() > deadline:
+                    return
+                time.sleep(pause) if last_round else self.stopping.wait(pause)
+                pause = min(2 * pause, RETRY[1])
+                continue
+            pause = RETRY[0]
+            if self.failed and not more:
+                self.say(f"{self.store.name} answers again and has all records")
+                self.failed = None
+            if last_round and not more:
+                return
+            if not more:
+                self.stopping.wait(PAUSE)
+
+    def _load(self) -> int:
+        """How many events the store lacks."""
+        there = self.store.load()
+        cursor = self.journal.delivered(self.store.name)
+        told = {e.trial for e in self.journal.events() if e.kind == ASKED and e.id <= cursor}
+        if told - there:  # the store itself lost something: all of it again
+            cursor = 0
+            self.journal.deliver(self.store.name, cursor)
+        self.loaded = True
+        return self.journal.last() - cursor
+
+    def _deliver(self) -> bool:
+        """Delivers what there is; whether there may be more."""
+        events = self.journal.events(self.journal.delivered(self.store.name), BATCH)
+        if events:
+            self.store.deliver(events)
+            self.journal.deliver(self.store.name, events[-1].id)
+        return len(events) == BATCH
+
+    def _failed(self, error: Exception) -> None:
+        self.loaded = False  # what arrived of the last attempt is known when it is back
+        if self.failed is None:
+            self.say(
+                f"{self.store.name} does not take records ({one_line(error)}); they wait in the"
+                " journal until it does"
+            )
+        self.failed = one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text[:160]}"

@@ -1,0 +1,178 @@
+"""What is needed to run a trial again: code, packages, data, threads; and the machine, to know.
+
+Plain JSON-able data. jax is not imported: whoever replays a trial reads this first, to set the
+number of XLA's threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from disinhib import data
+
+if TYPE_CHECKING:  # it imports jax
+    from disinhib.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+# What decides results, and what a patch of the commit covers.
+DECISIVE = ("disinhib/**/*.py", "search_spaces/*.py", "conf/**/*.yaml", "tune_main.py")
+SOURCES = ("disinhib", "search_spaces", "analysis", "conf", "tune_main.py", "pyproject.toml")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "diffrax", "numpy", "scikit-learn"),
+    *("optuna", "ray", "mlflow", "hydra-core"),
+)
+
+
+def collect(config: RunConfig, threads: int) -> dict[str, Any]:
+    """The provenance of a training run of `config` by `threads` threads, in this process' code.
+
+    Raises data.DataError.
+    """
+    return {
+        "code": code(ROOT),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+        },
+        "data": {
+            "name": config.dataset,
+            "sha256": _data_hash(config.dataset, config.dataset_path, config.valid_split),
+        },
+        "threads": threads,
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes results of two provenances incomparable, a short line each.
+
+    Not the machine and the number of threads, which a replay may choose; nor the commit, as one
+    that changes a README is the same code.
+    """
+    files, files_now = before["code"]["files"], now["code"]["files"]
+    lines = []
+    for file in sorted({*files, *files_now}):
+        if file not in files:
+            lines.append(f"{file} is new")
+        elif file not in files_now:
+            lines.append(f"{file} is gone")
+        elif files[file] != files_now[file]:
+            lines.append(f"{file} changed")
+    versions = {"python": _minor(before["python"]), **before["packages"]}
+    versions_now = {"python": _minor(now["python"]), **now["packages"]}
+    for name in dict.fromkeys([*versions, *versions_now]):
+        version, version_now = versions.get(name), versions_now.get(name)
+        if version != version_now:
+            lines.append(f"{name} {version or 'none'}, now {version_now or 'none'}")
+    name, name_now = before["data"]["name"], now["data"]["name"]
+    if name != name_now:
+        lines.append(f"data {name}, now {name_now}")
+    elif before["data"]["sha256"] != now["data"]["sha256"]:
+        lines.append(f"data {name}: other images, labels or split")
+    return lines
+
+
+def code(root: Path) -> dict[str, Any]:
+    """The source below `root`: its version, commit and patch (where git knows them) and hashes.
+
+    `git apply` of `diff` on a checkout of `commit` gives these very files.
+    """
+    commit = _commit(root)
+    return {
+        "version": _version("disinhib"),
+        "commit": commit,
+        "diff": "" if commit is None else _patch(root),
+        "files": {
+            file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(chain.from_iterable(root.glob(pattern) for pattern in DECISIVE))
+        },
+    }
+
+
+def _commit(root: Path) -> str | None:
+    """None unless `root` is the top of a git repository with a commit. (A folder within another
+    project's, as an environment's site-packages may be, is no checkout.)"""
+    if shutil.which("git") is None:
+        return None
+    found = _run_git(root, "rev-parse", "--show-toplevel", "HEAD")
+    if found.returncode != 0:
+        return None
+    top, commit = found.stdout.splitlines()
+    return commit if Path(top).resolve() == root.resolve() else None
+
+
+def _patch(root: Path) -> str:
+    # Settings of the user's that would make it something else than a patch are overruled.
+    plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
+    changes = _git(root, "diff", *plain, "HEAD", "--", *SOURCES)
+    listed = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES)
+    files = (name for name in listed.split("\0") if name.endswith((".py", ".yaml")))
+    # A comparison with nothing exits with 1, for it finds a difference.
+    new = (
+        _git(root, "diff", *plain, "--no-index", "--", os.devnull, name, codes=(0, 1))
+        for name in files
+    )
+    return "".join([changes, *new])
+
+
+def _git(root: Path, *arguments: str, codes: Iterable[int] = (0,)) -> str:
+    done = _run_git(root, *arguments)
+    if done.returncode not in codes:
+        raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # In a hook git sets variables that name another repository or index.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed (a checkout on the path needs no installing)."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")  # Linux; platform names only the architecture there
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+@lru_cache(maxsize=4)  # the trials of a study share their data
+def _data_hash(name: str, path: str | None, valid_split: float) -> str:
+    """SHA-256 over what every array of the three splits is: dtype, shape, bytes."""
+    splits = data.load(name, path, valid_split)
+    found = hashlib.sha256()
+    for split in (splits.train, splits.validation, splits.test):
+        for array in split:
+            found.update(f"{array.dtype.str} {array.shape} ".encode())
+            found.update(array.tobytes())
+    return found.hexdigest()

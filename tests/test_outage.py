@@ -1,0 +1,175 @@
+"""What a study does when the services around it fail: a real MLflow server that goes away for a
+while, a disk that fills up."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import mlflow
+import pytest
+from rich.console import Console
+
+from disinhib.tuning import journal, options, study
+from disinhib.tuning.trial import TrainingTrial
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+OUTAGE = 20.0  # s
+
+
+def slow_trial():
+    """Real training whose epochs last long enough for something to happen meanwhile. (A local
+    class: Ray sends it to workers, which cannot import this file.)"""
+
+    class SlowTrial(TrainingTrial):
+        def _epoch(self):
+            time.sleep(0.5)
+            return super()._epoch()
+
+    return SlowTrial
+
+
+class Server:
+    """`mlflow server` on loopback, a process of its own."""
+
+    def __init__(self, folder: Path):
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        store = f"sqlite:///{self.folder / 'server.db'}"
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
+                *("--port", str(self.port), "--workers", "1", "--backend-store-uri", store),
+                *("--artifacts-destination", str(self.folder / "artifacts")),
+            ],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # its workers go with it
+        )
+        while True:
+            assert self.process.poll() is None, "mlflow server ended"
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = Server(tmp_path)
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_metrics_arrive_once_though_the_server_was_away(server, tmp_path):
+    asked = options.compose(
+        [
+            *("experiment=smoke", "trials=6", "epochs=30", "scheduler=none", "space=bp"),
+            *(f"tracking.uri={server.uri}", f"out_dir={tmp_path / 'out'}"),
+        ]
+    )
+    client = mlflow.MlflowClient(server.uri)
+    away = []
+
+    def interfere():
+        while not study_runs(client):
+            time.sleep(0.5)
+        time.sleep(4)
+        server.stop()
+        away.append(time.time())
+        time.sleep(OUTAGE)
+        server.start()
+        away.append(time.time())
+
+    interference = threading.Thread(target=interfere)
+    interference.start()
+    printed = io.StringIO()
+    finished = study.run(asked, Console(file=printed, width=200), slow_trial())
+    interference.join()
+
+    assert finished.undelivered == {}
+    assert "mlflow does not take records" in printed.getvalue()
+    assert "mlflow answers again and has all records" in printed.getvalue()
+    with closing(journal.Journal(asked.folder)) as opened:
+        events = opened.events()
+    heard = {(e.trial, e.epoch): e for e in events if e.kind == journal.EPOCH}
+    assert len(heard) == 6 * 30
+    during = [e for e in heard.values() if away[0] < e.time < away[0] + OUTAGE]
+    assert len(during) > 20  # the trials went on
+    runs = {int(run.data.tags["trial"]): run for run in study_runs(client)}
+    assert sorted(runs) == list(range(6))
+    for number, run in runs.items():
+        assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "complete")
+        for name in ("valid_accuracy", "train_CL_loss"):
+            history = client.get_metric_history(run.info.run_id, name)
+            expected = [(n, heard[number, n].body["metrics"][name]) for n in range(1, 31)]
+            assert [(metric.step, metric.value) for metric in history] == expected
+    parent = client.get_run(finished.run_id or "")
+    assert parent.info.status == "FINISHED"
+
+
+def study_runs(client):
+    """The runs of trials."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return client.search_runs(experiments, "tags.trial LIKE '%'")
+
+
+@contextmanager
+def tiny_filesystem(folder: Path, size: str):
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def tune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tune_main.py"), *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    with tiny_filesystem(disk, "6m"):
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(3_000_000))
+        arguments = (
+            *("experiment=smoke", "trials=12", "epochs=4", "checkpoints.every_seconds=0"),
+            *("study=full", f"out_dir={disk / 'out'}", "model.vf.sizes_hidden=[500]"),
+            *("checkpoints.keep_best=9", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"),
+        )
+        stopped = tune(*arguments, cwd=tmp_path)
+        assert stopped.returncode == 1, stopped.stdout + stopped.stderr
+        *_, said = stopped.stderr.strip().splitlines()
+        assert "No space left" in said or "no space left" in said
+        assert f"study=full out_dir={disk / 'out'} resume=true" in said
+        ballast.unlink()
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        resumed = tune("study=full", f"out_dir={disk / 'out'}", "resume=true", cwd=tmp_path)
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        with closing(journal.Journal(disk / "out/full")) as opened:
+            records = journal.records(opened.events())
+    assert sorted(records) == list(range(12))
+    assert all(record.ended for record in records.values())

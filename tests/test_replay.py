@@ -1,0 +1,257 @@
+"""Replays in processes of their own, of runs that a process here trained and wrote to SQLite."""
+
+import json
+import math
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import replay
+
+OPTIONS = [
+    *("trainer=bp", "model/vf=non-dale", "model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]"),
+    *("epochs=2", "seed=5"),
+]
+# Writes the runs as a study does; prints their ids.
+WRITER = """
+import json, sys
+import jax, numpy as np, yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from disinhib import command_line, training
+from disinhib.config import parse
+from disinhib.tuning import provenance
+
+folder, overrides = sys.argv[1], sys.argv[2:]
+client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+experiment = client.create_experiment("disinhib", artifact_location=f"file://{folder}/artifacts")
+
+def trained(config, seeds):
+    data, state = training.prepare(config), training.initial_state(config, seeds)
+    for _ in range(config.epochs):
+        try:
+            state, lanes = training.run_epoch(config, data, state)
+        except training.Diverged as error:
+            yield f"Diverged: {error}"
+            return
+        values = {name: float(lane.mean()) for name, lane in lanes.items()}
+        if len(seeds) > 1:
+            values |= {f"{name}_sd": float(lane.std(ddof=1)) for name, lane in lanes.items()}
+        yield values
+
+def write(seeds=(5,), more=(), state="complete", alter=lambda epochs: None, about=None, **extra):
+    options, _ = command_line.compose("train", [*overrides, *more])
+    config = parse(options)
+    *epochs, last = trained(config, seeds)
+    reason = last if isinstance(last, str) else None
+    epochs += [] if reason else [last]
+    alter(epochs)
+    tags = {"study": "tiny", "trial": "3", "rule": "bp", "command": "python -m disinhib"}
+    tags |= {"seeds": ",".join(map(str, seeds)), "trial_state": state, "epochs": str(len(epochs))}
+    tags |= {"device": jax.devices()[0].device_kind} | ({"reason": reason} if reason else {})
+    run = client.create_run(experiment, tags=tags | extra).info.run_id
+    about = provenance.collect(config, 1) | (about or {})
+    client.log_text(run, yaml.safe_dump(options), "config.yaml")
+    client.log_text(run, json.dumps(about), "provenance.json")
+    for number, values in enumerate(epochs, 1):
+        logged = (values | {"compilations": 3.0}).items()
+        client.log_batch(run, [Metric(name, value, 0, number) for name, value in logged])
+    return run
+
+def one_ulp(epochs):
+    name = "valid_loss"
+    epochs[1][name] = float(np.nextafter(epochs[1][name], 1))
+
+def other_names(epochs):
+    for values in epochs:
+        values["score"] = values.pop("valid_accuracy")
+
+broken = ["optimizer.learning_rate=1e30"]
+print(json.dumps({
+    "complete": write(),
+    "two seeds": write(seeds=(5, 17), alter=other_names, about={"python": "3.10.1"}),
+    "failed": write(more=broken, state="failed"),
+    "other reason": write(more=broken, state="failed", reason="Diverged: otherwise"),
+    "one ulp": write(alter=one_ulp),
+    "interrupted": write(state="killed"),
+    "study": client.create_run(experiment, tags={"study": "tiny"}).info.run_id,
+    "no artifacts": client.create_run(experiment, tags={
+        "study": "tiny", "trial": "3", "rule": "bp", "seeds": "5", "trial_state": "complete",
+        "epochs": "2", "device": "cpu",
+    }).info.run_id,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("replay")
+
+
+def process(*arguments, folder, **variables):
+    """Python in another folder, with its compilations kept to save the next one's time."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **variables,
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    arguments = ("-c", WRITER, str(folder), *OPTIONS)
+    done = process(*arguments, folder=folder, PJRT_NPROC="1", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def replayed(folder, runs):
+    """`replayed(name)`: (exit code, lines of stdout, stderr)."""
+    # Someone may be at work on the code while this runs.
+    edited = re.compile(r"warning: \S+ (changed|is new|is gone)")
+
+    def run(name):
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        arguments = ("-m", "analysis.replay", runs.get(name, name), f"tracking.uri={uri}")
+        done = process(*arguments, folder=folder)
+        lines = [line for line in done.stdout.splitlines() if not edited.fullmatch(line)]
+        return done.returncode, lines, done.stderr
+
+    return run
+
+
+def test_a_complete_trial_comes_out_the_same(replayed):
+    code, lines, errors = replayed("complete")
+    assert lines[0] == "study tiny, trial 3: bp, complete, 2 epochs, seed 5"
+    assert len(lines) == 2, lines
+    assert lines[1].startswith("the same: 2 epochs, ") and lines[1].endswith(", bit-equal")
+    assert int(lines[1].split()[4]) >= 8  # metrics
+    assert (code, errors) == (0, "")
+
+
+def test_lanes_come_out_the_same_and_what_cannot_be_compared_is_said(replayed):
+    code, lines, _ = replayed("two seeds")
+    python = ".".join(map(str, sys.version_info[:2]))
+    assert lines[:-1] == [
+        "study tiny, trial 3: bp, complete, 2 epochs, seeds 5, 17",
+        f"warning: python 3.10, now {python}",
+        "warning: not compared, as training reports no such metric: score",
+        "warning: not compared, as the run has no such metric: valid_accuracy",
+    ]
+    assert code == 0 and lines[-1].startswith("the same: 2 epochs, ")
+
+
+def test_a_failed_trial_fails_again_for_the_same_reason(replayed):
+    code, lines, _ = replayed("failed")
+    assert lines[0] == "study tiny, trial 3: bp, failed, 0 epochs, seed 5"
+    assert code == 0 and lines[-1].startswith("the same: 0 epochs, then Diverged: "), lines
+
+
+def test_a_failure_for_another_reason_is_a_difference(replayed):
+    code, lines, _ = replayed("other reason")
+    assert code == 1
+    assert lines[-1].startswith(
+        "different: then it failed (Diverged: otherwise), now it failed (Diverged: "
+    )
+
+
+def test_one_last_bit_of_one_value_is_seen(replayed):
+    code, lines, _ = replayed("one ulp")
+    assert code == 1
+    assert lines[1].startswith("different: 1 value, by ")
+    assert float(lines[1].split()[4]) < 1e-15
+    epoch, name, then, now = lines[3].split()
+    assert (epoch, name) == ("2", "valid_loss")
+    assert float(then) == math.nextafter(float(now), 1)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(replayed):
+    code, lines, errors = replayed("0123456789abcdef")
+    assert (code, lines) == (2, [])
+    assert errors.startswith("error: 0123456789abcdef: no such run in sqlite:///")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("study", r"no trial of a study, or not over \(it has no tag trial\)"),
+        ("interrupted", "is killed, needed is one of complete, pruned, failed"),
+        ("no artifacts", "cannot read what it has kept"),
+    ],
+)
+def test_a_run_that_is_no_trial_is_refused_in_one_line(name, message, runs, folder):
+    with pytest.raises(replay.Refused, match=f"{runs[name]}: .*{message}") as refusal:
+        replay.read(runs[name], f"sqlite:///{folder / 'mlflow.db'}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "no database", "another database", "files"])
+def test_a_store_that_cannot_be_read_is_refused_and_left_alone(kind, tmp_path):
+    file = tmp_path / "some.db"
+    if kind == "no database":
+        file.write_text("text\n" * 1000)
+    if kind == "another database":
+        sqlite3.connect(file).execute("CREATE TABLE other (id)").connection.close()
+    before = file.read_bytes() if file.exists() else None
+    uri = str(tmp_path / "mlruns") if kind == "files" else f"sqlite:///{file}"
+    with pytest.raises(replay.Refused, match=r"tracking\.uri: cannot read") as refusal:
+        replay.read("0", uri)
+    assert "\n" not in str(refusal.value)
+    assert (file.read_bytes() if file.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "given nothing, needed is python -m analysis.replay RUN_ID"),
+        (["a", "b"], "given a b, needed is"),
+        (["--help"], "given --help, needed is"),
+        (["a", "uri=x"], "given a uri=x, needed is"),
+        (["a"], r"tracking\.uri: missing"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(replay.Refused, match=message):
+        replay.main(arguments)
+
+
+def test_the_store_is_the_one_given_else_the_environments_else_the_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("out").mkdir()
+    Path("out/mlflow.db").touch()
+    assert replay._parsed(["a"]) == ("a", "sqlite:///out/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    assert replay._parsed(["a"]) == ("a", "http://host")
+    assert replay._parsed(["tracking.uri=sqlite:///x?a=b", "a"]) == ("a", "sqlite:///x?a=b")
+
+
+def test_jax_is_not_there_before_the_environment_is_set(folder):
+    done = process("-c", "import sys, analysis.replay; print('jax' in sys.modules)", folder=folder)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_every_value_is_compared_but_the_machines():
+    then = {(1, "a"): 1.0, (2, "a"): math.nan, (1, "b"): 0.0, (1, "compilations"): 3.0}
+    now = {(1, "a"): 1.0, (2, "a"): math.nan, (3, "a"): 2.0, (1, "epoch_seconds"): 1.0}
+    assert replay.compare(then, now) == replay.Comparison(
+        names=["a"], differing=[(3, "a", None, 2.0)], only_then=["b"], only_now=[]
+    )
