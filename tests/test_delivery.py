@@ -72,7 +72,7 @@ class Fake:
     """A store that keeps what it is given; `faults` says before each call how many events it
     takes of it before it fails, None if it does not."""
 
-    name = "fake"
+    name, address, option = "fake", "here", "fake.address"
 
     def __init__(self, faults=(), there=()):
         self.faults, self.there = iter(faults), set(there)
@@ -98,7 +98,7 @@ class Fake:
             raise Down("no answer\nat all")
         self.up.set()
 
-    def close(self, records):
+    def close(self, records, whole):
         self.closed.append(dict(records))
 
     def effect(self):
@@ -110,7 +110,7 @@ def deliver(journal, store, say=lambda line: None):
     """A whole session's delivery."""
     carrier = Delivery(journal, store, say)
     carrier.start()
-    return carrier.finish(records(journal.events()))
+    return carrier.finish(records(journal.events()), whole=True)
 
 
 # Fake stores.
@@ -124,7 +124,7 @@ def test_everything_arrives_in_order_and_once(journal):
     carrier.start()
     for number in range(3, 60):
         journal.append(whole(number))
-    assert carrier.finish(records(journal.events())) == 0
+    assert carrier.finish(records(journal.events()), whole=True) == 0
     assert store.taken == journal.events() and lines == []
     (closed,) = store.closed
     assert sorted(closed) == list(range(60))
@@ -136,7 +136,7 @@ def test_it_delivers_while_the_study_runs(journal):
     carrier.start()
     journal.append(whole(0))
     assert store.up.wait(30)
-    carrier.finish({})
+    carrier.finish({}, whole=True)
     assert store.taken == journal.events()
 
 
@@ -144,9 +144,10 @@ def test_a_backlog_goes_in_parts(journal, monkeypatch):
     monkeypatch.setattr(delivery, "BATCH", 4)
     journal.append([asked(n) for n in range(12)])
     store = Fake()
-    assert Delivery(journal, store, lambda line: None).reconcile() == 12
+    carrier = Delivery(journal, store, lambda line: None)
+    assert carrier.reconcile() == 12
     assert store.taken == journal.events() and 4 <= store.calls <= 5
-    assert journal.delivered("fake") == 12
+    assert journal.delivered(carrier.cursor) == 12
 
 
 def test_what_has_arrived_is_not_delivered_again_in_the_next_session(journal):
@@ -173,7 +174,7 @@ def test_a_store_that_fails_for_a_while_gets_everything(faults, trials):
             events = whole(number)
             journal.append(events[:pieces])
             journal.append(events[pieces:])
-        assert carrier.finish({}) == 0
+        assert carrier.finish({}, whole=True) == 0
         assert store.effect() == [event.id for event in journal.events()]  # in order, none left out
         assert len(store.closed) == 1
         # What may have arrived is made again, and no more than that: from a failed delivery on.
@@ -211,7 +212,7 @@ def test_a_store_that_lost_a_trial_gets_everything_again(journal):
 def test_a_store_that_is_ahead_of_its_cursor_has_lost_nothing(journal):
     """It took a delivery, and a kill came before the journal knew."""
     journal.append([event for n in range(3) for event in whole(n)])
-    journal.deliver("fake", 5)  # trial 0
+    journal.deliver(Delivery(journal, Fake(), print).cursor, 5)  # trial 0
     store = Fake(there=[0, 1, 2])
     assert Delivery(journal, store, lambda line: None).reconcile() == 10
     assert [e.id for e in store.taken] == list(range(6, 16))
@@ -223,15 +224,15 @@ def test_a_store_that_stays_down_misses_what_it_misses(journal):
     carrier.reconcile()
     carrier.start()
     journal.append(whole(1))
-    assert carrier.finish({}) == 5 + 1  # the study's end
+    assert carrier.finish({}, whole=True) == 5 + 1  # the study's end
     assert store.closed == []  # there is no one to say it to
     # The next session makes up for it.
     assert deliver(journal, again := Fake(there=[0])) == 0
     assert [e.trial for e in again.taken] == [1] * 5
 
 
-def test_reconciling_raises_what_the_store_does(journal):
-    with pytest.raises(Down):
+def test_a_store_that_does_not_take_records_at_the_start_is_named(journal):
+    with pytest.raises(ConfigError, match=r"^fake\.address: given here, .* \(Down: no answer\)$"):
         Delivery(journal, Fake([0]), lambda line: None).reconcile()
 
 
@@ -243,13 +244,13 @@ def test_stores_do_not_wait_for_each_other(journal):
         carrier.start()
     journal.append(whole(0))
     assert up.up.wait(30)
-    assert [carrier.finish({}) for carrier in carriers] == [5 + 1, 0]
+    assert [carrier.finish({}, whole=True) for carrier in carriers] == [5 + 1, 0]
     assert up.taken == journal.events() and down.taken == []
 
 
 def test_a_store_that_fails_only_when_it_is_closed_misses_the_studys_end(journal):
     class Closing(Fake):
-        def close(self, records):
+        def close(self, records, whole):
             raise Down("no answer")
 
     lines = []
@@ -273,7 +274,7 @@ def study(journal):
 
 
 def opened(folder):
-    store = OptunaStore("s", "max", None, folder)
+    store = OptunaStore("s", "id", "max", None, folder)
     there = store.load()
     return store, there
 
@@ -297,7 +298,7 @@ EXPECTED = [
 
 
 def test_optuna_shows_what_the_journal_has(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "max", None, tmp_path)) == 0
+    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
     found = content(tmp_path)
     assert [trial[:5] for trial in found] == EXPECTED
     attributes = [trial[5] for trial in found]
@@ -324,7 +325,7 @@ def test_what_optuna_is_given_again_changes_nothing(data):
         store.deliver(events[data.draw(st.integers(0, at)) :])
         store.deliver(events)
         assert [trial[:5] for trial in content(folder)] == EXPECTED
-        store.close(records(events))
+        store.close(records(events), whole=True)
         assert [trial[:5] for trial in content(folder)] == EXPECTED
 
 
@@ -369,16 +370,16 @@ def test_a_lock_that_nobody_holds_is_removed(study, tmp_path, link):
 
 
 def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "max", None, tmp_path)) == 0
+    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
     (tmp_path / optuna_store.FILE).unlink()
-    carrier = Delivery(study, OptunaStore("s", "max", None, tmp_path), lambda line: None)
+    carrier = Delivery(study, OptunaStore("s", "id", "max", None, tmp_path), lambda line: None)
     assert carrier.reconcile() == len(study.events())
     assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
 
 
 def test_optunas_store_may_be_a_database(study, tmp_path):
     url = f"sqlite:///{tmp_path / 'optuna.db'}"
-    assert deliver(study, OptunaStore("s", "min", url, tmp_path)) == 0
+    Delivery(study, OptunaStore("s", "id", "min", url, tmp_path), print).reconcile()
     found = optuna.load_study(study_name="s", storage=url)
     assert [
         (t.number, t.state, t.value, t.params, t.intermediate_values) for t in found.get_trials()

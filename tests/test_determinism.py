@@ -59,5 +59,5 @@ def test_two_runs_propose_and_measure_the_same(tmp_path):
     assert told(found[0]) == told(found[1])
     states = {event.body["state"] for event in found[0] if event.kind == journal.ENDED}
     assert states == {journal.COMPLETE, journal.PRUNED}  # early stopping was at work
-    order = [[e.trial for e in run if e.kind == journal.ENDED] for run in found]
+    order = [[(e.trial, e.kind, e.epoch) for e in run] for run in found]
     assert order[0] != order[1]  # and the timing was another

@@ -59,7 +59,8 @@ def test_a_trial_goes_on_whose_worker_dies_as_it_is_given_to_it(folder, monkeypa
     words = ["experiment=smoke", "trials=4", "space=bp", "scheduler=none", f"out_dir={folder}"]
     asked = options.compose([*words, "study=reset"])
     records = study.run(asked, Console(), kill.DiesOnce).records
-    died = int((asked.folder / "checkpoints" / "died").read_text())
+    (mark,) = asked.folder.rglob("died")
+    died = int(mark.read_text())
     say("its worker died: trial", died)
     assert [(r.number, r.state, r.reason) for r in records] == [
         (number, COMPLETE, None) for number in range(4)

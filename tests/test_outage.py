@@ -150,20 +150,28 @@ def tune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(tmp_path):
+# What meets the end of the space first: a trial's checkpoint, or the study's journal.
+FIRST = {
+    "checkpoint": (3_000_000, ("checkpoints.every_seconds=0", "model.vf.sizes_hidden=[500]")),
+    "journal": (5_400_000, ("checkpoints.keep_best=0", "epochs=40", "scheduler=none")),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(first, tmp_path):
     disk = tmp_path / "disk"
+    taken, own = FIRST[first]
     with tiny_filesystem(disk, "6m"):
         ballast = disk / "ballast"
-        ballast.write_bytes(bytes(3_000_000))
+        ballast.write_bytes(bytes(taken))
         arguments = (
-            *("experiment=smoke", "trials=12", "epochs=4", "checkpoints.every_seconds=0"),
-            *("study=full", f"out_dir={disk / 'out'}", "model.vf.sizes_hidden=[500]"),
-            *("checkpoints.keep_best=9", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"),
+            *("experiment=smoke", "trials=12", "epochs=4", "checkpoints.keep_best=9", "study=full"),
+            *(f"out_dir={disk / 'out'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", *own),
         )
         stopped = tune(*arguments, cwd=tmp_path)
         assert stopped.returncode == 1, stopped.stdout + stopped.stderr
         *_, said = stopped.stderr.strip().splitlines()
-        assert "No space left" in said or "no space left" in said
+        assert "No space left on device" in said or "no space left for the " + first in said
         assert f"study=full out_dir={disk / 'out'} resume=true" in said
         ballast.unlink()
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)

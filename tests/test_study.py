@@ -402,7 +402,7 @@ def test_the_folder_of_a_study_has_its_options(finished):
 def test_the_final_states_of_each_rules_best_are_kept(finished):
     done, _, _ = finished
     best = [s.best.number for s in progress.standings(done.records, "max") if s.best]
-    files = {file.name for file in (done.study.folder / "checkpoints").glob("*.msgpack")}
+    files = {file.name for file in (done.study.folder / "checkpoints").rglob("*.msgpack")}
     assert len(best) == 3
     assert files == {f"{number:04d}.msgpack" for number in best}
 
@@ -444,8 +444,9 @@ def test_a_study_that_extends_another_is_a_new_one_with_its_options(finished, ex
     assert extended.study.folder.parent == first.folder.parent
     flat, before = config.flatten(extended.study.options), config.flatten(first.options)
     assert {name for name in flat if flat[name] != before[name]} == {
-        *("study", "warm_start", "trials", "replicates", "points")
+        *("study", "warm_start", "trials", "replicates", "points", "seed")
     }
+    assert extended.study.seed == first.seed + 1  # or it would propose the same trials again
     assert [record.state for record in finished[0].records] == STATES
     with closing(Journal(first.folder)) as journal:  # which it left alone
         assert len({event.trial for event in journal.events()}) == TRIALS
@@ -471,7 +472,7 @@ def test_given_points_come_right_after_the_published_defaults(extended):
 def test_replicates_are_trained_together_and_scored_by_their_mean(extended):
     client, runs = runs_of(extended)
     for number, run in runs.items():
-        assert run.data.tags["seeds"] == ",".join(map(str, search.trial_seeds(0, number, 2)))
+        assert run.data.tags["seeds"] == ",".join(map(str, search.trial_seeds(1, number, 2)))
     assert len({seed for run in runs.values() for seed in run.data.tags["seeds"].split(",")}) == 8
     for number in (0, 1, 3):
         metrics = runs[number].data.metrics
@@ -488,7 +489,7 @@ def test_replicates_are_trained_together_and_scored_by_their_mean(extended):
 def test_a_seed_that_diverges_fails_its_trial(extended):
     failed = extended.records[POISONED_TRIAL]
     assert (failed.state, failed.epochs) == (FAILED, 0)
-    bad = search.trial_seeds(0, POISONED_TRIAL, 2)[1]
+    bad = search.trial_seeds(1, POISONED_TRIAL, 2)[1]
     assert (failed.reason or "").startswith("Diverged: ")
     assert f"(seed {bad})" in (failed.reason or "")
     others = [record.state for record in extended.records if record is not failed]
@@ -736,14 +737,15 @@ def test_what_it_learns_from_must_be_comparable(finished, refuse):
         *TINY, "metric=valid_loss", "mode=min", f"out_dir={done.study.out_dir}",
         f"warm_start={done.study.name}",
     )  # fmt: skip
-    assert f"warm_start: {done.study.name} had another metric" in line
+    assert f"warm_start: {done.study.name} had metric=valid_accuracy, and this study has" in line
 
 
 # Exit codes.
 
 
 def ended(study_options, *records):
-    return study.Finished(study_options, list(records), "sqlite:////m.db", "run", 1.0, {})
+    whole = all(one.state != KILLED for one in records)
+    return study.Finished(study_options, list(records), "sqlite:////m.db", "run", 1.0, {}, whole)
 
 
 def test_the_exit_code_says_how_a_study_ended(tmp_path, monkeypatch, capsys):
@@ -768,14 +770,14 @@ def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch
     assert study.main([f"out_dir={tmp_path}", "study=mine"]) == 1
     said = capsys.readouterr()
     (line,) = said.err.strip().splitlines()
-    assert line.startswith("error: no space left: /disk; then go on: ")
+    assert line.startswith("error: no space left: /disk: make room, then go on: ")
     assert line.endswith(f"tune_main.py study=mine out_dir={tmp_path} resume=true")
 
 
 def test_records_that_a_store_did_not_take_are_named(tmp_path):
     printed = io.StringIO()
     asked = options.compose([f"out_dir={tmp_path}", "study=mine"])
-    done = study.Finished(asked, [record(0)], "http://server:5000", None, 1.0, {"mlflow": 3})
+    done = study.Finished(asked, [record(0)], "http://server:5000", None, 1.0, {"mlflow": 3}, True)
     study.summary(done, Console(file=printed, width=120))
     assert "mlflow has not taken 3 records: resume the study" in printed.getvalue()
     assert f"study=mine out_dir={tmp_path} resume=true" in printed.getvalue()
@@ -913,9 +915,12 @@ def test_the_checkpoints_of_the_best_stay_and_the_least_of_them_makes_room(tmp_p
     left = lambda: sorted(int(file.stem) for file in tmp_path.iterdir())
     checkpoints.tidy(tmp_path, records, "max", best=2)
     assert left() == [1, 2, 3, 5]
-    gone = []
-    while (freed := checkpoints.make_room(tmp_path, records, "max", best=2)) is not None:
-        gone.append(freed.number)
+    assert checkpoints.make_room(tmp_path, records, "max", best=2, cap_bytes=1)
+    assert left() == [1, 2, 3, 5]  # one more fits
+    gone, before = [], left()
+    while checkpoints.make_room(tmp_path, records, "max", best=2, cap_bytes=-1):
+        gone += {*before} - {*left()}
+        before = left()
     assert gone == [2, 3, 1]  # bp's second, then the first ones
     assert left() == [5]
 

@@ -133,7 +133,7 @@ def test_a_study_is_a_parent_run_and_its_trials_are_children_in_their_states(sto
     )
     unfinished = Record(config(3), [51.0], "running")
     ended = [Record(config(0), [51.0, 52.0, 53.0], COMPLETE), Record(config(1), [51.0], PRUNED)]
-    tracker.close({0: ended[0], 1: ended[1], 3: unfinished})
+    tracker.close({0: ended[0], 1: ended[1], 3: unfinished}, whole=False)
 
     parent = tracker.client.get_run(tracker.study_run or "")
     assert parent.info.status == "KILLED"  # as one of its trials was
@@ -168,7 +168,7 @@ def test_a_study_whose_trials_all_ended_is_finished(store):
     tracker = tracker_of(store, "ended")
     tracker.load()
     tracker.deliver(events(0, 3, COMPLETE))
-    tracker.close({0: Record(config(0), [51.0, 52.0, 53.0], COMPLETE)})
+    tracker.close({0: Record(config(0), [51.0, 52.0, 53.0], COMPLETE)}, whole=True)
     assert tracker.client.get_run(tracker.study_run or "").info.status == "FINISHED"
 
 
@@ -266,11 +266,12 @@ def test_a_delivery_that_failed_is_made_again_and_arrives_once(
     journal = Journal(tmp_path)
     journal.append([*course(0, 3, COMPLETE), *course(1, 2, FAILED, "RuntimeError: no")])
     monkeypatch.setattr(MlflowClient, step, failing)
-    with pytest.raises(ConnectionError):
-        Delivery(journal, tracker, print).reconcile()
-    assert journal.delivered("mlflow") == 0
+    carrier = Delivery(journal, tracker, print)
+    with pytest.raises(ConfigError, match="ConnectionError: gone"):
+        carrier.reconcile()
+    assert journal.delivered(carrier.cursor) == 0
     Delivery(journal, tracker, print).reconcile()
-    assert journal.delivered("mlflow") == journal.last()
+    assert journal.delivered(carrier.cursor) == journal.last()
     journal.close()
 
     runs = {number: run for number, (run,) in children(tracker).items()}
@@ -311,7 +312,7 @@ def test_what_was_interrupted_runs_again_when_the_study_goes_on(store):
     interrupted.load()
     interrupted.deliver([*events(0, 3, COMPLETE), *events(1, 1)])
     done = Record(config(0), [51.0, 52.0, 53.0], COMPLETE)
-    interrupted.close({0: done, 1: Record(config(1), [51.0], "running")})
+    interrupted.close({0: done, 1: Record(config(1), [51.0], "running")}, whole=False)
 
     resumed = tracker_of(store, "again")
     assert resumed.load() == {0, 1}
@@ -322,7 +323,7 @@ def test_what_was_interrupted_runs_again_when_the_study_goes_on(store):
     assert resumed.client.get_run(resumed.study_run or "").info.status == "RUNNING"
 
     resumed.deliver(events(1, 3, COMPLETE))
-    resumed.close({0: done, 1: Record(config(1), [51.0, 52.0, 53.0], COMPLETE)})
+    resumed.close({0: done, 1: Record(config(1), [51.0, 52.0, 53.0], COMPLETE)}, whole=True)
     runs = {number: run for number, (run,) in children(resumed).items()}
     assert runs[1].info.status == "FINISHED"
     assert runs[1].data.tags["trial_state"] == "complete"
@@ -339,7 +340,7 @@ def test_a_kill_between_the_tags_and_the_status_of_an_interrupted_run_leaves_no_
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_terminated", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            interrupted.close({0: Record(config(0), [51.0], "running")})
+            interrupted.close({0: Record(config(0), [51.0], "running")}, whole=False)
     resumed = tracker_of(store, "between")
     resumed.load()
     ((run,),) = children(resumed).values()

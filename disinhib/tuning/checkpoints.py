@@ -10,7 +10,11 @@ from disinhib.tuning.journal import COMPLETE, Record
 from disinhib.tuning.progress import merit
 from disinhib.tuning.trial import checkpoint_file
 
-FOLDER = "checkpoints"  # in the study's folder
+
+def folder(study: Path, id: str) -> Path:
+    """Where the study `id` keeps them. By its id: a machine that does not share the study's folder
+    may have an earlier study's there, of the same name."""
+    return study / "checkpoints" / id[:8]
 
 
 def kept(records: Iterable[Record], mode: str, best: int) -> list[Record]:
@@ -35,11 +39,23 @@ def tidy(folder: Path, records: Iterable[Record], mode: str, best: int) -> None:
             checkpoint_file(folder, record.number).unlink(missing_ok=True)
 
 
-def make_room(folder: Path, records: Iterable[Record], mode: str, best: int) -> Record | None:
-    """Removes the kept checkpoint that is worth least; says whose, or None if there is none."""
+def remove_parts(folder: Path) -> None:
+    """Removes what a kill left half-written; nobody may be writing."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
+def make_room(
+    folder: Path, records: Iterable[Record], mode: str, best: int, cap_bytes: float
+) -> bool:
+    """Sees to it that one more fits under the cap, if need be by removing the kept checkpoint that
+    is worth least; whether it does."""
+    sizes = [file.stat().st_size for file in folder.glob("*.msgpack")]
+    if sum(sizes) + max(sizes, default=0) <= cap_bytes:
+        return True
     for record in reversed(kept(records, mode, best)):
         file = checkpoint_file(folder, record.number)
         if file.exists():
             file.unlink()
-            return record
-    return None
+            return True
+    return False

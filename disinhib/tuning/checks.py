@@ -104,6 +104,8 @@ def check(options: Mapping[str, Any]) -> None:
     needed = search.SAMPLERS[searcher["name"]].needs
     if needed and importlib.util.find_spec(needed) is None:
         raise refusal("searcher", searcher["name"], f"another without the package {needed}")
+    if search.SAMPLERS[searcher["name"]].grid and searcher["balanced"]:
+        raise refusal("searcher.balanced", True, "false with searcher=grid")
     if searcher.get("group") and not searcher["multivariate"]:
         raise refusal("searcher.group", True, "false without searcher.multivariate")
     grace = scheduler.get("grace_period")

@@ -7,11 +7,13 @@ again, and stores take twice what is the same twice.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from disinhib.config import refusal
 from disinhib.tuning.journal import ASKED, Event, Journal, Record
 
 BATCH = 200  # events in one delivery
@@ -24,6 +26,8 @@ class Store(Protocol):
     """A place that is given copies of the journal's events."""
 
     name: str
+    address: str  # where it is: another place is another store
+    option: str  # that gives its address
 
     def load(self) -> set[int]:
         """Connects, mends what a kill left half-done; the trials that are there already."""
@@ -33,8 +37,9 @@ class Store(Protocol):
         """Takes events, in their order; again, perhaps, what it has taken before."""
         ...
 
-    def close(self, records: Mapping[int, Record]) -> None:
-        """The study has ended; those of `records` that have not were interrupted."""
+    def close(self, records: Mapping[int, Record], whole: bool) -> None:
+        """The study has ended, and was interrupted if it is not whole: the trials that have not
+        ended, by it."""
         ...
 
 
@@ -46,31 +51,49 @@ class Delivery:
         self.loaded = False
         self.failed: str | None = None  # why the last attempt failed
         self.stopping = threading.Event()
+        # (Hashed, as an address may hold a password.)
+        place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
+        self.cursor = f"{store.name} {place}"
         self.thread = threading.Thread(target=self._run, name=store.name, daemon=True)
 
     def reconcile(self) -> int:
         """Delivers all that is missing, in the caller's own thread; returns how many events were.
 
-        Raises whatever the store raises.
+        Raises ConfigError if the store does not take them.
         """
-        behind = self._load()
-        while self._deliver():
-            pass
+        try:
+            behind = self._load()
+            while self._deliver():
+                pass
+        except Exception as error:  # each store raises its own kinds
+            allowed = f"the address of a store that takes records ({one_line(error)})"
+            raise refusal(self.store.option, self.store.address, allowed) from error
         return behind
 
     def start(self) -> None:
         self.thread.start()
 
-    def finish(self, records: Mapping[int, Record]) -> int:
+    def stop(self) -> None:
+        """Asks the thread to deliver the rest and to end."""
+        self.stopping.set()
+
+    def finish(self, records: Mapping[int, Record], whole: bool) -> int:
         """Delivers the rest and closes the store; returns how many events, of which the study's
         end is one, it did not take."""
-        self.stopping.set()
-        self.thread.join()
-        missing = self.journal.last() - self.journal.delivered(self.store.name)
-        if missing:
-            return missing + 1
+        self.stop()
+        before = None
+        while self.thread.is_alive():
+            self.thread.join(PATIENCE)
+            behind = self._behind()
+            if behind == before:  # it hangs in a request, and is left to itself
+                break
+            if behind and before is None:
+                self.say(f"{self.store.name}: waiting for it to take {behind} records")
+            before = behind
+        if self._behind() or self.thread.is_alive():
+            return self._behind() + 1
         try:
-            self.store.close(records)
+            self.store.close(records, whole)
         except Exception as error:  # as in `_run`
             self._failed(error)
             return 1
@@ -101,23 +124,26 @@ class Delivery:
             if not more:
                 self.stopping.wait(PAUSE)
 
+    def _behind(self) -> int:
+        return self.journal.last() - self.journal.delivered(self.cursor)
+
     def _load(self) -> int:
         """How many events the store lacks."""
         there = self.store.load()
-        cursor = self.journal.delivered(self.store.name)
+        cursor = self.journal.delivered(self.cursor)
         told = {e.trial for e in self.journal.events() if e.kind == ASKED and e.id <= cursor}
         if told - there:  # the store itself lost something: all of it again
             cursor = 0
-            self.journal.deliver(self.store.name, cursor)
+            self.journal.deliver(self.cursor, cursor)
         self.loaded = True
         return self.journal.last() - cursor
 
     def _deliver(self) -> bool:
         """Delivers what there is; whether there may be more."""
-        events = self.journal.events(self.journal.delivered(self.store.name), BATCH)
+        events = self.journal.events(self.journal.delivered(self.cursor), BATCH)
         if events:
             self.store.deliver(events)
-            self.journal.deliver(self.store.name, events[-1].id)
+            self.journal.deliver(self.cursor, events[-1].id)
         return len(events) == BATCH
 
     def _failed(self, error: Exception) -> None:

@@ -6,6 +6,7 @@ before a kill, so that its record of a study is whole as well.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -24,8 +25,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from disinhib.config import refusal
+from disinhib.config import ConfigError, refusal
+from disinhib.tuning import provenance
 from disinhib.tuning.conductor import Conductor
 from disinhib.tuning.journal import FAILED, RUNNING, Record
 from disinhib.tuning.schedule import SCORE
@@ -273,9 +276,40 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
             if asked > most:
                 allowed = f"at most {most:g}, what the largest machine has"
                 raise refusal(f"cluster.{option}_per_trial", asked, allowed)
+        if not trials_at_once({"cpu": cpus, "gpu": gpus}):
+            allowed = f"what one machine has together with {cpus} CPUs"
+            raise refusal("cluster.gpus_per_trial", gpus, allowed)
         yield
     finally:
         ray.shutdown()
+
+
+def check_machines(origin: Path, id: str, files: Mapping[str, str]) -> None:
+    """Raises ConfigError if a machine of the cluster does not see the study's file `origin`, with
+    its `id`, or has other code than `files` (provenance.code): its trials would start again after
+    a kill, or be those of another program."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    on = lambda node: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    looks = [_look.options(scheduling_strategy=on(node)).remote(str(origin)) for node in nodes]
+    for node, looked in zip(nodes, looks, strict=True):
+        machine = node["NodeManagerAddress"]
+        there, code = ray.get(looked)
+        if there != id:
+            allowed = f"a folder that all machines share ({machine} does not see it)"
+            raise refusal("out_dir", origin.parent.parent, allowed)
+        if code != files:
+            other = sorted(file for file in {*code, *files} if code.get(file) != files.get(file))
+            raise ConfigError(f"cluster: {machine} has other code: {', '.join(other)}")
+
+
+@ray.remote(num_cpus=0)
+def _look(origin: str) -> tuple[str | None, dict[str, str]]:
+    """What this machine sees: the id in the file `origin`, and the code's files with hashes."""
+    file = Path(origin)
+    there = json.loads(file.read_text())["id"] if file.exists() else None
+    return there, provenance.code(provenance.ROOT)["files"]
 
 
 def _reach(address: str | None) -> None:
@@ -288,7 +322,11 @@ def _reach(address: str | None) -> None:
 def trials_at_once(resources: Mapping[str, float]) -> int:
     """How many trials that need `resources` fit on the cluster as it is now."""
     return sum(
-        min(int(node["Resources"].get(kind.upper(), 0) // n) for kind, n in resources.items() if n)
+        min(
+            int(node["Resources"].get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one
+            for kind, share in resources.items()
+            if share
+        )
         for node in ray.nodes()
         if node["Alive"]
     )

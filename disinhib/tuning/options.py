@@ -123,8 +123,9 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
         raise refusal(flag, True, "false without the name of a study (study=NAME)")
     folder = Path(options["out_dir"]).absolute() / options["study"]
     try:
-        return yaml.safe_load((folder / FILE).read_text())
-    except OSError as error:
+        kept = yaml.safe_load((folder / FILE).read_text())
+        return {name: kept[name] for name in ("overrides", "options")}
+    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
@@ -138,11 +139,20 @@ def _on_top_of(
     left = {_name_of(override) for override in overrides} | {"study", "out_dir"}
     if own["extend"]:
         left |= {"warm_start", "points"}
-    before = [o for o in earlier["overrides"] if _name_of(o) not in left]
+    # What was given for the searcher, say, goes with the searcher.
+    groups = tuple(name.replace("/", ".") + "." for name in left if _is_group(name))
+    before = [
+        o
+        for o in earlier["overrides"]
+        if _name_of(o) not in left and not _name_of(o).startswith(groups)
+    ]
     if own["resume"]:
         return [*before, *overrides]
     new = _name(None, own["study"], Path(own["out_dir"]).absolute())
     given = [o for o in overrides if _name_of(o) not in ("study", "extend")]
+    if "seed" not in left:  # or the same trials were proposed once more
+        before = [o for o in before if _name_of(o) != "seed"]
+        given.append(f"seed={earlier['options']['seed'] + 1}")
     return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
 
 
@@ -275,11 +285,12 @@ def _name(given: str | None, default: str, out_dir: Path) -> str:
     return given
 
 
-def first_points(study: Study) -> list[dict[str, Any]]:
+def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """What is tried first: the published defaults of each rule, then the points of the study's
-    file, then for a grid all of it, in an order of the study's own.
+    file, then for a grid all of it but what is `known`, in an order of the study's own.
 
-    Raises ConfigError if a point is not in the space, or if a grid has fewer than study.trials.
+    Raises ConfigError if a point is not in the space, if a rule has fewer trials than points, or
+    if a grid has fewer points than the study trials.
     """
     space = SPACES[study.space]
     points = defaults(space, partial(_configured, study))
@@ -295,9 +306,17 @@ def first_points(study: Study) -> list[dict[str, Any]]:
             raise ConfigError(f"points: {study.points}: {error}") from error
     if search.SAMPLERS[study.searcher["name"]].grid:
         whole = grid(space, study.searcher["points_per_range"])
-        points += search.shuffled([point for point in whole if point not in points], study.seed)
+        left = [point for point in whole if point not in points and point not in known]
+        points += search.shuffled(left, study.seed)
         if study.trials > len(points):
             raise refusal("trials", study.trials, f"at most {len(points)}, the whole grid")
+    elif study.points is not None:
+        rules = spaces.rules_of(space) if study.searcher["balanced"] else []
+        for index, rule in enumerate(rules or [None]):
+            count = sum(rule in (None, point.get(spaces.RULE)) for point in points)
+            if count > len(range(index, study.trials, max(1, len(rules)))):
+                least = f"at least {(count - 1) * max(1, len(rules)) + index + 1}"
+                raise refusal("trials", study.trials, f"{least}, for all points to be tried")
     return points
 
 

@@ -17,7 +17,7 @@ from disinhib.tuning.journal import ASKED, COMPLETE, EPOCH, Event, Record
 from disinhib.tuning.search import DIRECTIONS, STATES
 
 FILE = "optuna.log"  # in the study's folder
-NAME = "optuna"
+ID = "study_id"  # the attribute by which a study there is known as ours
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -60,10 +60,12 @@ def _mended(file: Path) -> Path:
 class OptunaStore:
     """Writes the study `name` into the storage at `url`, or into its `folder`."""
 
-    name = NAME
+    name, option = "optuna", "searcher.storage"
 
-    def __init__(self, study: str, mode: str, url: str | None, folder: Path):
-        self.study_name, self.mode, self.url, self.folder = study, mode, url, folder
+    def __init__(self, study: str, id: str, mode: str, url: str | None, folder: Path):
+        self.study_name, self.id, self.mode = study, id, mode
+        self.url, self.folder = url, folder
+        self.address = url or str(folder)
 
     def load(self) -> set[int]:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -73,6 +75,9 @@ class OptunaStore:
             direction=DIRECTIONS[self.mode],
             load_if_exists=True,
         )
+        if self.study.user_attrs.get(ID, self.id) != self.id:
+            raise refusal("study", self.study_name, "a name that no other study there has")
+        self.study.set_user_attr(ID, self.id)
         trials = self.study.get_trials(deepcopy=False)
         self.ids = {trial.number: trial._trial_id for trial in trials}
         self.epochs = {trial.number: set(trial.intermediate_values) for trial in trials}
@@ -88,7 +93,7 @@ class OptunaStore:
             else:
                 self._end(event)
 
-    def close(self, records: Mapping[int, Record]) -> None:
+    def close(self, records: Mapping[int, Record], whole: bool) -> None:
         """Nothing: an interrupted trial is as unfinished as one that runs."""
 
     def _ask(self, event: Event) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shlex
 import tempfile
 import uuid
@@ -28,12 +31,13 @@ def begin(study: Study) -> dict[str, Any]:
     Raises ConfigError if the space, a point or the study to learn from does not fit.
     """
     space = SPACES[study.space]
+    past = [] if study.warm_start is None else _past(study, study.warm_start)
     return {
         "id": uuid.uuid4().hex,
         "provenance": _provenance(study),
         "space": spaces.definition(space),
-        "points": first_points(study),
-        "past": [] if study.warm_start is None else _past(study, study.warm_start),
+        "points": first_points(study, [trial["point"]["params"] for trial in past]),
+        "past": past,
     }
 
 
@@ -43,17 +47,25 @@ def _provenance(study: Study) -> dict[str, Any]:
 
 
 def _past(study: Study, name: str) -> list[search.Finished]:
-    """The finished trials of the earlier study `name`. Raises ConfigError if there is none, or if
-    its scores are not to be compared with this study's."""
+    """The finished trials of the earlier study `name`, and those that it had learnt from itself.
+
+    Raises ConfigError if there is none, or if its scores are not to be compared with this study's.
+    """
     folder = study.out_dir / name
     if not (folder / FILE).exists():
         raise refusal("warm_start", name, f"the name of a study in {study.out_dir}")
-    then = yaml.safe_load((folder / FILE).read_text())["options"]
-    for option in ("metric", "dataset"):
-        if then[option] != study.options[option]:
-            raise ConfigError(f"warm_start: {name} had another {option} than this study")
+    then = config.flatten(yaml.safe_load((folder / FILE).read_text())["options"])
+    now = config.flatten(study.options)
+    for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
+        if then[option] != now[option]:
+            raise ConfigError(
+                f"warm_start: {name} had {option}={then[option]}, and this study has"
+                f" {now[option]}: their scores are not to be compared"
+            )
+    space = SPACES[study.space]
+    earlier = json.loads((folder / ORIGIN).read_text())["past"]
     with closing(Journal(folder)) as journal:
-        return search.finished(journal.events(), SPACES[study.space])
+        return [*search.within(earlier, space), *search.finished(journal.events(), space)]
 
 
 def write(study: Study, origin: dict[str, Any]) -> None:
@@ -61,11 +73,22 @@ def write(study: Study, origin: dict[str, Any]) -> None:
     study.out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=study.out_dir, prefix=f".{study.name}.") as part:
         made = Path(part, "study")
-        (made / checkpoints.FOLDER).mkdir(parents=True)
-        (made / FILE).write_text(yaml.safe_dump(kept(study)))
-        (made / ORIGIN).write_text(json.dumps(origin))
+        checkpoints.folder(made, origin["id"]).mkdir(parents=True)
+        for file, text in ((FILE, yaml.safe_dump(kept(study))), (ORIGIN, json.dumps(origin))):
+            with (made / file).open("w") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
         Journal(made).close()
-        made.rename(study.folder)
+        try:
+            made.rename(study.folder)
+        except OSError as error:  # another study has taken the name meanwhile
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise refusal("study", study.name, "a new name: it has just been taken") from error
+    folder = os.open(study.out_dir, os.O_RDONLY)
+    os.fsync(folder)  # the name, too
+    os.close(folder)
 
 
 def go_on(study: Study) -> dict[str, Any]:
@@ -106,9 +129,9 @@ def tags(study: Study, origin: dict[str, Any]) -> dict[str, str]:
     made = origin["provenance"]
     code = made["code"]
     return {
-        "command": command(study),
+        "command": masked(command(study)),
         "code_version": code["version"],
-        "code_dirty": str(bool(code["diff"])).lower(),
+        "code_dirty": "unknown" if code["commit"] is None else str(bool(code["diff"])).lower(),
         "data_sha256": made["data"]["sha256"],
         "space_sha256": spaces.fingerprint(origin["space"]),
         **({} if code["commit"] is None else {"mlflow.source.git.commit": code["commit"]}),
@@ -120,6 +143,11 @@ def files(origin: dict[str, Any]) -> dict[str, str]:
         "provenance.json": json.dumps(origin["provenance"], indent=1),
         "space.json": json.dumps(origin["space"], indent=1),
     }
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the addresses in it."""
+    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def command(study: Study) -> str:

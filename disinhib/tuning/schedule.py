@@ -8,6 +8,7 @@ would lose to fast ones.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ class Stopping:
         self.scheduler = SCHEDULERS[options["name"]]
         self.shares = self.scheduler.brackets(options, epochs)
         self.heard: dict[int, tuple[Hashable, list[float]]] = {}  # number -> (group, scores)
-        self.judges: dict[Hashable, TrialScheduler] = {}
+        self.judges: dict[Hashable, TrialScheduler] = {}  # by group, or by number in batches
+        self.first = 0  # number of the batch
 
     def stops(self, config: Mapping[str, Any], epoch: int, score: float) -> bool:
         """Whether the trial ends here; to be asked once for each of its epochs, in order."""
@@ -130,19 +132,27 @@ class Stopping:
         return config["rule"] if self.options["within_rule"] else None, bracket
 
     def _judge(self, number: int, group: Any) -> TrialScheduler:
-        key = group if self.batch is None else number
-        if key not in self.judges:
-            _, bracket = group
-            judge = self.scheduler.make(self.options, self.epochs, self.mode, bracket)
-            self.judges[key] = judge
-            if self.batch is not None:
-                first = number // self.batch * self.batch
-                for other, (theirs, scores) in sorted(self.heard.items()):
-                    if other < first and theirs == group:
-                        judge.on_trial_add(None, _Name(str(other)))  # pyright: ignore
-                        for epoch, score in enumerate(scores, start=1):
-                            self.scheduler.remember(judge, *_told(other, epoch, score))
-        return self.judges[key]
+        if self.batch is None:
+            if group not in self.judges:
+                self.judges[group] = self._fresh(group)
+            return self.judges[group]
+        first = number // self.batch * self.batch
+        if first != self.first:  # of these judges nothing will be asked any more
+            self.first, self.judges = first, {}
+        if group not in self.judges:
+            judge = self.judges[group] = self._fresh(group)
+            for other, (theirs, scores) in sorted(self.heard.items()):
+                if other < first and theirs == group:
+                    judge.on_trial_add(None, _Name(str(other)))  # pyright: ignore
+                    for epoch, score in enumerate(scores, start=1):
+                        self.scheduler.remember(judge, *_told(other, epoch, score))
+        if number not in self.judges:
+            self.judges[number] = copy.deepcopy(self.judges[group])
+        return self.judges[number]
+
+    def _fresh(self, group: Any) -> TrialScheduler:
+        _, bracket = group
+        return self.scheduler.make(self.options, self.epochs, self.mode, bracket)
 
 
 def _told(number: int, epoch: int, score: float) -> Any:

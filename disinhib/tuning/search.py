@@ -100,17 +100,22 @@ def finished(events: Iterable[Event], space: Space) -> list[Finished]:
     lie in `space`, as points of it."""
     events = list(events)
     points = {event.trial: event.body["point"] for event in events if event.kind == ASKED}
-    taught = []
-    for number, record in journal.records(events).items():
-        if record.state in (journal.COMPLETE, journal.PRUNED):
-            point = _point_of(space, {RULE: record.rule, **points[number]["params"]})
-            if point is not None:
-                taught.append(
-                    Finished(
-                        rule=record.rule, point=point, scores=record.scores, state=record.state
-                    )
-                )
-    return taught
+    ended = [
+        Finished(rule=r.rule, point=points[number], scores=r.scores, state=r.state)
+        for number, r in journal.records(events).items()
+        if r.state in (journal.COMPLETE, journal.PRUNED)
+    ]
+    return within(ended, space)
+
+
+def within(trials: Iterable[Finished], space: Space) -> list[Finished]:
+    """Those that lie in `space`, as points of it."""
+    found = []
+    for trial in trials:
+        point = _point_of(space, {RULE: trial["rule"], **trial["point"]["params"]})
+        if point is not None:
+            found.append(Finished(**{**trial, "point": point}))
+    return found
 
 
 def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:

@@ -6,6 +6,7 @@ written; such an error is one line (ConfigError).
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import command_line
+from disinhib.config import ConfigError
 from disinhib.tuning import checkpoints, execution, origin as origins, plan, progress, trial
 from disinhib.tuning.conductor import Conductor
 from disinhib.tuning.delivery import Delivery
@@ -41,6 +43,7 @@ class Finished:
     run_id: str | None  # None if MLflow never answered
     seconds: float
     undelivered: dict[str, int]  # events that a store did not take, if any
+    whole: bool  # all trials have ended: nobody interrupted it
 
 
 def main(arguments: list[str]) -> int:
@@ -59,11 +62,14 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         finished = run(study, console)
-    except execution.StudyStopped as error:
-        print(f"error: {error}; then go on: {_resume(study)}", file=sys.stderr)
+    except Exception as error:
+        full = _full_disk(error)
+        if full is None:
+            raise
+        print(f"error: {full}: make room, then go on: {_resume(study)}", file=sys.stderr)
         return 1
     summary(finished, console)
-    if progress.tally(finished.records).killed:
+    if not finished.whole:
         return 130
     return 0 if progress.best(finished.records, study.mode) else 1
 
@@ -121,17 +127,29 @@ def run(
             study.name,
             origin["id"],
             origins.tags(study, origin),
-            {"config.yaml": yaml.safe_dump(dict(study.options)), **origins.files(origin)},
+            {"config.yaml": origins.masked(yaml.safe_dump(dict(study.options)))}
+            | origins.files(origin),
             origins.files(origin),
         )
         shown = progress.Progress(console, study.trials, study.metric, study.mode)
-        stores = [
-            tracker,
-            optuna_store.OptunaStore(study.name, study.mode, storage, study.folder),
+        deliveries = [
+            Delivery(journal, store, shown.say)
+            for store in (
+                tracker,
+                optuna_store.OptunaStore(
+                    study.name, origin["id"], study.mode, storage, study.folder
+                ),
+            )
         ]
-        deliveries = [Delivery(journal, store, shown.say) for store in stores]
         shown.say(f"study {study.name} in {study.folder}")
-        behind = {d.store.name: d.reconcile() for d in deliveries}
+        try:
+            code = origin["provenance"]["code"]
+            execution.check_machines(study.folder / origins.ORIGIN, origin["id"], code["files"])
+            behind = {delivery.store.name: delivery.reconcile() for delivery in deliveries}
+        except ConfigError:
+            if not study.resume:  # its name is free again
+                shutil.rmtree(study.folder)
+            raise
         if study.resume:
             for line in reconciled(conductor, behind):
                 shown.say(line)
@@ -139,15 +157,19 @@ def run(
         shown.before = progress.tally(conductor.records.values()).ended
         for delivery in deliveries:
             delivery.start()
+        folder = checkpoints.folder(study.folder, origin["id"])
         try:
             with shown:
                 execution.run(
-                    conductor, trainable, resources, _policy(study),
-                    reporter(study, conductor, shown), study.folder, callbacks,
+                    conductor, trainable, resources, _policy(study, folder),
+                    reporter(study, folder, conductor, shown), study.folder, callbacks,
                 )  # fmt: skip
         finally:
             records = [conductor.records[number] for number in sorted(conductor.records)]
-            missing = {d.store.name: d.finish(conductor.records) for d in deliveries}
+            whole = len(records) == study.trials and all(record.ended for record in records)
+            for delivery in deliveries:
+                delivery.stop()
+            missing = {d.store.name: d.finish(conductor.records, whole) for d in deliveries}
         for record in records:
             if not record.ended:
                 record.state = KILLED
@@ -158,6 +180,7 @@ def run(
         tracker.study_run,
         time.monotonic() - started,
         {name: count for name, count in missing.items() if count},
+        whole,
     )
 
 
@@ -173,9 +196,13 @@ def reconciled(conductor: Conductor, behind: dict[str, int]) -> list[str]:
     ]
 
 
-def reporter(study: Study, conductor: Conductor, shown: progress.Progress) -> execution.Reporter:
-    folder, best = study.folder / checkpoints.FOLDER, study.checkpoints["keep_best"]
+def reporter(
+    study: Study, folder: Path, conductor: Conductor, shown: progress.Progress
+) -> execution.Reporter:
+    """What is done when Ray says something: checkpoints are tidied in `folder`, progress shown."""
+    best, cap = study.checkpoints["keep_best"], study.checkpoints["cap_gb"] * 1e9
     everything = lambda: [conductor.records[n] for n in sorted(conductor.records)]
+    checkpoints.remove_parts(folder)
     checkpoints.tidy(folder, everything(), study.mode, best)
     said: list[str] = []
 
@@ -184,8 +211,8 @@ def reporter(study: Study, conductor: Conductor, shown: progress.Progress) -> ex
         shown.ended(record)
 
     def on_over_cap() -> None:
-        gone = checkpoints.make_room(folder, everything(), study.mode, best)
-        if gone is None and not said:
+        fits = checkpoints.make_room(folder, everything(), study.mode, best, cap)
+        if not fits and not said:
             said.append("once")
             shown.say(
                 f"checkpoints.cap_gb={study.checkpoints['cap_gb']:g} is reached by trials that run:"
@@ -195,13 +222,24 @@ def reporter(study: Study, conductor: Conductor, shown: progress.Progress) -> ex
     return execution.Reporter(conductor, lambda: shown.update(everything()), on_end, on_over_cap)
 
 
-def _policy(study: Study) -> trial.Checkpoints:
+def _policy(study: Study, folder: Path) -> trial.Checkpoints:
     return trial.Checkpoints(
-        folder=str(study.folder / checkpoints.FOLDER),
+        folder=str(folder),
         every_seconds=study.checkpoints["every_seconds"],
         at_end=study.checkpoints["keep_best"] > 0,
         cap_bytes=study.checkpoints["cap_gb"] * 1e9,
     )
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """What the system said, if it is for want of space that the study could not go on."""
+    while error is not None:
+        if isinstance(error, execution.StudyStopped):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return " ".join(map(str, filter(None, (error.strerror, error.filename))))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _resume(study: Study) -> str:
@@ -229,7 +267,7 @@ def summary(finished: Finished, console: Console) -> None:
     ui = uri if uri.startswith("http") else f"{_tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
-    if finished.undelivered or progress.tally(records).killed:
+    if finished.undelivered or not finished.whole:
         say(f"go on:       {_resume(study)}")
     if top := progress.best(records, study.mode):
         say(f"best trial:  {_tool('python')} {top.config['command'].removeprefix('python ')}")

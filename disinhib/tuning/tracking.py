@@ -142,7 +142,7 @@ class Tracker:
     `id` is the study's own; by it and a trial's number its runs are found again.
     """
 
-    name = "mlflow"
+    name, option = "mlflow", "tracking.uri"
 
     def __init__(
         self,
@@ -155,6 +155,7 @@ class Tracker:
     ):
         self.experiment, self.study, self.id = experiment, study, id
         self.tags, self.files, self.trial_files = tags, files, trial_files
+        self.address = experiment.uri
         self.study_run: str | None = None  # as soon as the store is loaded
 
     @property
@@ -163,8 +164,13 @@ class Tracker:
 
     def load(self) -> set[int]:
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
-        parents = [run for run in runs if "trial" not in run.data.tags]
-        trials = {int(run.data.tags["trial"]): run for run in runs if "trial" in run.data.tags}
+        found: dict[str | None, Run] = {}
+        for run in sorted(runs, key=lambda run: run.info.start_time):
+            if found.setdefault(run.data.tags.get("trial"), run) is not run:
+                # A request that nobody answered in time was carried out none the less.
+                self.client.delete_run(run.info.run_id)
+        parents = [run for trial, run in found.items() if trial is None]
+        trials = {int(trial): run for trial, run in found.items() if trial is not None}
         tags = {**self.tags, "study": self.study, "study_id": self.id}
         self.study_run = parents[0].info.run_id if parents else self._create(self.study, tags)
         self._put(self.study_run, self.files)
@@ -180,7 +186,7 @@ class Tracker:
         for number in dict.fromkeys(event.trial for event in events):
             self._deliver(number, [event for event in events if event.trial == number])
 
-    def close(self, records: Mapping[int, Record]) -> None:
+    def close(self, records: Mapping[int, Record], whole: bool) -> None:
         interrupted = [record for record in records.values() if not record.ended]
         for record in interrupted:
             run, why = self.runs[record.number], "the study was interrupted"
@@ -188,7 +194,7 @@ class Tracker:
             self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
             self.client.set_terminated(run, KILLED_RUN)
         assert self.study_run is not None  # nothing was delivered before it was there
-        self.client.set_terminated(self.study_run, KILLED_RUN if interrupted else "FINISHED")
+        self.client.set_terminated(self.study_run, "FINISHED" if whole else KILLED_RUN)
 
     def _deliver(self, number: int, events: Sequence[Event]) -> None:
         """A trial's news, in as few requests as there can be."""

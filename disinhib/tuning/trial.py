@@ -138,6 +138,8 @@ class TrainingTrial(tune.Trainable):
                 raise
             return {DISK_FULL: f"{error.strerror}: {file.parent}"}
         if not written:
+            if last:
+                file.unlink(missing_ok=True)  # that of an earlier epoch is not its final state
             return {OVER_CAP: True}
         self._saved = time.monotonic()
         return {}
@@ -198,6 +200,7 @@ def environment(cpus: float, gpus: float) -> dict[str, str]:
     return {
         **dict.fromkeys(pools, threads),
         **({} if gpus else {"JAX_PLATFORMS": "cpu"}),
+        **{name: os.environ[name] for name in ("DISINHIB_DATA",) if name in os.environ},
     }
 
 
