@@ -31,6 +31,7 @@ from mlflow import MlflowClient
 
 from disinhib.data import DataError
 from disinhib.tuning import provenance
+from disinhib.tuning.trial import environment, over_lanes
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
@@ -200,10 +201,7 @@ def _one_line(error: Exception) -> str:
 
 def set_environment(threads: int, on_cpu: bool) -> None:
     """As in the trial's worker: the number of threads may change the bits."""
-    pools = ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    os.environ.update(dict.fromkeys(pools, str(threads)))
-    if on_cpu:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.update(environment(threads, gpus=0 if on_cpu else 1))
 
 
 def _prepared(trial: Trial) -> tuple[RunConfig, str]:
@@ -231,10 +229,7 @@ def train_again(trial: Trial, config: RunConfig) -> Outcome:
         state = training.initial_state(config, trial.seeds)
         for epoch in range(1, trial.epochs + 1):
             state, lanes = training.run_epoch(config, data, state)
-            for name, values in lanes.items():
-                metrics[epoch, name] = float(values.mean())
-                if len(trial.seeds) > 1:
-                    metrics[epoch, f"{name}_sd"] = float(values.std(ddof=1))
+            metrics |= {(epoch, name): value for name, value in over_lanes(lanes).items()}
         if trial.state == "failed":
             training.run_epoch(config, data, state)
     except training.Diverged as error:
