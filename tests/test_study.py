@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from copy import deepcopy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -928,3 +929,56 @@ def test_the_checkpoints_of_the_best_stay_and_the_least_of_them_makes_room(tmp_p
 @pytest.mark.parametrize("name", [f.stem for f in (ROOT / "conf/experiment").glob("*.yaml")])
 def test_every_experiment_composes(name):
     options.check_space(options.compose([f"experiment={name}"]))
+
+
+def kept_study(folder, *overrides):
+    """The options of a study, kept in its folder, that somebody may go on from."""
+    first = options.compose(["study=first", f"out_dir={folder}", *overrides])
+    first.folder.mkdir(parents=True)
+    (first.folder / options.FILE).write_text(yaml.safe_dump(options.kept(first)))
+    return first
+
+
+def test_what_was_given_for_a_searcher_goes_with_it(tmp_path):
+    kept_study(tmp_path, "searcher.n_ei_candidates=50", "trials=9")
+    place = ["study=first", "extend=true", f"out_dir={tmp_path}"]
+    assert options.compose(place).searcher["n_ei_candidates"] == 50
+    other = options.compose([*place, "searcher=random"])
+    assert (other.searcher["name"], other.trials) == ("random", 9)
+
+
+def test_an_extension_proposes_other_trials_unless_its_seed_is_given(tmp_path):
+    kept_study(tmp_path, "seed=3")
+    place = ["study=first", "extend=true", f"out_dir={tmp_path}"]
+    assert options.compose(place).seed == 4
+    assert options.compose([*place, "seed=3"]).seed == 3
+
+
+def test_a_grid_leaves_out_what_is_known():
+    asked = options.compose(["searcher=grid", "space=bp", "trials=2"])
+    default, *rest = options.first_points(asked)
+    assert options.first_points(asked, rest[:1]) == [default, *rest[1:]]
+    with pytest.raises(ConfigError, match="trials: given 2, allowed is at most 1"):
+        options.first_points(asked, rest)
+
+
+def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
+    file = tmp_path / "points.yaml"
+    file.write_text(yaml.safe_dump([{"trainer": "exact-inv", "model.vf.g_EI": 1.5}] * 2))
+    asked = options.compose([f"points={file}", "trials=7"])
+    with pytest.raises(ConfigError, match="trials: given 7, allowed is at least 8"):
+        options.first_points(asked)
+    assert len(options.first_points(replace(asked, trials=8))) == 5
+
+
+def test_passwords_in_addresses_are_masked():
+    said = origins.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
+    assert said == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
+
+
+def test_shares_of_a_processor_are_counted_whole(monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}] * 2
+    monkeypatch.setattr(execution.ray, "nodes", lambda: nodes)
+    assert execution.trials_at_once({"cpu": 1, "gpu": 0.25}) == 8
+    assert execution.trials_at_once({"cpu": 0.5, "gpu": 0.2}) == 10
+    assert execution.trials_at_once({"cpu": 8, "gpu": 0}) == 0
