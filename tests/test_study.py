@@ -854,7 +854,9 @@ def test_only_complete_trials_compete_and_the_first_of_equals_wins():
 
 def test_time_left_is_at_the_pace_of_this_session():
     assert progress.seconds_left([], 10, 5.0) is None
-    assert progress.seconds_left([record(0), record(1, state=RUNNING)], 10, 5.0) == 45.0
+    one = [record(0), record(1, state=RUNNING)]
+    assert progress.seconds_left(one, 9, 5.0) == 40.0
+    assert progress.seconds_left(one, 60, 5.0) is None  # too few to tell
     three = [record(number) for number in range(3)]
     assert progress.seconds_left(three, 10, 5.0, before=2) == 35.0
     assert progress.seconds_left(three, 10, 5.0, before=3) is None

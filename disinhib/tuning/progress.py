@@ -77,9 +77,11 @@ def merit(record: Record | None, mode: str) -> float:
 def seconds_left(
     records: Sequence[Record], trials: int, elapsed: float, before: int = 0
 ) -> float | None:
-    """Seconds until `trials` have ended at the pace since `before` had; None before the next."""
+    """Seconds until `trials` have ended at the pace since `before` had; None until enough more
+    have for the start and the compilations not to count."""
     ended = tally(records).ended
-    return elapsed / (ended - before) * (trials - ended) if ended > before else None
+    enough = max(1, min(10, (trials - before) // 5))
+    return elapsed / (ended - before) * (trials - ended) if ended - before >= enough else None
 
 
 def clock(seconds: float | None) -> str:

@@ -142,6 +142,8 @@ def run(
             )
         ]
         shown.say(f"study {study.name} in {study.folder}")
+        if study.warm_start is not None:
+            shown.say(f"learns from {len(origin['past'])} trials of {study.warm_start}")
         try:
             code = origin["provenance"]["code"]
             execution.check_machines(study.folder / origins.ORIGIN, origin["id"], code["files"])
