@@ -308,7 +308,7 @@ def _structure_line(structure: Structure, cost: Cost | str, wide: int) -> str:
     if isinstance(cost, str):
         return f"{structure.name:<{wide}}  failed: {cost}"
     return (
-        f"{structure.name:<{wide}}  {cost.first_epoch:13.2f}  {cost.epoch:7.2f}"
+        f"{structure.name:<{wide}}  {cost.first_epoch:13.2f}  {cost.epoch:7.3f}"
         f"  {cost.memory_mb:9.0f}  {cost.checkpoint_mb:13.2f}"
     )
 
