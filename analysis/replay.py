@@ -12,24 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import sqlite3
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-# Before MLflow is imported: it reads these once.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
 import yaml
-from mlflow import MlflowClient
 
-from disinhib.data import DataError
+from analysis import store as stores
+from analysis.store import Refused
+from disinhib import errors
+from disinhib.errors import InputError, one_line
 from disinhib.tuning import provenance
 from disinhib.tuning.trial import environment, over_lanes
 
@@ -37,17 +28,12 @@ if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
 USAGE = "python -m analysis.replay RUN_ID [tracking.uri=URI]"
-DEFAULT_STORE = Path("out/mlflow.db")
 # Of the machine, not of the training.
 MACHINE_METRICS = ("epoch_seconds", "epoch_seconds_sd", "compilations", "peak_memory_mb")
 STATES = ("complete", "pruned", "failed")
 SHOWN = 10  # differences
 
 Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
-
-
-class Refused(ValueError):
-    """What cannot be replayed, in one line."""
 
 
 class Trial(NamedTuple):
@@ -127,31 +113,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parsed(arguments: Sequence[str]) -> tuple[str, str]:
     """(run id, tracking URI)."""
-    ids = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    given = options.pop("tracking.uri", None)
-    if len(ids) != 1 or ids[0].startswith("-") or options or given == "":
+    ids, options = stores.arguments(arguments, USAGE, {"tracking.uri": None})
+    if len(ids) != 1:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri and not DEFAULT_STORE.exists():
-        raise Refused(
-            f"tracking.uri: missing, needed is the address of an MLflow store, as neither"
-            f" $MLFLOW_TRACKING_URI nor {DEFAULT_STORE} is there"
-        )
-    return ids[0], uri or f"sqlite:///{DEFAULT_STORE}"
+    return ids[0], stores.address(options["tracking.uri"])
 
 
 def read(run_id: str, uri: str) -> Trial:
     """The trial of an MLflow run. Raises Refused."""
-    try:
-        if uri.startswith("sqlite:///"):
-            _check_sqlite(Path(uri.removeprefix("sqlite:///")))
-        client = MlflowClient(tracking_uri=uri)
-        run = client.get_run(run_id)
-    except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
-        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-            raise Refused(f"{run_id}: no such run in {uri}") from error
-        raise Refused(f"tracking.uri: cannot read {uri} ({_one_line(error)})") from error
+    store = stores.connect(uri)
+    run = stores.run(store, run_id)
     tags = run.data.tags
     for name in ("study", "trial", "rule", "seeds", "trial_state", "epochs"):
         if name not in tags:
@@ -159,15 +130,15 @@ def read(run_id: str, uri: str) -> Trial:
     if tags["trial_state"] not in STATES:
         raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(STATES)}")
     try:
-        options = yaml.safe_load(_text(client, run_id, "config.yaml"))
-        about = json.loads(_text(client, run_id, "provenance.json"))
+        options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
+        about = json.loads(stores.text(store, run_id, "provenance.json"))
         metrics = {
             (metric.step, name): metric.value
             for name in run.data.metrics
-            for metric in client.get_metric_history(run_id, name)
+            for metric in stores.history(store, run_id, name)
         }
-    except Exception as error:  # the same, and what stores of artifacts raise
-        raise Refused(f"{run_id}: cannot read what it has kept ({_one_line(error)})") from error
+    except Exception as error:  # drivers, sockets, MLflow and its stores of artifacts
+        raise Refused(f"{run_id}: cannot read what it has kept ({one_line(error)})") from error
     return Trial(
         study=tags["study"],
         number=tags["trial"],
@@ -183,22 +154,6 @@ def read(run_id: str, uri: str) -> Trial:
     )
 
 
-def _check_sqlite(file: Path) -> None:
-    """Raises sqlite3.Error unless `file` is a store: MLflow would make it one."""
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        connection.execute("SELECT 1 FROM runs LIMIT 1")
-
-
-def _text(client: MlflowClient, run_id: str, artifact: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(client.download_artifacts(run_id, artifact, folder)).read_text("utf-8")
-
-
-def _one_line(error: Exception) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
-
-
 def set_environment(threads: int, on_cpu: bool) -> None:
     """As in the trial's worker: the number of threads may change the bits."""
     os.environ.update(environment(threads, gpus=0 if on_cpu else 1))
@@ -209,12 +164,12 @@ def _prepared(trial: Trial) -> tuple[RunConfig, str]:
     import jax
 
     from disinhib import training
-    from disinhib.config import ConfigError, parse
+    from disinhib.config import parse
 
     try:
         config = parse(trial.options)
         training.prepare(config)
-    except (ConfigError, DataError) as error:
+    except InputError as error:
         raise Refused(f"what ran then cannot run now: {error}") from error
     return config, jax.devices()[0].device_kind
 
@@ -301,15 +256,4 @@ def _count(number: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    # MLflow's own patience with a server that is not there is minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    try:
-        code = main(sys.argv[1:])
-    except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    errors.run(main, __doc__)

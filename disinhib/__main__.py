@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disinhib import checkpoint, command_line, training
+from disinhib import checkpoint, command_line, errors, training
 from disinhib.config import ConfigError, RunConfig, flatten, parse, refusal
 from disinhib.rules import RULES
 
@@ -202,4 +202,4 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    errors.run(main)

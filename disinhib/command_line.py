@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from disinhib.config import ConfigError, flatten, nearest, refusal
-from disinhib.data import DataError
+from disinhib.config import ConfigError, flatten, refusal
+from disinhib.errors import nearest
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 TRAINING = "train"  # conf/train.yaml
@@ -200,19 +199,3 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         allowed = f"a folder that can be written ({error.strerror})"
         raise refusal("out_dir", folder, allowed) from error
-
-
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main` on the command line's overrides and exits with its code.
-
-    Bad input is one line on stderr and exit code 2, without a traceback.
-    """
-    try:
-        code = main(sys.argv[1:])
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)

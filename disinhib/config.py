@@ -6,7 +6,6 @@ is wrong with them is a ConfigError of one line: the option, what was given, wha
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from disinhib.activations import ACTIVATIONS, Shape
 from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
+from disinhib.errors import InputError, nearest
 from disinhib.losses import LOSSES
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """An option that cannot be, in one line."""
 
 
@@ -86,12 +86,6 @@ def _shown(value: Any) -> str:
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" if one of `names` is like `name`, else nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Options:

@@ -7,7 +7,6 @@ arXiv:1708.07747).
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import logging
@@ -22,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
+from disinhib.errors import InputError, nearest
+
 log = logging.getLogger(__name__)
 
 # The four files of an IDX data set; each may also carry the suffix .gz.
@@ -35,7 +36,7 @@ SYSTEM = Path("/usr/share/datasets")  # where Debian's packages dataset-* put th
 DIGITS_TEST = 360  # the last images of digits are its test set
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that cannot be had; the message is one line: what, given, what to do."""
 
 
@@ -114,8 +115,7 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
             that lacks the files, a damaged file, or no mirror that answers.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(str(name).lower(), DATASETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(str(name).lower(), DATASETS)
         raise DataError(f"dataset must be one of {', '.join(DATASETS)} (got {name!r}){hint}")
     if not 0 < valid_split < 1:
         raise DataError(f"dataset.valid_split must lie inside (0, 1) (got {valid_split!r})")

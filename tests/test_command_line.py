@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from disinhib import __main__ as program, command_line
+from disinhib import __main__ as program, command_line, errors
 from disinhib.config import ConfigError, parse
 
 TINY = ["model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "epochs=2", "device=cpu"]
@@ -117,7 +117,7 @@ def invoke(monkeypatch, folder, *arguments):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["disinhib", *arguments])
     with pytest.raises(SystemExit) as ended:
-        command_line.run(program.main)
+        errors.run(program.main)
     return ended.value.code
 
 

@@ -222,7 +222,7 @@ def test_a_store_that_cannot_be_read_is_refused_and_left_alone(kind, tmp_path):
         ([], "given nothing, needed is python -m analysis.replay RUN_ID"),
         (["a", "b"], "given a b, needed is"),
         (["--help"], "given --help, needed is"),
-        (["a", "uri=x"], "given a uri=x, needed is"),
+        (["a", "uri=x"], "uri: unknown option; needed is"),
         (["a"], r"tracking\.uri: missing"),
     ],
 )

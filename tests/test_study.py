@@ -30,7 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from rich.console import Console
 
-from disinhib import command_line, config, training
+from disinhib import config, errors, training
 from disinhib.config import ConfigError
 from disinhib.tuning import (
     checkpoints,
@@ -510,7 +510,7 @@ def refuse(monkeypatch, capsys):
     def refused(*overrides):
         monkeypatch.setattr(sys, "argv", ["tune_main.py", *overrides])
         with pytest.raises(SystemExit) as exit:
-            command_line.run(study.main)
+            errors.run(study.main)
         assert exit.value.code == 2
         said = capsys.readouterr()
         (line,) = said.err.strip().splitlines()

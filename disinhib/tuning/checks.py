@@ -18,10 +18,10 @@ from disinhib.config import (
     TEXT,
     Check,
     ConfigError,
-    nearest,
     one_of,
     refusal,
 )
+from disinhib.errors import nearest
 from disinhib.tuning import schedule, search
 from search_spaces import SPACES
 
@@ -93,6 +93,11 @@ CHECKS: dict[str, Check] = {
 
 def check(options: Mapping[str, Any]) -> None:
     """Raises ConfigError if an option of the study itself is not allowed."""
+    if "grid" in options:
+        raise ConfigError(
+            "experiment: given one with a grid, which has nothing to tune; needed is"
+            " python -m analysis.retrain experiment=..."
+        )
     for name, value in config.flatten(_own(options)).items():
         if name not in CHECKS:
             raise ConfigError(f"{name}: unknown option{nearest(name, CHECKS)}")

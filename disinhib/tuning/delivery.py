@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from disinhib.config import refusal
+from disinhib.errors import one_line
 from disinhib.tuning.journal import ASKED, Event, Journal, Record
 
 BATCH = 200  # events in one delivery
@@ -154,8 +155,3 @@ class Delivery:
                 " journal until it does"
             )
         self.failed = one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:160]}"

@@ -18,7 +18,8 @@ import jax
 import yaml
 
 from disinhib import command_line, config, training
-from disinhib.config import ConfigError, nearest, refusal
+from disinhib.config import ConfigError, refusal
+from disinhib.errors import nearest
 from disinhib.tuning import search, spaces
 from disinhib.tuning.checks import STUDY_GROUPS, STUDY_OPTIONS, check
 from disinhib.tuning.points import defaults, grid, read_points

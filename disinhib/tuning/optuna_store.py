@@ -12,7 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from disinhib.config import refusal
-from disinhib.tuning.delivery import one_line
+from disinhib.errors import one_line
 from disinhib.tuning.journal import ASKED, COMPLETE, EPOCH, Event, Record
 from disinhib.tuning.search import DIRECTIONS, STATES
 

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from disinhib.config import ConfigError, flatten, nearest, refusal
+from disinhib.config import ConfigError, flatten, refusal
+from disinhib.errors import nearest
 from disinhib.tuning.spaces import (
     ENDS,
     RULE,
