@@ -1,0 +1,264 @@
+"""`python -m analysis.runs [study=NAME] [tracking.uri=URI] [out=FILE.csv]`: a study as one table.
+
+A row is a trial, read from MLflow: what was searched, how it ended, what it scored. `out` writes it
+as CSV. Runs that are left out are counted, with the reason. Without `study` it is the newest one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from mlflow.entities import Run
+
+from analysis import store as stores
+from analysis.store import Refused, Store, StudyRun
+from disinhib import errors
+
+USAGE = "python -m analysis.runs [study=NAME] [tracking.uri=URI] [out=FILE.csv]"
+COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"  # as `tuning.journal` has them
+SEARCHED = "searched."  # begins the columns of what was searched
+# Tags of a run that trains a configuration over again, one seed; `analysis.retrain` writes them.
+RETRAINED = "retraining_state"  # complete or failed; a run that has not ended has none
+OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
+CONFIGURATION = "configuration"  # the same for all seeds of one
+NOT_CONFIGURED = {  # where and how a run is made, not what it learns
+    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
+    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
+}
+
+
+class Table(NamedTuple):
+    """Rows, and why runs were left out of them, a line each."""
+
+    rows: pd.DataFrame
+    dropped: list[str]
+
+
+def trials(store: Store, study: StudyRun) -> Table:
+    """The study's trials, in the order of their numbers.
+
+    Columns: trial, run_id, rule, state, reason, epochs (done), budget (epochs), score (the study's
+    metric at its last epoch; NaN if it has none), scores (by epoch, a tuple), seeds (a tuple),
+    seconds, command, saw_test (its run has a metric of the test set), and `searched.<option>`.
+    """
+    metric, budget = study.options["metric"], int(study.options["epochs"])
+    rows, dropped = [], []
+    for run in stores.children(store, study):
+        tags = run.data.tags
+        if "trial" not in tags:
+            continue  # a retrained seed
+        name = f"trial {tags['trial']}"
+        state = tags.get("trial_state")
+        if state not in (COMPLETE, PRUNED, FAILED):
+            dropped.append(f"{name}: {'it has not ended' if state is None else f'it was {state}'}")
+            continue
+        epochs = int(tags["epochs"])
+        told = {m.step: m.value for m in stores.history(store, run.info.run_id, metric)}
+        scores = tuple(told.get(epoch, math.nan) for epoch in range(1, epochs + 1))
+        if state == COMPLETE and epochs != budget:
+            dropped.append(f"{name}: complete after {epochs} epochs of {budget}")
+            continue
+        if state != FAILED and not (scores and all(map(math.isfinite, scores))):
+            dropped.append(f"{name}: {state}, but not every epoch has a {metric}")
+            continue
+        rows.append(
+            {
+                "trial": int(tags["trial"]),
+                "run_id": run.info.run_id,
+                "rule": tags["rule"],
+                "state": state,
+                "reason": tags.get("reason"),
+                "epochs": epochs,
+                "budget": budget,
+                "score": scores[-1] if scores else math.nan,
+                "scores": scores,
+                "seeds": seeds_of(run),
+                "seconds": seconds(run),
+                "command": tags["command"],
+                "saw_test": any(name.startswith("test_") for name in run.data.metrics),
+                **{SEARCHED + name: value for name, value in run.data.params.items()},
+            }
+        )
+    rows.sort(key=lambda row: row["trial"])
+    twice = [n for n, count in Counter(row["trial"] for row in rows).items() if count > 1]
+    if twice:
+        raise Refused(f"study {study.name}: trial {twice[0]} has more than one run in {store.uri}")
+    return Table(pd.DataFrame(rows, columns=None if rows else ["trial", "rule", "state"]), dropped)
+
+
+def retrained(store: Store, study: StudyRun) -> Table:
+    """What was trained over again for the study: a row is a configuration with one seed.
+
+    Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
+    dataset, depth (hidden layers), averaged (feedback weights), feedback (has any), seed, state,
+    reason, epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device,
+    code (hash), and every metric as it was after the last epoch.
+    """
+    rows, dropped = [], []
+    for run in stores.children(store, study):
+        tags = run.data.tags
+        if OF_STUDY not in tags:
+            continue
+        name = f"{tags['rule']}, seed {tags['seed']}"
+        if RETRAINED not in tags:
+            dropped.append(f"{name}: its retraining has not ended")
+            continue
+        rows.append(
+            {
+                "run_id": run.info.run_id,
+                "trial": int(tags[OF_TRIAL]) if OF_TRIAL in tags else math.nan,
+                "of_run": tags.get(OF_RUN),
+                "configuration": tags[CONFIGURATION],
+                "rule": tags["rule"],
+                "dataset": tags["dataset"],
+                "depth": int(tags["depth"]),
+                "averaged": tags["averaged"] == "true",
+                "feedback": tags["averaged"] != "none",
+                "seed": int(tags["seed"]),
+                "state": tags[RETRAINED],
+                "reason": tags.get("reason"),
+                "epochs": int(tags["epochs"]),
+                "budget": int(tags["budget"]),
+                "command": tags["command"],
+                "flag": tags.get("flag", ""),
+                "host": tags.get("host"),
+                "device": tags.get("device"),
+                "code": tags.get("code_sha256"),
+                **run.data.metrics,
+            }
+        )
+    return Table(pd.DataFrame(rows, columns=None if rows else ["run_id", "state"]), dropped)
+
+
+def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """The epochs of some runs: columns run_id, metric, epoch, value."""
+    return pd.DataFrame(
+        [
+            (run_id, metric, entry.step, entry.value)
+            for run_id in run_ids
+            for metric in metrics
+            for entry in stores.history(store, run_id, metric)
+        ],
+        columns=["run_id", "metric", "epoch", "value"],
+    )
+
+
+def seeds_of(run: Run) -> tuple[int, ...]:
+    """Seeds of a trial's lanes."""
+    return tuple(map(int, run.data.tags["seeds"].split(",")))
+
+
+def seconds(run: Run) -> float:
+    """How long it took; NaN if it has not ended."""
+    end = run.info.end_time
+    return math.nan if end is None else (end - run.info.start_time) / 1000
+
+
+def configuration_id(flat: Mapping[str, Any]) -> str:
+    """Of resolved training options, by dotted names: what they have in common for all seeds."""
+    own = {name: value for name, value in flat.items() if name not in NOT_CONFIGURED}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters of `space` (definition) that were searched in a trial, by their full names,
+    each with `value` beside what it may be; empty if the trial is in no branch of the space."""
+    searched = {
+        name.removeprefix(SEARCHED): value
+        for name, value in row.items()
+        if name.startswith(SEARCHED) and isinstance(value, str)
+    }
+    described = space["parameters"]
+    for branch in space["branches"]:
+        choices = {name: (option, searched.get(option)) for name in branch["choices"]
+                   if (option := option_name(name, searched)) is not None}  # fmt: skip
+        if len(choices) < len(branch["choices"]) or any(
+            text != str(branch["choices"][name]) for name, (_, text) in choices.items()
+        ):
+            continue
+        found = {
+            name: {**described[name], "value": chosen} for name, chosen in branch["choices"].items()
+        }
+        for name in branch["parameters"]:
+            option = option_name(name, searched)
+            if option is None:
+                break
+            number = int if described[name]["kind"] == "int" else float
+            found[name] = {**described[name], "value": number(searched[option])}
+        else:
+            return found
+    return {}
+
+
+def option_name(parameter: str, options: Mapping[str, Any]) -> str | None:
+    """The option among `options` that a parameter of a space moves: its own name, or what follows
+    the branch in it; as MLflow has it (`model.vf` for the group `model/vf`)."""
+    for name in (parameter, parameter.partition(".")[2]):
+        plain = name.rpartition("@")[2].replace("/", ".")
+        if plain in options:
+            return plain
+    return None
+
+
+def position(parameter: Mapping[str, Any]) -> float:
+    """Where in its range a numeric parameter of `parameters_of` lies: 0 its low, 1 its high edge,
+    on the scale on which it was searched."""
+    low, high, value = (parameter[name] for name in ("low", "high", "value"))
+    if low == high:
+        return 0.5
+    if parameter["log"]:
+        low, high, value = map(math.log, (low, high, value))
+    return (value - low) / (high - low)
+
+
+def main(arguments: list[str]) -> int:
+    alone, options = stores.arguments(
+        arguments, USAGE, {"study": None, "tracking.uri": None, "out": None}
+    )
+    if alone:
+        raise Refused(f"given {' '.join(alone)}, needed is {USAGE}")
+    store = stores.connect(stores.address(options["tracking.uri"]))
+    study = stores.find_study(store, options["study"])
+    rows, dropped = trials(store, study)
+    counts = ", ".join(f"{n} {state}" for state, n in Counter(rows["state"]).items())
+    print(f"study {study.name}: {len(rows)} trials ({counts or 'none'}), {len(dropped)} left out")
+    for why in dropped:
+        print(f"left out: {why}")
+    again, unfinished = retrained(store, study)
+    if len(again) or unfinished:
+        print(f"retrained: {len(again)} seeds, {len(unfinished)} left out")
+        for why in unfinished:
+            print(f"left out: {why}")
+    if options["out"] is None:
+        shown = rows.drop(columns=["scores", "command", "run_id", "reason", "saw_test", "seeds"],
+                          errors="ignore")  # fmt: skip
+        short = {name: name.removeprefix(SEARCHED) for name in shown.columns}
+        print(shown.rename(columns=short).to_string(index=False, max_colwidth=24))
+    else:
+        write(Path(options["out"]), rows.to_csv(index=False))
+        print(f"written: {options['out']}")
+    return 0
+
+
+def write(file: Path, content: str) -> None:
+    """Writes a file whole or not at all. Raises Refused if it cannot be written."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_text(content, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise Refused(
+            f"out: given {file}, allowed is a file that can be written ({error.strerror})"
+        ) from error
+
+
+if __name__ == "__main__":
+    errors.run(main, __doc__)

@@ -1,0 +1,291 @@
+"""`python -m analysis.selection [study=NAME] [top=1] [per=trainer] [selected=selected.yaml]`
+
+Selects the best trials of a study on validation data alone and writes them, for
+`python -m analysis.retrain`. `per` is what the groups are made by: `trainer` (the learning rule),
+or options that were searched, comma-separated. `tracking.uri=URI` says where MLflow's store is.
+
+Prints how close the runners-up were, and warns of what a reader should know: a best value at the
+edge of its range, failures nearby, groups that got unequal budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+
+from analysis import runs, store as stores
+from analysis.runs import COMPLETE, FAILED, SEARCHED
+from analysis.store import Refused, StudyRun
+from disinhib import errors
+from disinhib.errors import nearest
+
+USAGE = (
+    "python -m analysis.selection [study=NAME] [top=1] [per=trainer] [metric=valid_accuracy]"
+    " [selected=selected.yaml] [tracking.uri=URI]"
+)
+RULE = (
+    "Of the trials of a group that ran their whole budget (COMPLETE): those with the best {metric}"
+    " after the last epoch, mean over a trial's seeds; of equals, the one that was tried first."
+)
+TRAINER = "trainer"
+METRICS = {"valid_accuracy": "max", "valid_loss": "min"}  # validation only
+RUNNERS_UP = 3  # shown
+EDGE = 0.05  # of a range, on its scale: as near as that to an end is on the edge
+NEIGHBOURS = 8  # trials of the same rule that are nearest to a selected one
+TOO_MANY_FAILED = 0.25  # of the neighbours
+UNEQUAL = 1.25  # epochs of the group that got most over those of the group that got least
+
+
+class Choice(NamedTuple):
+    """A selected trial."""
+
+    group: dict[str, str]
+    rank: int  # in its group, from 1
+    row: Mapping[str, Any]  # of `runs.trials`
+    tied: list[int]  # other complete trials of the group with exactly this score
+    runners_up: list[tuple[int, float]]  # trial, by how much it is worse; only with the last rank
+
+
+def select(trials: pd.DataFrame, per: Sequence[str], top: int, mode: str) -> list[Choice]:
+    """The `top` best complete trials of each group, by RULE. A group without any is left out.
+
+    Raises Refused if `per` names nothing that was searched.
+    """
+    chosen = []
+    for group, rows in groups(trials, per):
+        complete = [row for row in rows.to_dict("records") if row["state"] == COMPLETE]
+        better = {"max": -1, "min": 1}[mode]
+        ranked = sorted(complete, key=lambda row: (better * row["score"], row["trial"]))
+        for rank, row in enumerate(ranked[:top], start=1):
+            tied = [o["trial"] for o in ranked if o["score"] == row["score"] and o is not row]
+            behind = ranked[top : top + RUNNERS_UP] if rank == min(top, len(ranked)) else []
+            chosen.append(
+                Choice(
+                    group,
+                    rank,
+                    row,
+                    tied,
+                    [(other["trial"], abs(other["score"] - row["score"])) for other in behind],
+                )
+            )
+    return chosen
+
+
+def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], pd.DataFrame]]:
+    """The trials by the values of `per`, in the order in which they were first tried."""
+    columns = {}
+    known = {name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)}
+    for name in per:
+        plain = name.replace("/", ".")
+        if name != TRAINER and plain not in known:
+            allowed = ", ".join(sorted(known | {TRAINER}))
+            raise Refused(f"per: given {name}, allowed is one of {allowed}{nearest(plain, known)}")
+        # By rule, as back-propagation through the E-I network is another one than through the MLP.
+        columns[name] = "rule" if name == TRAINER else SEARCHED + plain
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place, row in enumerate(trials.to_dict("records")):
+        values = (row[column] for column in columns.values())
+        key = tuple(value if isinstance(value, str) else "none" for value in values)
+        found.setdefault(key, []).append(place)
+    return [
+        (dict(zip(columns, key, strict=True)), trials.iloc[places]) for key, places in found.items()
+    ]
+
+
+def warnings(
+    trials: pd.DataFrame,
+    chosen: Sequence[Choice],
+    per: Sequence[str],
+    space: Mapping[str, Any] | None,
+) -> list[str]:
+    """What a reader should know before believing a selection, a line each."""
+    lines = []
+    for choice in chosen:
+        lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, trials, space)]
+    lines += _unequal_budgets(trials, per)
+    for group, rows in groups(trials, per):
+        if COMPLETE not in set(rows["state"]):
+            lines.append(f"{_words(group)}: no trial ran its whole budget, none is selected")
+    saw = [row["trial"] for row in trials.to_dict("records") if row["saw_test"]]
+    if saw:
+        lines.append(
+            f"trials {', '.join(map(str, saw))} evaluated the test set during the search: it is not"
+            " used here, but a searcher or a person may have looked at it"
+        )
+    return lines
+
+
+def _on_the_edge(choice: Choice, space: Mapping[str, Any] | None) -> list[str]:
+    lines = []
+    for name, parameter in _numbers(space, choice.row).items():
+        place = runs.position(parameter)
+        if min(place, 1 - place) <= EDGE:
+            end = "lower" if place < 0.5 else "upper"
+            lines.append(
+                f"{_named(choice)}: {name}={parameter['value']:.4g} lies at the {end} edge of its"
+                f" range ({parameter['low']:g} to {parameter['high']:g})"
+            )
+    return lines
+
+
+def _failed_nearby(
+    choice: Choice, trials: pd.DataFrame, space: Mapping[str, Any] | None
+) -> list[str]:
+    """Whether many of the nearest trials of the same rule failed: then so may a fresh seed."""
+    if space is None:
+        return []
+    own = runs.parameters_of(space, choice.row)
+    others = [
+        row
+        for row in trials.to_dict("records")
+        if row["rule"] == choice.row["rule"] and row["trial"] != choice.row["trial"]
+    ]
+    distance = lambda row: _distance(own, runs.parameters_of(space, row))
+    near = sorted(others, key=distance)[:NEIGHBOURS]
+    failed = sum(row["state"] == FAILED for row in near)
+    if not failed or failed < TOO_MANY_FAILED * len(near):
+        return []
+    return [f"{_named(choice)}: {failed} of the {len(near)} trials nearest to it failed"]
+
+
+def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Euclidean, a range being of length 1 and another choice as far as a whole range."""
+    total = 0.0
+    for name in {*one, *other}:
+        if name not in one or name not in other:
+            total += 1
+        elif one[name]["kind"] == "categorical":
+            total += one[name]["value"] != other[name]["value"]
+        else:
+            total += (runs.position(one[name]) - runs.position(other[name])) ** 2
+    return total**0.5
+
+
+def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
+    budgets = [(_words(group), len(rows), spent(rows)) for group, rows in groups(trials, per)]
+    if len(budgets) < 2:
+        return []
+    counts, epochs = {count for _, count, _ in budgets}, [spent for *_, spent in budgets]
+    if len(counts) == 1 and max(epochs) <= UNEQUAL * min(epochs):
+        return []
+    told = ", ".join(f"{name} {count} trials of {spent} epochs" for name, count, spent in budgets)
+    return [f"the groups got unequal budgets: {told}"]
+
+
+def spent(trials: pd.DataFrame) -> int:
+    """Epochs trained in all, over all seeds."""
+    return sum(row["epochs"] * len(row["seeds"]) for row in trials.to_dict("records"))
+
+
+def _numbers(space: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `row` has of the numeric parameters, by option."""
+    found = {} if space is None else runs.parameters_of(space, row)
+    return {
+        name.partition(".")[2] or name: parameter
+        for name, parameter in found.items()
+        if parameter["kind"] != "categorical"
+    }
+
+
+def _named(choice: Choice) -> str:
+    return f"trial {choice.row['trial']} ({choice.row['rule']})"
+
+
+def _words(group: Mapping[str, str]) -> str:
+    return ", ".join(
+        value if name == TRAINER else f"{name}={value}" for name, value in group.items()
+    )
+
+
+def content(
+    study: StudyRun,
+    uri: str,
+    chosen: Sequence[Choice],
+    metric: str,
+    per: Sequence[str],
+    warned: Sequence[str],
+) -> dict[str, Any]:
+    """What `selected.yaml` says."""
+    return {
+        "study": study.name,
+        "study_run": study.run.info.run_id,
+        "tracking_uri": uri,
+        "metric": metric,
+        "rule": RULE.format(metric=metric),
+        "per": list(per),
+        "selected": [
+            {
+                "trial": choice.row["trial"],
+                "run_id": choice.row["run_id"],
+                "group": dict(choice.group),
+                "rank": choice.rank,
+                "score": choice.row["score"],
+                "tied_with": choice.tied,
+                "command": choice.row["command"],
+            }
+            for choice in chosen
+        ],
+        "warnings": list(warned),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    alone, options = stores.arguments(
+        arguments,
+        USAGE,
+        {
+            "study": None,
+            "top": 1,
+            "per": TRAINER,
+            "metric": None,
+            "selected": "selected.yaml",
+            "tracking.uri": None,
+        },
+    )
+    if alone:
+        raise Refused(f"given {' '.join(alone)}, needed is {USAGE}")
+    uri = stores.address(options["tracking.uri"])
+    store = stores.connect(uri)
+    study = stores.find_study(store, options["study"])
+    metric = options["metric"] or study.options["metric"]
+    if metric not in METRICS:
+        raise Refused(
+            f"metric: given {metric}, allowed is one of {', '.join(METRICS)}: selection sees"
+            f" validation data only"
+        )
+    study.options["metric"] = metric
+    per = options["per"].split(",")
+    trials, dropped = runs.trials(store, study)
+    chosen = select(trials, per, options["top"], METRICS[metric])
+    if not chosen:
+        raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
+    warned = warnings(trials, chosen, per, study.space)
+    text = yaml.safe_dump(content(study, uri, chosen, metric, per, warned), sort_keys=False)
+    runs.write(Path(options["selected"]), text)
+    print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
+    for why in dropped:
+        print(f"left out: {why}")
+    print(RULE.format(metric=metric))
+    for choice in chosen:
+        print(_line(choice, metric))
+    for line in warned:
+        print(f"warning: {line}")
+    print(f"written: {options['selected']}")
+    return 0
+
+
+def _line(choice: Choice, metric: str) -> str:
+    behind = ", ".join(f"trial {n} by {gap:.4g}" for n, gap in choice.runners_up)
+    ties = f"; as good: trials {', '.join(map(str, choice.tied))}" if choice.tied else ""
+    return (
+        f"{_words(choice.group)}, rank {choice.rank}: trial {choice.row['trial']},"
+        f" {metric} {choice.row['score']:.4g}{ties}" + (f"; next {behind}" if behind else "")
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main, __doc__)

@@ -1,0 +1,166 @@
+"""Selection from a planted study: by validation alone, among complete trials alone."""
+
+import math
+import subprocess
+import sys
+
+import pandas as pd
+import planted
+import pytest
+import yaml
+
+from analysis import runs, selection, store as stores
+from analysis.store import Refused
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return planted.write(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def opened(study):
+    store = stores.connect(study.uri)
+    return store, stores.find_study(store, study.study)
+
+
+@pytest.fixture(scope="module")
+def selected(study, tmp_path_factory):
+    """What the command printed, and the file that it wrote."""
+    file = tmp_path_factory.mktemp("selected") / "selected.yaml"
+    command = ["-m", "analysis.selection", f"study={study.study}", f"tracking.uri={study.uri}"]
+    done = subprocess.run(
+        [sys.executable, *command, f"selected={file}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), yaml.safe_load(file.read_text())
+
+
+def test_runs_are_one_tidy_table_and_what_is_left_out_is_said(opened):
+    rows, dropped = runs.trials(*opened)
+    assert rows["trial"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert rows["state"].tolist() == [t.state for t in planted.TRIALS[:7]]
+    assert rows["scores"].tolist() == [t.scores for t in planted.TRIALS[:7]]
+    assert math.isnan(rows["score"][5]) and rows["reason"][5] == planted.TRIALS[5].reason
+    assert rows["searched.optimizer.learning_rate"].tolist()[:2] == ["0.005", "0.004"]
+    assert rows["saw_test"].tolist() == [False, False, False, True, False, False, False]
+    assert dropped == ["trial 7: it has not ended"]
+
+
+def test_parameters_are_those_of_the_trials_branch_of_the_space(opened):
+    store, study = opened
+    rows = runs.trials(store, study).rows.to_dict("records")
+    found = runs.parameters_of(study.space, rows[1])
+    values = {name: parameter["value"] for name, parameter in found.items()}
+    assert values == {"trainer": "exact-inv"} | {
+        f"exact-inv.{name}": value
+        for name, value in planted.WAY["exact-inv"].items()
+        if name not in ("trainer", "model/vf")
+    }
+    rate = found["exact-inv.optimizer.learning_rate"]
+    assert runs.position({**rate, "value": rate["low"]}) == 0
+    assert runs.position({**rate, "value": rate["high"]}) == 1
+    assert runs.position({**rate, "value": 1e-3}) == pytest.approx(0.5)  # 1e-4 to 1e-2, log
+    assert runs.parameters_of(study.space, {"searched.trainer": "taylor"}) == {}
+
+
+def test_best_complete_trials_by_validation_and_of_equals_the_first(selected):
+    """Not the one that is best on test (3), nor the pruned (4) or the running one (7) with the
+    best scores."""
+    _, kept = selected
+    assert [entry["trial"] for entry in kept["selected"]] == [0, 1, 2]
+    assert [entry["group"] for entry in kept["selected"]] == [
+        {"trainer": rule} for rule in ("bp", "exact-inv", "lin-thresh")
+    ]
+    assert [entry["score"] for entry in kept["selected"]] == [90.0, 85.0, 80.0]
+    assert kept["selected"][0]["tied_with"] == [6]
+    assert "COMPLETE" in kept["rule"] and "valid_accuracy" in kept["rule"]
+
+
+def test_runners_up_and_warnings_are_told(selected):
+    lines, kept = selected
+    assert "bp, rank 1: trial 0, valid_accuracy 90; as good: trials 6; next trial 6 by 0, trial 3 by 2" in lines  # fmt: skip  # noqa: E501
+    assert "left out: trial 7: it has not ended" in lines
+    text = "\n".join(kept["warnings"])
+    assert "the groups got unequal budgets: bp 3 trials of 6 epochs" in text
+    assert "trials 3 evaluated the test set during the search" in text
+    assert "trial 2 (lin-thresh): 1 of the 1 trials nearest to it failed" in text
+    assert "edge" not in text
+    assert [line.removeprefix("warning: ") for line in lines if line.startswith("warning")] == (
+        kept["warnings"]
+    )
+
+
+def test_a_value_at_the_edge_of_its_range_is_warned_of(opened):
+    store, study = opened
+    rows, _ = runs.trials(store, study)
+    chosen = selection.select(rows, ["trainer"], 2, "max")
+    assert [(c.row["trial"], c.rank) for c in chosen if c.row["rule"] == "bp"] == [(0, 1), (6, 2)]
+    text = "\n".join(selection.warnings(rows, chosen, ["trainer"], study.space))
+    edge = "trial 6 (bp): optimizer.learning_rate=0.0099 lies at the upper edge of its range"
+    assert f"{edge} (0.0001 to 0.01)" in text
+
+
+def frame(*rows):
+    """Trials as (rule, state, score, **searched)."""
+    return pd.DataFrame(
+        {
+            "trial": number, "run_id": str(number), "rule": rule, "state": state, "score": score,
+            "epochs": 2, "seeds": (number,), "saw_test": False, "searched.a": a,
+        }
+        for number, (rule, state, score, a) in enumerate(rows)
+    )  # fmt: skip
+
+
+def test_the_smallest_wins_if_less_is_better_and_nan_never():
+    rows = frame(
+        ("bp", "complete", 0.5, "x"), ("bp", "complete", 0.2, "y"), ("bp", "failed", math.nan, "x")
+    )
+    assert [c.row["trial"] for c in selection.select(rows, ["trainer"], 3, "min")] == [1, 0]
+
+
+def test_groups_are_made_by_what_was_searched():
+    rows = frame(("bp", "complete", 1.0, "x"), ("bp", "complete", 2.0, "y"),
+                 ("lin-thresh", "complete", 0.0, None))  # fmt: skip
+    chosen = selection.select(rows, ["trainer", "a"], 1, "max")
+    assert [c.group for c in chosen] == [
+        {"trainer": "bp", "a": "x"},
+        {"trainer": "bp", "a": "y"},
+        {"trainer": "lin-thresh", "a": "none"},
+    ]
+    with pytest.raises(Refused, match="per: given b, allowed is one of a, trainer"):
+        selection.select(rows, ["b"], 1, "max")
+
+
+def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
+    rows = frame(("bp", "complete", 1.0, "x"), ("exact-inv", "pruned", 2.0, "x"))
+    chosen = selection.select(rows, ["trainer"], 1, "max")
+    assert selection.warnings(rows, chosen, ["trainer"], None) == [
+        "exact-inv: no trial ran its whole budget, none is selected"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["metric=test_accuracy"], "metric: given test_accuracy, allowed is one of valid_accuracy"),
+        (["study=plantet"], "study: given plantet, allowed is one of planted .*did you mean"),
+        (["top=0"], "top: given 0, allowed is a whole number of at least 1"),
+        (["per=learning_rate"], "per: given learning_rate, allowed is one of"),
+        (["selected=/nowhere/selected.yaml"], "out: given /nowhere/selected.yaml, allowed is"),
+        (["tops=1"], "tops: unknown option; did you mean top?"),
+        (["--top"], "given --top .*needed is python -m analysis.selection"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(given, message, study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=message) as refusal:
+        selection.main([*given, f"tracking.uri={study.uri}"])
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_the_newest_or_that_of_a_run_id(study, opened):
+    store, _ = opened
+    assert stores.find_study(store).name == study.study
+    assert stores.find_study(store, study.run_id).run.info.run_id == study.run_id
