@@ -22,8 +22,11 @@ help: ## show this list
 
 install: $(STAMP) ## make the environment .venv; done again only when the lock or pyproject.toml changes
 
-study: $(STAMP) ## run the default study
+study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seeds, the test set
 	$(BIN)/python tune_main.py $(ARGS)
+	$(BIN)/python -m analysis.selection selected=out/selected.yaml
+	$(BIN)/python -m analysis.retrain out/selected.yaml seeds=3
+	$(BIN)/python -m analysis.report
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -99,7 +99,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
     dataset, depth (hidden layers), averaged (feedback weights), feedback (has any), seed, state,
     reason, epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device,
-    code (hash), and every metric as it was after the last epoch.
+    code and data (hashes), and every metric as it was after the last epoch.
     """
     rows, dropped = [], []
     for run in stores.children(store, study):
@@ -131,6 +131,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 "host": tags.get("host"),
                 "device": tags.get("device"),
                 "code": tags.get("code_sha256"),
+                "data": tags.get("data_sha256"),
                 **run.data.metrics,
             }
         )

@@ -41,7 +41,8 @@ def test_runs_are_one_tidy_table_and_what_is_left_out_is_said(opened):
     assert rows["trial"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert rows["state"].tolist() == [t.state for t in planted.TRIALS[:7]]
     assert rows["scores"].tolist() == [t.scores for t in planted.TRIALS[:7]]
-    assert math.isnan(rows["score"][5]) and rows["reason"][5] == planted.TRIALS[5].reason
+    failed = rows.to_dict("records")[5]
+    assert math.isnan(failed["score"]) and failed["reason"] == planted.TRIALS[5].reason
     assert rows["searched.optimizer.learning_rate"].tolist()[:2] == ["0.005", "0.004"]
     assert rows["saw_test"].tolist() == [False, False, False, True, False, False, False]
     assert dropped == ["trial 7: it has not ended"]

@@ -1,0 +1,257 @@
+"""Reports: the same numbers in four forms, and those of MLflow's raw metrics."""
+
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+import yaml
+from mlflow import MlflowClient
+from plotly.offline import get_plotlyjs
+from scipy import stats as scipy_stats
+
+from analysis import ledger, report, runs, store as stores, tables
+from analysis.cell import Seed
+from analysis.store import Refused
+
+RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
+SEEDS = range(4)
+BEGAN = planted.BEGAN + 1e6
+
+
+def score(trial, seed):
+    """Test accuracy that is planted; validation is 1 more. No two are alike."""
+    return 80.0 - 3 * trial + math.sin(10 * trial + seed)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A planted study, its selected trials retrained over four seeds: one diverged, one flagged."""
+    made = planted.write(tmp_path_factory.mktemp("planted"), study="under_score")
+    store = stores.connect(made.uri)
+    found = stores.find_study(store, made.study)
+    trials = runs.trials(store, found).rows.to_dict("records")
+    for rule, number in RULES.items():
+        run_id = trials[number]["run_id"]
+        options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
+        averaged = {"bp": "none", "exact-inv": "false", "lin-thresh": "true"}[rule]
+        cell = ledger.Cell(
+            str(number), options, "python -m disinhib", rule, 1, averaged, rule, {}, number, run_id
+        )
+        for seed in SEEDS:
+            broken = (number, seed) == (2, 3)
+            epochs = [
+                (BEGAN + e, {"valid_accuracy": score(number, seed) + e - 1, "train_CL_loss": 1 / e})
+                for e in (1, 2)
+            ]
+            end = epochs[-1][1]
+            end |= {"test_accuracy": score(number, seed), "test_loss": 0.5}
+            if rule != "bp":
+                end |= {"ode_gap": 1e-5, "ode_reached": 1.0, "ode_growth": -9.0 + seed}
+            about = {"host": "here", "device": "cpu", "code_sha256": "c0de", "data_sha256": "da7a"}
+            state, why = ("failed", "Diverged: x<b>&") if broken else ("complete", None)
+            flag = "the steady state is unstable" if (number, seed) == (1, 2) else ""
+            ledger.write(
+                store, found, cell,
+                Seed(seed, state, why, epochs[:1] if broken else epochs, flag,
+                     None if broken else b"model"),
+                about, {"provenance.json": "{}"}, None,
+            )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory):
+    """What the command has written."""
+    out = tmp_path_factory.mktemp("report")
+    arguments = [f"study={study.run_id}", f"tracking.uri={study.uri}", f"out={out}"]
+    assert report.main(arguments) == 0
+    return out
+
+
+def raw(study):
+    """(rule, seed) -> test accuracy, straight from MLflow."""
+    client = MlflowClient(tracking_uri=study.uri)
+    experiment = client.get_run(study.run_id).info.experiment_id
+    found = client.search_runs([experiment], "tags.retraining_state = 'complete'")
+    told = {}
+    for run in found:
+        (value,) = client.get_metric_history(run.info.run_id, "test_accuracy")
+        told[run.data.tags["rule"], int(run.data.tags["seed"])] = value.value
+    return told
+
+
+class Cells(HTMLParser):
+    """The texts of a page's tables, row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.cell = [], None
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.cell = ""
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.rows[-1].append(self.cell)
+            self.cell = None
+
+
+def tables_of_html(text):
+    parser = Cells()
+    parser.feed(text)
+    return parser.rows
+
+
+def tables_of_markdown(text):
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def tables_of_latex(text):
+    plain = text
+    for command, sign in ((r"\%", "%"), (r"$\pm$", "±"), ("$-$", "−"), (r"\_", "_")):
+        plain = plain.replace(command, sign)
+    lines = [line for line in plain.splitlines() if line.endswith(r"\\")]
+    rows = [[cell.strip() for cell in line.removesuffix(r"\\").split("&")] for line in lines]
+    return [[{"--": "–"}.get(cell, cell) for cell in row] for row in rows]
+
+
+def test_the_four_forms_have_the_same_numbers(folder):
+    markdown = tables_of_markdown((folder / "report.md").read_text())
+    latex = tables_of_latex((folder / "report.tex").read_text())
+    html = tables_of_html((folder / "report.html").read_text())
+    assert len(markdown) == 4 + 4  # two tables of a head and three rules
+    assert latex == markdown
+    assert [row for row in html if row in markdown] == markdown
+    numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text()))
+    head, *lines = markdown[:4]
+    for line, row in zip(lines, numbers.to_dict("records"), strict=True):
+        cells = dict(zip(head, line, strict=True))
+        assert cells["rule"] == row["rule"]
+        spread = f"{row['test_mean']:.2f} ± {row['test_sd']:.2f} ({row['n']})"
+        assert cells["test accuracy (n)"] == spread
+        assert cells["95 % interval"] == f"[{row['test_low']:.2f}, {row['test_high']:.2f}]"
+        assert cells["validation"] == f"{row['valid_mean']:.2f} ± {row['valid_sd']:.2f}"
+        assert cells["tuned"] == f"{row['tuned']:.2f}"
+        assert cells["diverged"] == str(row["diverged"])
+        signed = cells["test minus bp"].replace("−", "-")
+        assert signed == ("–" if math.isnan(row["bp_mean"]) else f"{row['bp_mean']:+.2f}")
+
+
+def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
+    told = raw(study)
+    numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text())).to_dict("records")
+    assert [row["rule"] for row in numbers] == list(RULES)
+    for row in numbers:
+        own = [value for (rule, _), value in sorted(told.items()) if rule == row["rule"]]
+        assert own == [score(RULES[row["rule"]], seed) for seed in range(len(own))]
+        assert row["n"] == len(own) == (3 if row["rule"] == "lin-thresh" else 4)
+        assert row["test_mean"] == pytest.approx(np.mean(own), abs=1e-12)
+        assert row["test_sd"] == pytest.approx(np.std(own, ddof=1), abs=1e-12)
+        assert row["test_low"] < row["test_mean"] < row["test_high"]
+        assert row["valid_mean"] == pytest.approx(np.mean(own) + 1, abs=1e-12)
+        trial = planted.TRIALS[RULES[row["rule"]]]
+        assert row["tuned"] == trial.scores[-1]
+        assert row["gap"] == pytest.approx(trial.scores[-1] - np.mean(own) - 1, abs=1e-12)
+    by = {row["rule"]: row for row in numbers}
+    pairs = [told["exact-inv", seed] - told["bp", seed] for seed in SEEDS]
+    assert by["exact-inv"]["bp_mean"] == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert by["exact-inv"]["bp_paired"] and not by["lin-thresh"]["bp_paired"]
+    t = scipy_stats.t.interval(0.95, 3, np.mean(pairs), scipy_stats.sem(pairs))
+    assert t[0] < by["exact-inv"]["bp_low"] < by["exact-inv"]["bp_high"] < t[1]
+    assert (by["lin-thresh"]["diverged"], by["exact-inv"]["flagged"]) == (1, 1)
+
+
+def test_what_the_search_cost_is_told(study, folder):
+    rows = tables_of_markdown((folder / "report.md").read_text())[4:]
+    assert rows[0][:6] == ["rule", "trials", "complete", "pruned", "failed", "epochs"]
+    assert [row[:6] for row in rows[1:]] == [
+        ["bp", "3", "3", "0", "0", "6"],
+        ["exact-inv", "2", "1", "1", "0", "3"],
+        ["lin-thresh", "2", "1", "0", "1", "2"],
+    ]
+
+
+def test_what_a_reader_must_know_is_in_the_report(folder):
+    text = (folder / "report.md").read_text()
+    for words in (
+        "seed 3 diverged: Diverged: x<b>&",
+        "seed 2: the steady state is unstable",
+        "left out: trial 7: it has not ended",
+        "n = 3: the 95 % interval covers",
+        "evaluated the test set during the search",
+        "the groups got unequal budgets",
+    ):
+        assert words in text, words
+
+
+def test_the_page_needs_nothing_else_and_has_no_empty_panel(folder):
+    whole = (folder / "report.html").read_text()
+    assert get_plotlyjs() in whole
+    text = whole.replace(get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", text)
+    sections = re.findall(r'<section id="([\w-]+)"', text)
+    for name in ("learning", "history", "budget", "slices", "failures", "ode"):
+        assert name in sections, sections
+    assert "Diverged: x&lt;b&gt;&amp;" in text and "x<b>&" not in text
+    for sentence in ("provenance", "SHA-256", "tune_main.py"):
+        assert sentence in text
+
+
+def test_it_is_attached_to_the_studys_run(study, folder):
+    client = MlflowClient(tracking_uri=study.uri)
+    attached = [f.path for f in client.list_artifacts(study.run_id, report.ARTIFACTS)]
+    assert sorted(attached) == sorted(f"report/{file}" for file in report.FORMS)
+
+
+def test_without_retraining_it_reports_the_search_alone(tmp_path):
+    made = planted.write(tmp_path)
+    report.main([f"study={made.study}", f"tracking.uri={made.uri}", f"out={tmp_path / 'out'}"])
+    rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
+    assert rows[0][:2] == ["rule", "trials"]
+    assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
+    sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())
+    assert "learning" not in sections and "history" in sections
+
+
+def test_seeds_without_a_partner_are_compared_unpaired():
+    def row(rule, seed, test):
+        return {
+            "of_run": None, "configuration": rule, "rule": rule, "dataset": "digits", "depth": 1,
+            "averaged": False, "feedback": rule != "bp", "trial": math.nan, "budget": 2,
+            "seed": seed, "state": "complete", "flag": "", "test_accuracy": test,
+            "valid_accuracy": test,
+        }  # fmt: skip
+
+    rows = [row("bp", s, 90.0 + s) for s in (0, 1, 2)] + [row("taylor", s, 80.0) for s in (3, 4)]
+    numbers = tables.results(pd.DataFrame(rows), pd.DataFrame()).to_dict("records")
+    assert [(r["rule"], r["bp_mean"], r["bp_paired"]) for r in numbers][1] == ("taylor", -11, False)
+    shown = tables.shown(pd.DataFrame(numbers))
+    assert "tuned" not in shown and "trial" not in shown and "test minus bp" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["study=other"], "study: given other, allowed is one of"),
+        (["out=/proc/nothing"], "out: given /proc/nothing, allowed is a folder"),
+        (["format=pdf"], "format: unknown option; needed is python -m analysis.report"),
+        (["name"], "given name, needed is python -m analysis.report"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(given, message, study):
+    with pytest.raises(Refused, match=message) as refusal:
+        report.main([*given, f"tracking.uri={study.uri}"])
+    assert "\n" not in str(refusal.value)
