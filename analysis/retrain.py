@@ -298,7 +298,8 @@ def _retrain(
     settings: Mapping[str, Any],
 ) -> int:
     written = ledger.read(store, study)
-    hashed = _code_hash(provenance.code(provenance.ROOT))
+    code = provenance.code(provenance.ROOT)
+    hashed = _code_hash(code)
     tasks = []
     for one in planned:
         done = [seed for seed in seeds if (one.key, seed) in written.finished]
@@ -324,7 +325,10 @@ def _retrain(
     )
     if not tasks:
         return 0
+    here = folder / origin.ORIGIN
+    here.write_text(json.dumps({"id": study.id}))
     with execution.cluster(settings["cluster"]):
+        execution.check_machines(here, study.id, code["files"])
         failed = _run(store, study, tasks, written, settings)
     if failed:
         print(f"{len(failed)} of {len(tasks)} configurations are not done: give the command again")
@@ -432,7 +436,7 @@ def _progress(tasks: Sequence[Task]) -> str:
         for task in tasks
         if (done := cells.epochs_done(task.file))
     ]
-    return f"{'; '.join(told) or 'starting'} ({len(tasks)} configurations left)"
+    return f"{'; '.join(told) or 'starting'} ({len(tasks)} left)"
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ edge of its range, failures nearby, groups that got unequal budgets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +166,10 @@ def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 
 def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
-    budgets = [(_words(group), len(rows), spent(rows)) for group, rows in groups(trials, per)]
+    budgets = [
+        (_words(group), len(rows), spent(rows.to_dict("records")))
+        for group, rows in groups(trials, per)
+    ]
     if len(budgets) < 2:
         return []
     counts, epochs = {count for _, count, _ in budgets}, [spent for *_, spent in budgets]
@@ -176,9 +179,9 @@ def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
     return [f"the groups got unequal budgets: {told}"]
 
 
-def spent(trials: pd.DataFrame) -> int:
+def spent(trials: Iterable[Mapping[str, Any]]) -> int:
     """Epochs trained in all, over all seeds."""
-    return sum(row["epochs"] * len(row["seeds"]) for row in trials.to_dict("records"))
+    return sum(row["epochs"] * len(row["seeds"]) for row in trials)
 
 
 def _numbers(space: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:

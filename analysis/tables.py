@@ -30,14 +30,16 @@ def results(
     flagged (seeds whose dynamics were not borne out), test_mean, test_sd, test_low, test_high,
     valid_mean, valid_sd, bp_mean, bp_low, bp_high, bp_paired (difference of test accuracy to bp on
     the same data with the same depth and epochs), tuned (the trial's score in the search), gap
-    (that minus the mean of `metric` over the fresh seeds), key.
+    (that minus the mean of `metric` over the fresh seeds), search_trials and search_epochs (what
+    the rule got of the search), key.
     """
     if retrained.empty:
         return pd.DataFrame()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in retrained.to_dict("records"):
         groups.setdefault(_key(row), []).append(row)
-    tuned = {} if trials.empty else dict(zip(trials["run_id"], trials["score"], strict=True))
+    tried = trials.to_dict("records")
+    tuned = {row["run_id"]: row["score"] for row in tried}
     rows = []
     for key, seeds in groups.items():
         first = seeds[0]
@@ -73,6 +75,8 @@ def results(
                 "bp_paired": versus.paired if versus else None,
                 "tuned": score,
                 "gap": score - again.mean,
+                "search_trials": sum(row["rule"] == first["rule"] for row in tried),
+                "search_epochs": spent(row for row in tried if row["rule"] == first["rule"]),
                 "key": key,
             }
         )
@@ -114,8 +118,7 @@ def search(trials: pd.DataFrame, mode: str = "max") -> pd.DataFrame:
     epochs trained over all seeds, hours of its trials, best validation score."""
     rows = []
     for rule in dict.fromkeys(trials["rule"]):
-        own = pd.DataFrame(trials[trials["rule"] == rule])
-        records = own.to_dict("records")
+        records = [row for row in trials.to_dict("records") if row["rule"] == rule]
         states = [row["state"] for row in records]
         scores = [row["score"] for row in records if row["state"] == COMPLETE]
         rows.append(
@@ -123,7 +126,7 @@ def search(trials: pd.DataFrame, mode: str = "max") -> pd.DataFrame:
                 "rule": rule,
                 "trials": len(records),
                 **{state: states.count(state) for state in (COMPLETE, PRUNED, FAILED)},
-                "epochs": spent(own),
+                "epochs": spent(records),
                 "hours": sum(row["seconds"] for row in records) / 3600,
                 "best": {"max": max, "min": min}[mode](scores, default=math.nan),
             }

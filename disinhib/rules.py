@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from disinhib.activations import tangent_of_inverse
 from disinhib.architecture import Architecture, Hyperparameters
-from disinhib.feedback import jacobian_weights, modified
+from disinhib.feedback import FeedbackWeights, jacobian_weights, modified
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.network import NetworkState, Parameters, implicit_output, mlp_forward
@@ -121,10 +121,7 @@ def disinhibitory_control(
     loss = LOSSES[architecture.loss]
     circuit = microcircuit(architecture, hyper)
     opened = open_loop(architecture, parameters, hyper, x)
-    weights = modified(architecture, hyper, jacobian_weights(circuit, parameters, opened.state))
-    # Chosen by value: strong and weak feedback are one compiled program.
-    nudged = loss.nudged_target(opened.state.u_y, target, hyper.target_nudge)
-    aim = jnp.where(jnp.asarray(hyper.strong_fb, bool), target, nudged)
+    weights, aim = feedback_and_aim(architecture, parameters, hyper, opened.state, target)
     closed = closed_loop(architecture, parameters, hyper, x, aim, weights, opened.state)
     estimates, rule_state = estimate(
         architecture, hyper, circuit, rule_state, opened.state, closed.state
@@ -144,6 +141,22 @@ def disinhibitory_control(
         delta = -loss.error(opened.state.u_y, target)
     gradients["kernel_out"] = rate.T @ (delta / len(x))
     return Update(gradients, rule_state, closed)
+
+
+def feedback_and_aim(
+    architecture: Architecture,
+    parameters: Parameters,
+    hyper: Hyperparameters,
+    opened: NetworkState,
+    target: Float[Array, "batch out"],
+) -> tuple[FeedbackWeights, Float[Array, "batch out"]]:
+    """What closes the loop, from the open-loop state: feedback weights, and what the controller
+    aims at (the target itself, or with weak feedback a nudge towards it)."""
+    circuit = microcircuit(architecture, hyper)
+    weights = modified(architecture, hyper, jacobian_weights(circuit, parameters, opened))
+    # Chosen by value: strong and weak feedback are one compiled program.
+    nudge = LOSSES[architecture.loss].nudged_target(opened.u_y, target, hyper.target_nudge)
+    return weights, jnp.where(jnp.asarray(hyper.strong_fb, bool), target, nudge)
 
 
 def _initial_mean_rates(architecture: Architecture, hyper: Hyperparameters) -> RuleState:

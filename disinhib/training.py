@@ -1,6 +1,6 @@
 """Training as a pure function of (configuration, seed) (DESIGN section 4).
 
-`epoch` is one scan over the shuffled training set, for one seed; `run_epoch` runs it, and the
+`epoch` is one scan over the shuffled training set, for one seed; `advance` runs it, and the
 evaluations, over a leading axis of lanes (seeds). The compiled programs are kept by their
 static `Architecture`, so that every run of a structure in a process shares them.
 """
@@ -244,11 +244,21 @@ def programs() -> Programs:
 
 
 def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
+    """`advance` where one diverged lane ends all: raises Diverged with the first one's reason."""
+    state, metrics = advance(config, data, state)
+    reasons = divergences(config, metrics, state)
+    if reasons:
+        raise Diverged(reasons[min(reasons)])
+    return state, metrics
+
+
+def advance(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
     """Trains one epoch and evaluates; metrics under the published names, each `[lanes]`.
 
     `train_CL_*` describe training (closed loop), `valid_*` the open loop on the validation set,
     `train_OL_*` and `test_*` likewise where the configuration asks for them (the test set only
-    after the last epoch); `epoch_seconds` is the wall time of all of it. Raises Diverged.
+    after the last epoch); `epoch_seconds` is the wall time of all of it. A lane that diverges does
+    not touch the others: nothing is raised, `divergences` says which have.
     """
     start = time.perf_counter()
     hyper = as_arrays(config.hyperparameters)
@@ -265,28 +275,33 @@ def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[Trai
             config.architecture, state.parameters, hyper, split, data.scale
         )
         metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}
-    _refuse_divergence(config, metrics, state)
     metrics["epoch_seconds"] = np.full(len(state.seed), time.perf_counter() - start)
     return state, metrics
 
 
-def _refuse_divergence(config: RunConfig, metrics: Metrics, state: TrainingState) -> None:
-    """Raises Diverged for the first lane that has; causes (a layer) go before consequences."""
-    for lane, seed in enumerate(state.seed.tolist()):
-        where = f"in epoch {int(state.epoch[lane])} (seed {seed})"
-        values = {name: values[lane] for name, values in metrics.items()}
-        if not values["train_CL_largest_weight"] <= config.max_weight:  # nor is NaN
-            parameters = {name: np.asarray(leaf[lane]) for name, leaf in state.parameters.items()}
-            raise Diverged(_broken_layer(config, parameters, where))
-        for name, value in values.items():
-            if not np.isfinite(value):
-                raise Diverged(f"{name} is {value} {where}")
-        share = values["train_CL_converged_share"]
-        if share < config.min_converged_share:
-            raise Diverged(
-                f"train_CL_converged_share is {share:.4f} {where},"
-                f" below min_converged_share={config.min_converged_share}"
-            )
+def divergences(config: RunConfig, metrics: Metrics, state: TrainingState) -> dict[int, str]:
+    """Lanes that have diverged, each with its reason, by what `advance` has given of an epoch."""
+    reasons = {lane: _divergence(config, metrics, state, lane) for lane in range(len(state.seed))}
+    return {lane: reason for lane, reason in reasons.items() if reason is not None}
+
+
+def _divergence(config: RunConfig, metrics: Metrics, state: TrainingState, lane: int) -> str | None:
+    """Why a lane has diverged, if it has; causes (a layer) go before consequences."""
+    where = f"in epoch {int(state.epoch[lane])} (seed {int(state.seed[lane])})"
+    values = {name: values[lane] for name, values in metrics.items()}
+    if not values["train_CL_largest_weight"] <= config.max_weight:  # nor is NaN
+        parameters = {name: np.asarray(leaf[lane]) for name, leaf in state.parameters.items()}
+        return _broken_layer(config, parameters, where)
+    for name, value in values.items():
+        if not np.isfinite(value):
+            return f"{name} is {value} {where}"
+    share = values["train_CL_converged_share"]
+    if share < config.min_converged_share:
+        return (
+            f"train_CL_converged_share is {share:.4f} {where},"
+            f" below min_converged_share={config.min_converged_share}"
+        )
+    return None
 
 
 def _broken_layer(config: RunConfig, parameters: dict[str, np.ndarray], where: str) -> str:

@@ -182,6 +182,9 @@ def test_what_the_search_cost_is_told(study, folder):
         ["exact-inv", "2", "1", "1", "0", "3"],
         ["lin-thresh", "2", "1", "0", "1", "2"],
     ]
+    numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text())).to_dict("records")
+    spent = [(row["rule"], row["search_trials"], row["search_epochs"]) for row in numbers]
+    assert spent == [(row[0], int(row[1]), int(row[5])) for row in rows[1:]]
 
 
 def test_what_a_reader_must_know_is_in_the_report(folder):

@@ -257,6 +257,24 @@ def test_a_grid_is_no_study():
         options.compose(["experiment=table1"])
 
 
+@pytest.mark.parametrize(
+    "file",
+    sorted((command_line.CONFIGURATIONS / "experiment").glob("*.yaml")),
+    ids=lambda f: f.stem,
+)
+def test_every_experiment_composes_and_says_what_to_expect(file):
+    text = file.read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert f"experiment={file.stem}" in head and "Expect" in head
+    asked = f"experiment={file.stem}"
+    if "\ngrid:" in text:
+        axes, rest = retrain._axes([asked])
+        planned = retrain.of_grid(retrain._settings(rest), rest, axes)
+        assert len(planned) == math.prod(len(names) for names in axes.values())
+    else:
+        assert options.compose([asked]).overrides == (asked,)
+
+
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     """Planted: the second of two seeds, in its second epoch."""
     settings, _ = command_line.compose(retrain.CONFIG, [GRID[0], "epochs=3"])

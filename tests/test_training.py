@@ -246,6 +246,35 @@ def test_too_few_converged_samples_end_the_run_of_their_lane():
     )
 
 
+def test_a_lane_that_diverges_leaves_the_other_alone(tiny):
+    """The other's metrics and parameters are those of a run without it."""
+    broken = with_weight(training.initial_state(tiny, [5, 6]), "kernel_out", 0, np.nan)
+    data, alone = training.prepare(tiny), training.initial_state(tiny, [6])
+    for epoch in (1, 2):
+        broken, metrics = training.advance(tiny, data, broken)
+        alone, own = training.run_epoch(tiny, data, alone)
+        assert training.divergences(tiny, metrics, broken) == {
+            0: f"kernel_0 has non-finite values in epoch {epoch} (seed 5)"
+        }
+        assert training.divergences(tiny, own, alone) == {}
+        assert metrics.keys() == own.keys()
+        for name in own.keys() - {"epoch_seconds"}:
+            np.testing.assert_allclose(metrics[name][1], own[name][0], rtol=1e-5, err_msg=name)
+        for name, leaf in alone.parameters.items():
+            np.testing.assert_allclose(broken.parameters[name][1], leaf[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_lane_that_has_diverged_is_named(still):
+    state = training.initial_state(still, [5, 6, 7])
+    state = with_weight(with_weight(state, "kernel_1", 0, np.inf), "bias_0", 2, 2500.0)
+    state, metrics = training.advance(still, training.prepare(still), state)
+    assert metrics["epoch_seconds"].shape == (3,)
+    assert training.divergences(still, metrics, state) == {
+        0: "kernel_0 has non-finite values in epoch 1 (seed 5)",
+        2: "largest |weight| of bias_0 is 2500 in epoch 1 (seed 7), above max_weight=1000.0",
+    }
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(
         ConfigError, match=r"batchsize: given 1151, allowed is 1 to 1150 \(digits\)"
