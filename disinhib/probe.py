@@ -73,7 +73,7 @@ def probe(
     runs open loop only. None for the plain MLP, which has no dynamics.
 
     With 100 samples on one core: 14 s for one hidden layer of 256, 29 s for three, of which 12 s
-    and 17 s are compilation and come once a structure; some times that where nothing settles.
+    and 17 s are compilation and come once a structure. Where nothing settles it can take 90 s.
     """
     architecture = config.architecture
     if architecture.circuit == "non-dale":

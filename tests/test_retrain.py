@@ -115,7 +115,7 @@ def test_a_seed_is_what_its_command_trains(study, rows):
     composed, _ = command_line.compose(command_line.TRAINING, words[3:])
     run = config.parse(composed)
     told = []
-    training.train(run, [run.seed], lambda _, metrics: told.append(metrics))
+    training.train(run, [row["seed"]], lambda _, metrics: told.append(metrics))
     for name in ("train_CL_loss", "valid_loss", "valid_accuracy", "test_accuracy"):
         assert row[name] == pytest.approx(float(told[-1][name][0]), rel=1e-4), name
     store = stores.connect(study.uri)
