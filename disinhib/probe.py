@@ -72,8 +72,8 @@ def probe(
     feedback weights and the aim of training; it is linearised in closed loop. That of another rule
     runs open loop only. None for the plain MLP, which has no dynamics.
 
-    With 100 samples on one core: 14 s for one hidden layer of 256, 29 s for three, of which 12 s
-    and 17 s are compilation and come once a structure. Where nothing settles it can take 90 s.
+    With 100 samples on one core: 13 s for one hidden layer of 256, 28 s for three, of which 11 s
+    and 17 s are compilation and come once a structure. Where nothing settles it can take 90 s more.
     """
     architecture = config.architecture
     if architecture.circuit == "non-dale":

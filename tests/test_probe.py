@@ -31,7 +31,7 @@ def configured(*overrides):
     return parse(command_line.compose("train", [*DALE, *SIZES, *overrides])[0])
 
 
-def batch_for(config, samples=20):
+def batch_for(config, samples=20) -> Any:
     """(parameters, x, target): random weights and images."""
     weights, images, labels = jax.random.split(jax.random.key(1), 3)
     sizes = config.architecture.sizes
