@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from analysis.selection import METRICS, Choice
 from analysis.store import Refused, Store, StudyRun
 from disinhib import errors
 from disinhib.errors import one_line
+from disinhib.tuning.provenance import masked
 
 USAGE = "python -m analysis.report [study=NAME] [out=FOLDER] [tracking.uri=URI]"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -163,6 +163,15 @@ def _named(row: Any) -> str:
     return _called({**row, "averaged": row["feedback"] == tables.FEEDBACK["true"]})
 
 
+RULES = {  # to a reader who has not seen them
+    "bp": "back-propagation through a plain network, which the others are compared with",
+    "bp-ei": "back-propagation through the network of excitatory-inhibitory microcircuits",
+    "exact-inv": "dis-inhibitory control, by which each excitatory neuron of a microcircuit learns"
+    " from how far top-down feedback has moved its interneuron",
+    "lin-thresh": "the same where a neuron knows its interneuron's activation only as a straight"
+    " line at its mean rate",
+    "taylor": "the same with that line at a fixed rate",
+}
 SEARCH_NOTE = (
     "What each rule got of the search. Epochs are counted over all seeds of a trial; hours are its"
     " trials' one after another. Pruned trials were stopped by the scheduler, failed ones"
@@ -220,6 +229,7 @@ def as_html(report: Report) -> str:
     return template.render(
         title=report.study.name,
         subtitle=_subtitle(report),
+        rules=[(rule, words) for rule, words in RULES.items() if rule in _rules(report)],
         summary=summary(report),
         tables=[
             {"title": f"Test accuracy on {name}", "note": note, "html": Markup(tables.html(table))}
@@ -241,6 +251,10 @@ def as_html(report: Report) -> str:
         provenance_json=json.dumps(report.study.provenance, indent=1),
         plotly_js=Markup(plotly.offline.get_plotlyjs()),
     )
+
+
+def _rules(report: Report) -> set[str]:
+    return {*report.trials["rule"], *(report.retrained["rule"] if len(report.retrained) else ())}
 
 
 def _subtitle(report: Report) -> str:
@@ -265,7 +279,7 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
     return [
         ("study", f"{study.name} ({study.id})"),
         ("command", tags.get("command", "")),
-        ("report", shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])),
+        ("report", f"python -m analysis.report study={study.name}"),
         ("code", f"disinhib {code['version']}, commit {code['commit'] or 'unknown'}"
          + (", with changes that are not committed" if code["diff"] else "")),
         ("packages", ", ".join(f"{n} {v}" for n, v in made["packages"].items() if v)),
@@ -311,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # MLflow's stores of artifacts raise their own kinds
         print(f"error: MLflow did not take the report: {one_line(error)}", file=sys.stderr)
         return 1
-    print(f"attached: {ARTIFACTS}/ of run {study.run.info.run_id} in {store.uri}")
+    print(f"attached: {ARTIFACTS}/ of run {study.run.info.run_id} in {masked(store.uri)}")
     return 0
 
 

@@ -148,7 +148,10 @@ def of_selection(
         raise Refused(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
         ) from error
-    store = stores.connect(settings["tracking"]["uri"] or uri)
+    given = settings["tracking"]["uri"]
+    if given is None and ":***@" in uri:
+        raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
+    store = stores.connect(given or uri)
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
@@ -265,12 +268,12 @@ def _recorded(settings: Mapping[str, Any], command: str, first: Cell) -> tuple[S
         if run.info.run_name == name
     ]
     if not found:
-        tags = {"study": name, "study_id": uuid.uuid4().hex, "command": origin.masked(command)}
+        tags = {"study": name, "study_id": uuid.uuid4().hex, "command": provenance.masked(command)}
         made = store.client.create_run(experiment.id, None, tags, name)
         about = {"metric": "valid_accuracy", "mode": "max"}
         grid = {axis: {str(n): o for n, o in of.items()} for axis, of in settings["grid"].items()}
         kept = yaml.safe_dump({**settings, "grid": grid, **about})
-        store.client.log_text(made.info.run_id, origin.masked(kept), "config.yaml")
+        store.client.log_text(made.info.run_id, provenance.masked(kept), "config.yaml")
         threads = settings["cluster"]["cpus_per_trial"]
         collected = provenance.collect(config.parse(first.options), threads)
         store.client.log_text(made.info.run_id, json.dumps(collected, indent=1), "provenance.json")

@@ -22,6 +22,7 @@ from analysis.runs import COMPLETE, FAILED, SEARCHED
 from analysis.store import Refused, StudyRun
 from disinhib import errors
 from disinhib.errors import nearest
+from disinhib.tuning.provenance import masked
 
 USAGE = (
     "python -m analysis.selection [study=NAME] [top=1] [per=trainer] [metric=valid_accuracy]"
@@ -216,7 +217,7 @@ def content(
     return {
         "study": study.name,
         "study_run": study.run.info.run_id,
-        "tracking_uri": uri,
+        "tracking_uri": masked(uri),
         "metric": metric,
         "rule": RULE.format(metric=metric),
         "per": list(per),

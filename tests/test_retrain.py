@@ -173,6 +173,7 @@ def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, done, rows)
         ({"run_id": "0" * 32}, f"{'0' * 32}: no such run"),
         ({"study_run": "0" * 32}, f"study: given {'0' * 32}, allowed is one of planted"),
         ({"selected": None}, "is not what analysis.selection writes"),
+        ({"tracking_uri": "postgresql://me:***@host/db"}, "missing, as .* keeps no passwords"),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused(edit, message, study, selected, tmp_path):

@@ -161,6 +161,12 @@ def test_bad_input_is_refused_in_one_line(given, message, study, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_no_password_is_written_into_the_file(opened):
+    _, study = opened
+    kept = selection.content(study, "postgresql://me:secret@host/db", [], "valid_loss", [], [])
+    assert kept["tracking_uri"] == "postgresql://me:***@host/db"
+
+
 def test_a_study_is_the_newest_or_that_of_a_run_id(study, opened):
     store, _ = opened
     assert stores.find_study(store).name == study.study

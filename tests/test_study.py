@@ -974,7 +974,7 @@ def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
 
 
 def test_passwords_in_addresses_are_masked():
-    said = origins.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
+    said = provenance.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
     assert said == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
 
 

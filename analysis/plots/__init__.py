@@ -93,9 +93,9 @@ PANELS: tuple[tuple[str, str, str, Callable[[Material], Drawn]], ...] = (
     (
         "slices",
         "Score against each parameter",
-        "Each mark is a trial, at its value of one parameter and at its score; between the dashed"
-        " lines lies what was searched, and if the best trial (star) is near one of them, a wider"
-        " range might hold a better one.",
+        "Each mark is a trial, at its value of one parameter (dimensionless, but for times tau in"
+        " seconds) and at its score; between the dashed lines lies what was searched, and if the"
+        " best trial (star) is near one of them, a wider range might hold a better one.",
         draw_slices,
     ),
     (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shlex
 import tempfile
 import uuid
@@ -129,7 +128,7 @@ def tags(study: Study, origin: dict[str, Any]) -> dict[str, str]:
     made = origin["provenance"]
     code = made["code"]
     return {
-        "command": masked(command(study)),
+        "command": provenance.masked(command(study)),
         "code_version": code["version"],
         "code_dirty": "unknown" if code["commit"] is None else str(bool(code["diff"])).lower(),
         "data_sha256": made["data"]["sha256"],
@@ -143,11 +142,6 @@ def files(origin: dict[str, Any]) -> dict[str, str]:
         "provenance.json": json.dumps(origin["provenance"], indent=1),
         "space.json": json.dumps(origin["space"], indent=1),
     }
-
-
-def masked(text: str) -> str:
-    """`text` without the passwords of the addresses in it."""
-    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def command(study: Study) -> str:

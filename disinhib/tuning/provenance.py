@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -100,6 +101,11 @@ def code(root: Path) -> dict[str, Any]:
             for file in sorted(chain.from_iterable(root.glob(pattern) for pattern in DECISIVE))
         },
     }
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the addresses in it."""
+    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def _commit(root: Path) -> str | None:

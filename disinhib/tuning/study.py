@@ -25,7 +25,15 @@ from rich.console import Console
 
 from disinhib import command_line
 from disinhib.config import ConfigError
-from disinhib.tuning import checkpoints, execution, origin as origins, plan, progress, trial
+from disinhib.tuning import (
+    checkpoints,
+    execution,
+    origin as origins,
+    plan,
+    progress,
+    provenance,
+    trial,
+)
 from disinhib.tuning.conductor import Conductor
 from disinhib.tuning.delivery import Delivery
 from disinhib.tuning.journal import KILLED, Journal, Record
@@ -127,7 +135,7 @@ def run(
             study.name,
             origin["id"],
             origins.tags(study, origin),
-            {"config.yaml": origins.masked(yaml.safe_dump(dict(study.options)))}
+            {"config.yaml": provenance.masked(yaml.safe_dump(dict(study.options)))}
             | origins.files(origin),
             origins.files(origin),
         )
