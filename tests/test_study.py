@@ -928,9 +928,23 @@ def test_the_checkpoints_of_the_best_stay_and_the_least_of_them_makes_room(tmp_p
     assert left() == [5]
 
 
-@pytest.mark.parametrize("name", [f.stem for f in (ROOT / "conf/experiment").glob("*.yaml")])
-def test_every_experiment_composes(name):
-    options.check_space(options.compose([f"experiment={name}"]))
+EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
+STUDIES = [file.stem for file in EXPERIMENTS if "\ngrid:" not in file.read_text()]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_branch_of_an_experiments_space_composes(name):
+    """(Without its data, which need not be here.)"""
+    asked = options.compose([f"experiment={name}"])
+    for branch in spaces.branches(SPACES[asked.space]):
+        trial = options.configure(asked, 0, branch.overrides)
+        assert trial["epochs"] == asked.epochs and trial["searched"] == branch.overrides
+
+
+@pytest.mark.parametrize("name", [file.stem for file in EXPERIMENTS if file.stem not in STUDIES])
+def test_a_grid_is_no_study(name):
+    with pytest.raises(ConfigError, match=r"needed is python -m analysis\.retrain experiment="):
+        options.compose([f"experiment={name}"])
 
 
 def kept_study(folder, *overrides):
