@@ -21,8 +21,7 @@ import disinhib
 from analysis import cell, ledger, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import command_line, config, data, errors, training
-from disinhib.config import ConfigError
-from disinhib.tuning import options, tracking
+from disinhib.tuning import tracking
 from disinhib.tuning.trial import environment
 
 SELECTED = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted`
@@ -253,17 +252,12 @@ def test_a_grid_is_every_combination_that_is_asked_for():
     assert all(one.options["epochs"] == 50 for one in planned)
 
 
-def test_a_grid_is_no_study():
-    with pytest.raises(ConfigError, match=r"needed is python -m analysis\.retrain experiment="):
-        options.compose(["experiment=table1"])
-
-
 @pytest.mark.parametrize(
     "file",
     sorted((command_line.CONFIGURATIONS / "experiment").glob("*.yaml")),
     ids=lambda f: f.stem,
 )
-def test_every_experiment_composes_and_says_what_to_expect(file):
+def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
     text = file.read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     assert f"experiment={file.stem}" in head and "Expect" in head
@@ -272,8 +266,6 @@ def test_every_experiment_composes_and_says_what_to_expect(file):
         axes, rest = retrain._axes([asked])
         planned = retrain.of_grid(retrain._settings(rest), rest, axes)
         assert len(planned) == math.prod(len(names) for names in axes.values())
-    else:
-        assert options.compose([asked]).overrides == (asked,)
 
 
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
