@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 
 from analysis import store as stores
 from analysis.cell import COMPLETE, Seed
-from analysis.runs import CONFIGURATION, OF_RUN, OF_STUDY, OF_TRIAL, RETRAINED
+from analysis.runs import CONFIGURATION, OF_RUN, OF_STUDY, OF_TRIAL, RETRAINED, called
 from analysis.store import Store, StudyRun
 
 MODEL = "model.msgpack"  # the artifact that `disinhib.load` reads
@@ -37,6 +37,11 @@ class Cell(NamedTuple):
     searched: dict[str, str]  # params to show
     trial: int | None = None  # that was selected, if one was
     of_run: str | None = None  # the trial's
+
+    @property
+    def called(self) -> str:
+        dataset = self.options["dataset"]["name"]
+        return called(self.rule, self.averaged == "true", self.depth, dataset, self.trial)
 
     @property
     def key(self) -> str:

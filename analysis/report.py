@@ -95,10 +95,7 @@ def _warnings(study: StudyRun, trials: pd.DataFrame, retrained: pd.DataFrame) ->
 
 def _called(row: Any) -> str:
     """A configuration in words; of a row of `runs.retrained`."""
-    averaged = ", averaged feedback" if row["averaged"] else ""
-    trial = "" if pd.isna(row["trial"]) else f" (trial {row['trial']:.0f})"
-    layers = f"{row['depth']} hidden layer{'s' * (row['depth'] != 1)}"
-    return f"{row['rule']}{averaged}, {layers}, {row['dataset']}{trial}"
+    return runs.called(row["rule"], row["averaged"], row["depth"], row["dataset"], row["trial"])
 
 
 def datasets(report: Report) -> list[tuple[str, pd.DataFrame, str]]:

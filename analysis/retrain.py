@@ -12,7 +12,6 @@ it was: a seed that is done stays as it is.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shlex
 import time
@@ -29,21 +28,17 @@ from filelock import FileLock, Timeout
 from flax import serialization
 from ray.exceptions import RayError
 
-from analysis import cell as cells, ledger, runs, store as stores
+from analysis import cell as cells, configurations, ledger, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
 from disinhib import command_line, config, errors, training
-from disinhib.config import COUNT, INDEX, ConfigError, flatten, refusal
-from disinhib.errors import nearest, one_line
-from disinhib.tuning import execution, options as studies, origin, provenance, tracking
-from disinhib.tuning.checks import CHECKS
+from disinhib.config import refusal
+from disinhib.errors import one_line
+from disinhib.tuning import execution, origin, provenance, tracking
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
-CONFIG = "retrain"  # conf/retrain.yaml
-OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
-# What of training may be other than it was for a trial: where, and from which files.
-ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
 FOLDER = "retraining"  # in out_dir
+KEPT = {"config.yaml", "provenance.json"}  # of a grid, beside its run
 PROGRESS_SECONDS = 15.0  # between two lines
 
 
@@ -68,17 +63,17 @@ def main(arguments: list[str]) -> int:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
     jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
     if files:
-        settings = _settings(given)
-        store, study, planned = of_selection(Path(files[0]), settings, names)
+        settings = configurations.checked_settings(given)
+        store, study, planned = configurations.of_selection(Path(files[0]), settings, names)
+        _check_data(planned)
     else:
-        axes, given = _axes(given)
-        settings = _settings(given)
-        planned = of_grid(settings, given, axes)
+        axes, given = configurations.chosen_axes(given)
+        settings = configurations.checked_settings(given)
+        planned = configurations.of_grid(settings, given, axes)
+        _check_data(planned)
         command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
         store, study = _recorded(settings, command, planned[0])
-    seeds = fresh_seeds(settings["seeds"], used_seeds(store, study))
-    for one in planned:
-        training.prepare(config.parse(one.options))  # refused before anything is trained
+    seeds = configurations.fresh_seeds(settings["seeds"], configurations.used_seeds(store, study))
     folder = Path(settings["out_dir"]).absolute() / FOLDER / study.id[:8]
     command_line.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,169 +81,10 @@ def main(arguments: list[str]) -> int:
         return _retrain(store, study, planned, seeds, folder, settings)
 
 
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    settings, _ = command_line.compose(CONFIG, given)
-    checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
-    for name in ("seeds", "out_dir", "cluster", "tracking", "checkpoints"):
-        for option, value in flatten({name: settings[name]}).items():
-            if option not in checked:
-                raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
-            test, allowed = checked[option]
-            if not test(value):
-                raise refusal(option, value, allowed)
-    return settings
-
-
-def _are_seeds(value: Any) -> bool:
-    if isinstance(value, list):
-        seeds = [INDEX[0](seed) and seed < 2**31 for seed in value]
-        return bool(value) and all(seeds) and len(set(value)) == len(value)
-    return COUNT[0](value)
-
-
-def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int]:
-    """The seeds that are asked for, disjoint from those `used` by a search (seed -> where).
-
-    Raises Refused if one that is named was used.
-    """
-    if isinstance(asked, int):
-        return list(itertools.islice((s for s in itertools.count() if s not in used), asked))
-    for seed in asked:
-        if seed in used:
-            raise Refused(f"seeds: given {seed}, which the search has seen ({used[seed]})")
-    return list(asked)
-
-
-def used_seeds(store: Store, study: StudyRun) -> dict[int, str]:
-    """Every seed of every search in the study's MLflow experiment, and whose it was: also those
-    of studies that this one may have learnt from."""
-    return {
-        seed: f"trial {run.data.tags['trial']} of {run.data.tags['study']}"
-        for run in stores.every_trial(store, study)
-        for seed in runs.seeds_of(run)
-    }
-
-
-def of_selection(
-    file: Path, settings: Mapping[str, Any], names: set[str]
-) -> tuple[Store, StudyRun, list[Cell]]:
-    """What `analysis.selection` wrote into `file`, as MLflow has it.
-
-    Raises Refused if it is not what selection writes, or if a trial is not a complete one.
-    """
-    wrong = [name for name in sorted(names) if name.partition(".")[0] not in (*OWN, *ELSEWHERE)]
-    wrong = [name for name in wrong if name not in ELSEWHERE]
-    if wrong:
-        raise Refused(f"{wrong[0]}: selected configurations are trained as they were tried")
-    try:
-        chosen = yaml.safe_load(file.read_text())
-        uri, study_run = chosen["tracking_uri"], chosen["study_run"]
-        run_ids = [entry["run_id"] for entry in chosen["selected"]]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise Refused(
-            f"{file}: is not what analysis.selection writes ({one_line(error)})"
-        ) from error
-    given = settings["tracking"]["uri"]
-    if given is None and ":***@" in uri:
-        raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
-    store = stores.connect(given or uri)
-    study = stores.find_study(store, study_run)
-    return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
-
-
-def _of_trial(store: Store, study: StudyRun, run_id: str, settings: Mapping[str, Any]) -> Cell:
-    run = stores.run(store, run_id)
-    tags = run.data.tags
-    if tags.get("study_id") != study.id or "trial" not in tags:
-        raise Refused(f"{run_id}: is no trial of study {study.name}")
-    number, state = int(tags["trial"]), tags.get("trial_state", "still running")
-    if state != runs.COMPLETE:
-        raise Refused(
-            f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"
-            f" ({runs.COMPLETE})"
-        )
-    try:
-        kept = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
-    except Exception as error:  # MLflow's stores of artifacts raise their own kinds
-        raise Refused(f"{run_id}: cannot read what it has kept ({one_line(error)})") from error
-    kept.update({name: settings[name] for name in ("device", "gpu_id")})
-    if settings["dataset"]["path"] is not None:
-        kept["dataset"]["path"] = settings["dataset"]["path"]
-    # Its command, but for the seeds (`python -m disinhib -m seed=1,2 ...`, if it had several).
-    _, _, program, *words = shlex.split(tags["command"])
-    words = [word for word in words if word != "-m" and not word.startswith("seed=")]
-    command = shlex.join(["python", "-m", program, *words])
-    return _cell(f"{number:04d}", kept, command, tags["rule"], run.data.params, number, run_id)
-
-
-def _cell(
-    name: str,
-    options: dict[str, Any],
-    command: str,
-    rule: str,
-    searched: Mapping[str, str],
-    trial: int | None = None,
-    of_run: str | None = None,
-) -> Cell:
-    run = config.parse(options)
-    averaged = options["trainer"].get("average_fb_weights")
-    return Cell(
-        name=name,
-        options=options,
-        command=command,
-        rule=rule,
-        depth=run.architecture.hidden_layers,
-        averaged="none" if averaged is None else str(averaged).lower(),
-        configuration=runs.configuration_id(flatten(options)),
-        searched=dict(searched),
-        trial=trial,
-        of_run=of_run,
-    )
-
-
-def _axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(which names of which axes of the grid, the other options)."""
-    experiment = [text for text in given if text.partition("=")[0] == "experiment"]
-    grid = command_line.compose(CONFIG, experiment)[0]["grid"]
-    if grid is None:
-        folder = command_line.CONFIGURATIONS / "experiment"
-        have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text()]
-        raise Refused(
-            f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
-        )
-    chosen, rest = {axis: [str(name) for name in names] for axis, names in grid.items()}, []
-    for text in given:
-        axis, _, names = text.partition("=")
-        if axis not in grid:
-            rest.append(text)
-            continue
-        wanted = names.split(",")
-        for name in wanted:
-            if name not in chosen[axis] and name not in map(str, grid[axis]):
-                allowed = ", ".join(map(str, grid[axis]))
-                raise Refused(f"{axis}: given {name}, allowed is one or more of {allowed}")
-        chosen[axis] = wanted
-    return chosen, rest
-
-
-def of_grid(
-    settings: Mapping[str, Any], given: Sequence[str], axes: Mapping[str, Sequence[str]]
-) -> list[Cell]:
-    """Every combination of the `axes` of the experiment's grid that are asked for."""
-    grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
-    planned = []
-    for names in itertools.product(*axes.values()):
-        place = dict(zip(axes, names, strict=True))
-        overrides = [o for axis, name in place.items() for o in grid[axis][name]]
-        composed, choices = command_line.compose(CONFIG, [*given, *overrides])
-        options = {name: value for name, value in composed.items() if name not in OWN}
-        # Its folder of checkpoints is no part of the command.
-        options["out_dir"] = command_line.compose(command_line.TRAINING, ())[0]["out_dir"]
-        options["seed"], options["resume"] = 0, None
-        choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
-        command = command_line.command(options, choices)
-        planned.append(_cell("-".join(names), options, command, studies.rule_name(choices), place))
-    return planned
+def _check_data(planned: Sequence[Cell]) -> None:
+    """Raises data.DataError, or ConfigError, before anything is written."""
+    for one in planned:
+        training.prepare(config.parse(one.options))
 
 
 def _recorded(settings: Mapping[str, Any], command: str, first: Cell) -> tuple[Store, StudyRun]:
@@ -267,17 +103,20 @@ def _recorded(settings: Mapping[str, Any], command: str, first: Cell) -> tuple[S
         for run in store.client.search_runs([experiment.id], f"run_name = '{name}'")
         if run.info.run_name == name
     ]
-    if not found:
+    if found:
+        run_id = found[0].info.run_id
+    else:
         tags = {"study": name, "study_id": uuid.uuid4().hex, "command": provenance.masked(command)}
-        made = store.client.create_run(experiment.id, None, tags, name)
+        run_id = store.client.create_run(experiment.id, None, tags, name).info.run_id
+    # A kill may have come between its run and what belongs to it.
+    if KEPT - {file.path for file in store.client.list_artifacts(run_id)}:
         about = {"metric": "valid_accuracy", "mode": "max"}
-        grid = {axis: {str(n): o for n, o in of.items()} for axis, of in settings["grid"].items()}
-        kept = yaml.safe_dump({**settings, "grid": grid, **about})
-        store.client.log_text(made.info.run_id, provenance.masked(kept), "config.yaml")
+        kept = yaml.safe_dump({**settings, **about})
+        store.client.log_text(run_id, provenance.masked(kept), "config.yaml")
         threads = settings["cluster"]["cpus_per_trial"]
         collected = provenance.collect(config.parse(first.options), threads)
-        store.client.log_text(made.info.run_id, json.dumps(collected, indent=1), "provenance.json")
-    study = stores.find_study(store, found[0].info.run_id if found else name)
+        store.client.log_text(run_id, json.dumps(collected, indent=1), "provenance.json")
+    study = stores.find_study(store, run_id)
     if study.space is not None:
         raise refusal("study", name, f"another name: in {uri} that is a search")
     return store, study
@@ -308,7 +147,7 @@ def _retrain(
         done = [seed for seed in seeds if (one.key, seed) in written.finished]
         missing = [seed for seed in seeds if seed not in done]
         if any(written.codes[one.key, seed] != hashed for seed in done):
-            print(f"warning: {_called(one)}: seeds that are done were trained by other code")
+            print(f"warning: {one.called}: seeds that are done were trained by other code")
         # Not of other code, nor of another program: lanes of one are not resumed by another.
         file = folder / f"{one.key[:16]}-{one.options['epochs']}-{hashed[:8]}.msgpack"
         kept = _lanes(file)
@@ -366,20 +205,24 @@ def _run(
             try:
                 outcome = ray.get(reference)
             except RayError as error:  # its training raised, or its workers died
-                print(f"{_called(task.cell)}: failed: {execution.reason(error)}", flush=True)
+                print(
+                    f"{task.cell.called}: failed: {execution.reason(error)}",
+                    flush=True,
+                )
                 failed.append(task)
                 continue
             try:
                 _write(store, study, task, outcome, written)
             except Exception as error:  # drivers, sockets and MLflow itself: each has its own kind
                 print(
-                    f"{_called(task.cell)}: MLflow did not take it: {one_line(error)}", flush=True
+                    f"{task.cell.called}: MLflow did not take it: {one_line(error)}",
+                    flush=True,
                 )
                 failed.append(task)  # its checkpoint stays
                 continue
             cells.forget(task.file)
             seconds = time.monotonic() - began
-            print(f"{_called(task.cell)}: {_told(outcome)}; {seconds:.0f} s", flush=True)
+            print(f"{task.cell.called}: {_told(outcome)}; {seconds:.0f} s", flush=True)
         if time.monotonic() - shown > PROGRESS_SECONDS and pending:
             shown = time.monotonic()
             print(f"{shown - began:.0f} s: {_progress(list(pending.values()))}", flush=True)
@@ -415,13 +258,6 @@ def _lanes(file: Path) -> list[int]:
     return content["state"]["seed"].tolist()
 
 
-def _called(cell: Cell) -> str:
-    trial = f" (trial {cell.trial})" if cell.trial is not None else ""
-    averaged = ", averaged feedback" if cell.averaged == "true" else ""
-    layers = f"{cell.depth} hidden layer{'s' * (cell.depth != 1)}"
-    return f"{cell.rule}{averaged}, {layers}, {cell.options['dataset']['name']}{trial}"
-
-
 def _told(outcome: cells.Outcome) -> str:
     done = [seed for seed in outcome.seeds if seed.state == cells.COMPLETE]
     scores = [seed.epochs[-1][1]["test_accuracy"] for seed in done]
@@ -434,12 +270,13 @@ def _told(outcome: cells.Outcome) -> str:
 
 
 def _progress(tasks: Sequence[Task]) -> str:
-    told = [
-        f"{_called(task.cell)} {done}/{task.cell.options['epochs']}"
-        for task in tasks
-        if (done := cells.epochs_done(task.file))
-    ]
-    return f"{'; '.join(told) or 'starting'} ({len(tasks)} left)"
+    told = []
+    for task in tasks:
+        done, budget = cells.epochs_done(task.file), task.cell.options["epochs"]
+        if done:
+            checking = ", checking its dynamics" if done == budget else ""
+            told.append(f"{task.cell.called} {done}/{budget}{checking}")
+    return f"{'; '.join(told) or 'starting'} ({len(tasks)} configurations to go)"
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -162,6 +162,13 @@ def seconds(run: Run) -> float:
     return math.nan if end is None else (end - run.info.start_time) / 1000
 
 
+def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | None) -> str:
+    """A configuration in words; `trial` is None or NaN if it was not selected from a search."""
+    feedback = ", averaged feedback" if averaged else ""
+    number = "" if trial is None or math.isnan(trial) else f" (trial {trial:.0f})"
+    return f"{rule}{feedback}, {depth} hidden layer{'s' * (depth != 1)}, {dataset}{number}"
+
+
 def configuration_id(flat: Mapping[str, Any]) -> str:
     """Of resolved training options, by dotted names: what they have in common for all seeds."""
     own = {name: value for name, value in flat.items() if name not in NOT_CONFIGURED}

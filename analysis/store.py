@@ -100,8 +100,11 @@ def unreadable(uri: str, error: Exception) -> Refused:
 
 
 def _check_sqlite(file: Path) -> None:
-    """Raises sqlite3.Error unless `file` is a store: MLflow would make it one."""
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    """Raises sqlite3.Error unless `file` is a store: MLflow would make it one.
+
+    Not opened read-only: what a kill has left of a transaction could then not be rolled back.
+    """
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as connection:
         connection.execute("SELECT 1 FROM runs LIMIT 1")
 
 

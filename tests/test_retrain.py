@@ -18,7 +18,7 @@ import yaml
 from mlflow import MlflowClient
 
 import disinhib
-from analysis import cell, ledger, retrain, runs, selection, store as stores
+from analysis import cell, configurations, ledger, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import command_line, config, data, errors, training
 from disinhib.tuning import tracking
@@ -203,8 +203,8 @@ def test_a_seed_of_the_search_is_refused(study, selected, tmp_path):
 
 
 def test_fresh_seeds_pass_over_those_of_a_search():
-    assert retrain.fresh_seeds(3, {0: "trial 0", 2: "trial 1"}) == [1, 3, 4]
-    assert retrain.fresh_seeds([7, 5], {0: "trial 0"}) == [7, 5]
+    assert configurations.fresh_seeds(3, {0: "trial 0", 2: "trial 1"}) == [1, 3, 4]
+    assert configurations.fresh_seeds([7, 5], {0: "trial 0"}) == [7, 5]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_fresh_seeds_pass_over_those_of_a_search():
         (["experiment=table1", "seeds=[1,1]"], "seeds: given .*a list of different ones"),
         (["experiment=table1", "seed=3", "epoch=3"], "epoch: unknown option; did you mean epochs"),
         (["experiment=table1", "cluster.cpus_per_trial=0"], "cluster.cpus_per_trial: given 0"),
-        (["missing.yaml"], "missing.yaml: is not what analysis.selection writes"),
+        (["missing.yaml"], r"missing\.yaml: cannot be read \(No such file or directory\)"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(given, message, tmp_path, monkeypatch):
@@ -235,12 +235,12 @@ def test_selected_configurations_take_no_options_of_training(selected, tmp_path)
 
 
 def test_a_grid_is_every_combination_that_is_asked_for():
-    settings, _ = command_line.compose(retrain.CONFIG, ["experiment=table1"])
-    axes, rest = retrain._axes(
+    settings, _ = command_line.compose(configurations.CONFIG, ["experiment=table1"])
+    axes, rest = configurations.chosen_axes(
         ["experiment=table1", "dataset=fmnist", "depth=1,3", "trainer=bp,lin-thresh-averaged"]
     )
     assert rest == ["experiment=table1"]
-    planned = retrain.of_grid(settings, rest, axes)
+    planned = configurations.of_grid(settings, rest, axes)
     assert [(one.depth, one.rule, one.averaged) for one in planned] == [
         (1, "bp", "none"), (1, "lin-thresh", "true"), (3, "bp", "none"), (3, "lin-thresh", "true")
     ]  # fmt: skip
@@ -263,15 +263,15 @@ def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
     assert f"experiment={file.stem}" in head and "Expect" in head
     asked = f"experiment={file.stem}"
     if "\ngrid:" in text:
-        axes, rest = retrain._axes([asked])
-        planned = retrain.of_grid(retrain._settings(rest), rest, axes)
+        axes, rest = configurations.chosen_axes([asked])
+        planned = configurations.of_grid(configurations.checked_settings(rest), rest, axes)
         assert len(planned) == math.prod(len(names) for names in axes.values())
 
 
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     """Planted: the second of two seeds, in its second epoch."""
-    settings, _ = command_line.compose(retrain.CONFIG, [GRID[0], "epochs=3"])
-    planned = retrain.of_grid(
+    settings, _ = command_line.compose(configurations.CONFIG, [GRID[0], "epochs=3"])
+    planned = configurations.of_grid(
         settings, [GRID[0], "epochs=3"], {"dataset": ["digits"], "depth": ["1"], "trainer": ["bp"]}
     )
     real = training.divergences

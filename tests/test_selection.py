@@ -1,6 +1,8 @@
 """Selection from a planted study: by validation alone, among complete trials alone."""
 
 import math
+import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -171,3 +173,21 @@ def test_a_study_is_the_newest_or_that_of_a_run_id(study, opened):
     store, _ = opened
     assert stores.find_study(store).name == study.study
     assert stores.find_study(store, study.run_id).run.info.run_id == study.run_id
+
+
+def test_a_store_whose_last_transaction_was_killed_is_opened(tmp_path):
+    """It has a journal that has to be rolled back, which a read-only connection cannot do."""
+    study = planted.write(tmp_path / "whole", trials=planted.TRIALS[:1])
+    database = tmp_path / "whole" / "mlflow.db"
+    connection = sqlite3.connect(database, isolation_level=None)
+    connection.execute("PRAGMA cache_size = 1")  # so that the change reaches the file
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("CREATE TABLE more (text)")
+    connection.executemany("INSERT INTO more VALUES (?)", [("x" * 5000,)] * 100)
+    killed = tmp_path / "killed.db"
+    for suffix in ("", "-journal"):
+        shutil.copy(f"{database}{suffix}", f"{killed}{suffix}")
+    connection.close()
+    store = stores.connect(f"sqlite:///{killed}")
+    assert stores.find_study(store).name == study.study
+    assert len(runs.trials(store, stores.find_study(store)).rows) == 1

@@ -110,7 +110,8 @@ PANELS: tuple[tuple[str, str, str, Callable[[Material], Drawn]], ...] = (
         "Do the dynamics reach the equilibrium?",
         "For each retrained network, how far its dynamics, integrated in time, end from the"
         " equilibrium that training computed (the gap: smaller is better), and how fast a small"
-        " disturbance of that equilibrium grows (right of the dashed line it is unstable).",
+        " disturbance of that equilibrium grows (right of the dashed line it is unstable); a gap"
+        " above 0.001 or an unstable equilibrium flags a seed.",
         draw_ode,
     ),
 )

@@ -1,0 +1,197 @@
+"""What is to be trained over fresh seeds: configurations that were selected, or those of a grid.
+
+Whatever is wrong with what is asked for is found here, in one line, before anything is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from analysis import runs, store as stores
+from analysis.ledger import Cell
+from analysis.store import Refused, Store, StudyRun
+from disinhib import command_line, config
+from disinhib.config import COUNT, INDEX, ConfigError, flatten, refusal
+from disinhib.errors import nearest, one_line
+from disinhib.tuning import options as studies
+from disinhib.tuning.checks import CHECKS
+
+CONFIG = "retrain"  # conf/retrain.yaml
+OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
+# What of training may be other than it was for a trial: where, and from which files.
+ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
+
+
+def checked_settings(given: Sequence[str]) -> dict[str, Any]:
+    settings, _ = command_line.compose(CONFIG, given)
+    checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
+    for name in ("seeds", "out_dir", "cluster", "tracking", "checkpoints"):
+        for option, value in flatten({name: settings[name]}).items():
+            if option not in checked:
+                raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
+            test, allowed = checked[option]
+            if not test(value):
+                raise refusal(option, value, allowed)
+    return settings
+
+
+def _are_seeds(value: Any) -> bool:
+    if isinstance(value, list):
+        seeds = [INDEX[0](seed) and seed < 2**31 for seed in value]
+        return bool(value) and all(seeds) and len(set(value)) == len(value)
+    return COUNT[0](value)
+
+
+def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int]:
+    """The seeds that are asked for, disjoint from those `used` by a search (seed -> where).
+
+    Raises Refused if one that is named was used.
+    """
+    if isinstance(asked, int):
+        return list(itertools.islice((s for s in itertools.count() if s not in used), asked))
+    for seed in asked:
+        if seed in used:
+            raise Refused(f"seeds: given {seed}, which the search has seen ({used[seed]})")
+    return list(asked)
+
+
+def used_seeds(store: Store, study: StudyRun) -> dict[int, str]:
+    """Every seed of every search in the study's MLflow experiment, and whose it was: also those
+    of studies that this one may have learnt from."""
+    return {
+        seed: f"trial {run.data.tags['trial']} of {run.data.tags['study']}"
+        for run in stores.every_trial(store, study)
+        for seed in runs.seeds_of(run)
+    }
+
+
+def of_selection(
+    file: Path, settings: Mapping[str, Any], names: set[str]
+) -> tuple[Store, StudyRun, list[Cell]]:
+    """What `analysis.selection` wrote into `file`, as MLflow has it.
+
+    Raises Refused if it is not what selection writes, or if a trial is not a complete one.
+    """
+    wrong = [name for name in sorted(names) if name.partition(".")[0] not in (*OWN, *ELSEWHERE)]
+    wrong = [name for name in wrong if name not in ELSEWHERE]
+    if wrong:
+        raise Refused(f"{wrong[0]}: selected configurations are trained as they were tried")
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror})") from error
+    try:
+        chosen = yaml.safe_load(text)
+        uri, study_run = chosen["tracking_uri"], chosen["study_run"]
+        run_ids = [entry["run_id"] for entry in chosen["selected"]]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{file}: is not what analysis.selection writes ({one_line(error)})"
+        ) from error
+    given = settings["tracking"]["uri"]
+    if given is None and ":***@" in uri:
+        raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
+    store = stores.connect(given or uri)
+    study = stores.find_study(store, study_run)
+    return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
+
+
+def _of_trial(store: Store, study: StudyRun, run_id: str, settings: Mapping[str, Any]) -> Cell:
+    run = stores.run(store, run_id)
+    tags = run.data.tags
+    if tags.get("study_id") != study.id or "trial" not in tags:
+        raise Refused(f"{run_id}: is no trial of study {study.name}")
+    number, state = int(tags["trial"]), tags.get("trial_state", "still running")
+    if state != runs.COMPLETE:
+        raise Refused(
+            f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"
+            f" ({runs.COMPLETE})"
+        )
+    try:
+        kept = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
+    except Exception as error:  # MLflow's stores of artifacts raise their own kinds
+        raise Refused(f"{run_id}: cannot read what it has kept ({one_line(error)})") from error
+    kept.update({name: settings[name] for name in ("device", "gpu_id")})
+    if settings["dataset"]["path"] is not None:
+        kept["dataset"]["path"] = settings["dataset"]["path"]
+    # Its command, but for the seeds (`python -m disinhib -m seed=1,2 ...`, if it had several).
+    _, _, program, *words = shlex.split(tags["command"])
+    words = [word for word in words if word != "-m" and not word.startswith("seed=")]
+    command = shlex.join(["python", "-m", program, *words])
+    return _cell(f"{number:04d}", kept, command, tags["rule"], run.data.params, number, run_id)
+
+
+def _cell(
+    name: str,
+    options: dict[str, Any],
+    command: str,
+    rule: str,
+    searched: Mapping[str, str],
+    trial: int | None = None,
+    of_run: str | None = None,
+) -> Cell:
+    run = config.parse(options)
+    averaged = options["trainer"].get("average_fb_weights")
+    return Cell(
+        name=name,
+        options=options,
+        command=command,
+        rule=rule,
+        depth=run.architecture.hidden_layers,
+        averaged="none" if averaged is None else str(averaged).lower(),
+        configuration=runs.configuration_id(flatten(options)),
+        searched=dict(searched),
+        trial=trial,
+        of_run=of_run,
+    )
+
+
+def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(which names of which axes of the grid, the other options)."""
+    experiment = [text for text in given if text.partition("=")[0] == "experiment"]
+    grid = command_line.compose(CONFIG, experiment)[0]["grid"]
+    if grid is None:
+        folder = command_line.CONFIGURATIONS / "experiment"
+        have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text()]
+        raise Refused(
+            f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
+        )
+    chosen, rest = {axis: [str(name) for name in names] for axis, names in grid.items()}, []
+    for text in given:
+        axis, _, names = text.partition("=")
+        if axis not in grid:
+            rest.append(text)
+            continue
+        wanted = names.split(",")
+        for name in wanted:
+            if name not in chosen[axis] and name not in map(str, grid[axis]):
+                allowed = ", ".join(map(str, grid[axis]))
+                raise Refused(f"{axis}: given {name}, allowed is one or more of {allowed}")
+        chosen[axis] = wanted
+    return chosen, rest
+
+
+def of_grid(
+    settings: Mapping[str, Any], given: Sequence[str], axes: Mapping[str, Sequence[str]]
+) -> list[Cell]:
+    """Every combination of the `axes` of the experiment's grid that are asked for."""
+    grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
+    planned = []
+    for names in itertools.product(*axes.values()):
+        place = dict(zip(axes, names, strict=True))
+        overrides = [o for axis, name in place.items() for o in grid[axis][name]]
+        composed, choices = command_line.compose(CONFIG, [*given, *overrides])
+        options = {name: value for name, value in composed.items() if name not in OWN}
+        # Its folder of checkpoints is no part of the command.
+        options["out_dir"] = command_line.compose(command_line.TRAINING, ())[0]["out_dir"]
+        options["seed"], options["resume"] = 0, None
+        choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
+        command = command_line.command(options, choices)
+        planned.append(_cell("-".join(names), options, command, studies.rule_name(choices), place))
+    return planned
