@@ -84,9 +84,14 @@ def epochs_done(file: Path) -> int:
     return int((told.read_text() if told.exists() else "") or 0)
 
 
-def forget(file: Path) -> None:
-    """Removes what was kept of a configuration whose results are safe elsewhere."""
-    for left in (file, _progress(file)):
+def checkpoint_file(folder: Path, key: str, code: str) -> Path:
+    """Where a configuration's state is kept; not for other code, which would go on otherwise."""
+    return folder / f"{key[:16]}-{code[:8]}.msgpack"
+
+
+def forget(folder: Path, key: str) -> None:
+    """Removes all that was kept of a configuration, also for other code."""
+    for left in folder.glob(f"{key[:16]}-*"):
         left.unlink(missing_ok=True)
 
 

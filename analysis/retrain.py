@@ -148,13 +148,12 @@ def _retrain(
         missing = [seed for seed in seeds if seed not in done]
         if any(written.codes[one.key, seed] != hashed for seed in done):
             print(f"warning: {one.called}: seeds that are done were trained by other code")
-        # Not of other code, nor of another program: lanes of one are not resumed by another.
-        file = folder / f"{one.key[:16]}-{one.options['epochs']}-{hashed[:8]}.msgpack"
+        file = cells.checkpoint_file(folder, one.key, hashed)
         kept = _lanes(file)
+        lanes = kept if {*missing} <= {*kept} else missing
+        if lanes is missing or not missing:
+            cells.forget(folder, one.key)
         if missing:
-            lanes = kept if {*missing} <= {*kept} else missing
-            if lanes is missing:
-                cells.forget(file)
             run = config.parse(one.options)
             made = provenance.collect(run, settings["cluster"]["cpus_per_trial"])
             tasks.append(Task(one, lanes, missing, file, made))
@@ -220,7 +219,7 @@ def _run(
                 )
                 failed.append(task)  # its checkpoint stays
                 continue
-            cells.forget(task.file)
+            cells.forget(task.file.parent, task.cell.key)
             seconds = time.monotonic() - began
             print(f"{task.cell.called}: {_told(outcome)}; {seconds:.0f} s", flush=True)
         if time.monotonic() - shown > PROGRESS_SECONDS and pending:
