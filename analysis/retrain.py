@@ -78,7 +78,10 @@ def main(arguments: list[str]) -> int:
     command_line.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, study):
-        return _retrain(store, study, planned, seeds, folder, settings)
+        code = _retrain(store, study, planned, seeds, folder, settings)
+    if not files:  # that of a search has its own end
+        store.client.set_terminated(study.run.info.run_id, "FAILED" if code else "FINISHED")
+    return code
 
 
 def _check_data(planned: Sequence[Cell]) -> None:

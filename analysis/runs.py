@@ -255,8 +255,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def write(file: Path, content: str) -> None:
-    """Writes a file whole or not at all. Raises Refused if it cannot be written."""
+def write(file: Path, content: str, option: str = "out") -> None:
+    """Writes the file that `option` names, whole or not at all. Raises Refused if it cannot be."""
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_text(content, encoding="utf-8")
@@ -264,7 +264,7 @@ def write(file: Path, content: str) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise Refused(
-            f"out: given {file}, allowed is a file that can be written ({error.strerror})"
+            f"{option}: given {file}, allowed is a file that can be written ({error.strerror})"
         ) from error
 
 

@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> int:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warned = warnings(trials, chosen, per, study.space)
     text = yaml.safe_dump(content(study, uri, chosen, metric, per, warned), sort_keys=False)
-    runs.write(Path(options["selected"]), text)
+    runs.write(Path(options["selected"]), text, "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for why in dropped:
         print(f"left out: {why}")

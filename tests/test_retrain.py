@@ -331,6 +331,7 @@ def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, pr
     store = stores.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
     study = stores.find_study(store)
     assert len(stores.children(store, study)) == 4
+    assert study.run.info.status == "FINISHED"
     for row in rows:
         for name in ("valid_accuracy", "train_CL_loss"):
             told = stores.history(store, row["run_id"], name)

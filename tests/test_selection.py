@@ -150,7 +150,7 @@ def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
         (["study=plantet"], "study: given plantet, allowed is one of planted .*did you mean"),
         (["top=0"], "top: given 0, allowed is a whole number of at least 1"),
         (["per=learning_rate"], "per: given learning_rate, allowed is one of"),
-        (["selected=/nowhere/selected.yaml"], "out: given /nowhere/selected.yaml, allowed is"),
+        (["selected=/nowhere/selected.yaml"], "selected: given /nowhere/selected.yaml, allowed is"),
         (["tops=1"], "tops: unknown option; did you mean top?"),
         (["--top"], "given --top .*needed is python -m analysis.selection"),
     ],
