@@ -22,7 +22,7 @@ from disinhib.architecture import Architecture, Hyperparameters, Ode
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import per_sample
 from disinhib.losses import LOSSES
-from disinhib.microcircuit import microcircuit
+from disinhib.microcircuit import Microcircuit, Neurons, microcircuit
 from disinhib.network import NetworkState, Parameters, feedforward_input
 from disinhib.steady_state import Solution, relative_norm
 
@@ -76,10 +76,10 @@ def velocity(
 
     du_e, du_i, a = [], [], first_input
     for layer in range(len(u_e)):
+        moves = layer_velocity(circuit, hyper, u_e[layer], u_i[layer], a, s[layer])
+        du_e.append(moves[0])
+        du_i.append(moves[1])
         rate = circuit.phi_e.value(u_e[layer])
-        inhibition = circuit.g_ie * circuit.phi_i.value(u_i[layer])
-        du_e.append((a - inhibition - u_e[layer]) / hyper.tau_e)
-        du_i.append((circuit.g_ei * rate - s[layer] - u_i[layer]) / hyper.tau_i)
         last = layer == len(u_e) - 1
         a = (
             rate @ parameters["kernel_out"]
@@ -89,6 +89,20 @@ def velocity(
     drive = a + c if architecture.fb_to_readout else a
     du_y = (drive - u_y) / hyper.tau_e
     return DynamicState(NetworkState(tuple(du_e), tuple(du_i), du_y), dz), c
+
+
+def layer_velocity(
+    circuit: Microcircuit,
+    hyper: Hyperparameters,
+    u_e: Neurons,
+    u_i: Neurons,
+    a: Neurons,
+    s: Neurons | float,
+) -> tuple[Neurons, Neurons]:
+    """(du_E/dt, du_I/dt) in 1/s of E-I microcircuits for the input `a` and dis-inhibition `s`."""
+    inhibition = circuit.g_ie * circuit.phi_i.value(u_i)
+    excitation = circuit.g_ei * circuit.phi_e.value(u_e)
+    return (a - inhibition - u_e) / hyper.tau_e, (excitation - s - u_i) / hyper.tau_i
 
 
 def steady_state(
@@ -195,7 +209,7 @@ def _integrate(
         t1=until,
         dt0=solver.dt,
         y0=leaves,
-        stepsize_controller=_step_size(solver),
+        stepsize_controller=step_size(solver),
         max_steps=MAX_STEPS,
         **options,
     )
@@ -208,7 +222,8 @@ def _first_input(architecture, parameters, x):
     return x @ parameters["kernel_out"]
 
 
-def _step_size(solver: Ode) -> diffrax.AbstractStepSizeController:
+def step_size(solver: Ode) -> diffrax.AbstractStepSizeController:
+    """diffrax's step-size control with the published coefficients; bounds follow `solver.dt`."""
     if not solver.adaptive_stepsize:
         return diffrax.ConstantStepSize()
     return diffrax.PIDController(

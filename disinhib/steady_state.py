@@ -73,7 +73,7 @@ def open_loop(
         # Newton's first step from u = 0 is the same line for every neuron.
         zero = jnp.zeros((), a.dtype)
         f_0, slope_0 = imbalance(circuit, zero, zero, 0.0)
-        u_e, layer_residual, layer_rounds = _settle(
+        u_e, layer_residual, layer_rounds = settle(
             circuit, (a - f_0) / slope_0, a, 0.0, 2, solver.tolerance, solver.max_iterations
         )
         potentials.append(u_e)
@@ -93,7 +93,7 @@ def open_loop(
     )
 
 
-def _settle(
+def settle(
     circuit: Microcircuit, start: Array, a: Array, s: Array | float, steps: int, goal, cap: int
 ) -> tuple[Array, Array, Array]:
     """(u_E, residual of each sample, rounds of `steps`) of one layer for the input `a` and the
@@ -243,7 +243,7 @@ def _evaluation(
             if layer > 0:
                 a = feedforward_input(parameters, layer, rate)
             # One step as a rule: what it leaves shrinks with the next evaluation's.
-            u_e, layer_residual, _ = _settle(circuit, last[layer], a, s, 1, near, cap)
+            u_e, layer_residual, _ = settle(circuit, last[layer], a, s, 1, near, cap)
             potentials.append(u_e)
             rate = circuit.phi_e.value(u_e)
             residual = jnp.maximum(residual, layer_residual)
