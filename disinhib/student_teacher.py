@@ -111,15 +111,16 @@ class Course(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What happens beside the potentials' moving."""
+    """What happens beside the potentials' moving; 1 or 0 each, traced, so that all are one
+    compiled program."""
 
-    controlled: bool = False
-    feedback_learns: bool = False
-    weights_learn: bool = False
+    controlled: float = 0.0
+    feedback_learns: float = 0.0
+    weights_learn: float = 0.0
 
 
-BURN_IN, OPEN, CLOSED = Phase(feedback_learns=True), Phase(), Phase(controlled=True)
-LEARNING = Phase(True, True, True)
+BURN_IN, OPEN, CLOSED = Phase(feedback_learns=1.0), Phase(), Phase(controlled=1.0)
+LEARNING = Phase(1.0, 1.0, 1.0)
 
 Delta = Callable[[Microcircuit, Neurons, Neurons], Neurons]  # of (circuit, u_E, u_I)
 
@@ -213,40 +214,43 @@ def velocity(
 ) -> Student:
     """d(student)/dt, per second, for the input `x`; `rule` says which of `deltas` it learns by."""
     circuit, parameters = _circuit(), student.parameters
-    moves = jax.tree.map(jnp.zeros_like, student)
-    s = [jnp.zeros_like(u) for u in student.u_i]
-    if phase.controlled:
-        error = target - _output(student)
-        s = [_control(student, error) @ q for q in student.feedback]
-        moves = moves._replace(z=CONTROLLERS["leaky-pi"].velocity(HYPER, error, student.z))
-    if phase.feedback_learns:
-        aims = _feedback_target(parameters, student.u_e, student.u_i)
-        learnt = [(aim - q) / TAU_Q for aim, q in zip(aims, student.feedback, strict=True)]
-        moves = moves._replace(feedback=tuple(learnt))
-    du_e, du_i, changes, pre = [], [], dict(moves.parameters), x
-    for layer, (u_e, u_i) in enumerate(zip(student.u_e, student.u_i, strict=True)):
+    error = target - _output(student)
+    control = phase.controlled * _control(student, error)
+    dz = CONTROLLERS["leaky-pi"].velocity(HYPER, error, student.z)
+    aims = _feedback_target(parameters, student.u_e, student.u_i)
+    per_second = phase.feedback_learns / TAU_Q
+    dq = [per_second * (aim - q) for aim, q in zip(aims, student.feedback, strict=True)]
+    du_e, du_i, pre = [], [], x
+    changes = {"kernel_out": jnp.zeros_like(parameters["kernel_out"])}
+    for layer, (u_e, u_i, q) in enumerate(
+        zip(student.u_e, student.u_i, student.feedback, strict=True)
+    ):
         a = feedforward_input(parameters, layer, pre)
-        layer_moves = layer_velocity(circuit, HYPER, u_e, u_i, a, s[layer])
-        du_e.append(layer_moves[0])
-        du_i.append(layer_moves[1])
-        if phase.weights_learn:
-            delta = jnp.stack([of(circuit, u_e, u_i) for of in deltas])[rule] / TAU_W
-            changes[f"kernel_{layer}"] = jnp.outer(pre, delta)
-            changes[f"bias_{layer}"] = delta
+        moves = layer_velocity(circuit, HYPER, u_e, u_i, a, control @ q)
+        du_e.append(moves[0])
+        du_i.append(moves[1])
+        delta = jnp.stack([of(circuit, u_e, u_i) for of in deltas])[rule]
+        changes[f"bias_{layer}"] = phase.weights_learn / TAU_W * delta
+        changes[f"kernel_{layer}"] = jnp.outer(pre, changes[f"bias_{layer}"])
         pre = circuit.phi_e.value(u_e)
-    return moves._replace(u_e=tuple(du_e), u_i=tuple(du_i), parameters=changes)
+    return Student(tuple(du_e), tuple(du_i), phase.controlled * dz, tuple(dq), changes)
 
 
+@partial(jax.jit, static_argnums=0)
+@partial(jax.vmap, in_axes=(None, 0, None, None, 0, None))
 def _run(
-    phase: Phase, deltas, rule, sines: Sines, pair: Pair, start: float, times: Array
+    form: str, rule, phase: Phase, sines: Sines, pair: Pair, times: Array
 ) -> tuple[Pair, Sample]:
-    """(the pair at the last of `times`, what is seen at each of them), from `start` seconds."""
+    """(the pair at the last of `times`, what is seen at each of them), from the first of them;
+    a lane is a student that learns by `rule`."""
 
     def field(t, pair: Pair, _):
-        x = sines(t)
-        teacher = velocity(OPEN, (), None, pair.teacher, x, jnp.zeros(OUTPUTS))
-        student = velocity(phase, deltas, rule, pair.student, x, _output(pair.teacher))
-        return Pair(student, teacher)
+        student, teacher = pair
+        x, target = sines(t), _output(teacher)
+        return Pair(
+            velocity(phase, FORMS[form], rule, student, x, target),
+            velocity(OPEN, FORMS[form], rule, teacher, x, target),
+        )
 
     def seen(t, pair: Pair, _):
         output, target = _output(pair.student), _output(pair.teacher)
@@ -257,7 +261,7 @@ def _run(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         diffrax.Tsit5(),
-        t0=start,
+        t0=times[0],
         t1=times[-1],
         dt0=SOLVER.dt,
         y0=pair,
@@ -271,45 +275,16 @@ def _run(
     return jax.tree.map(lambda value: value[-1], end), samples
 
 
-def _error(sample: Sample):
-    return jnp.mean(jnp.sum((sample.output - sample.target) ** 2, axis=-1))
+@jax.jit
+def _losses(opened: Sample, closed: Sample) -> Losses:
+    """Of an epoch, whose last sample is the next one's first."""
+    error = lambda seen: jnp.sum((seen.output - seen.target) ** 2, axis=-1)[:, :-1].mean(axis=1)
+    return Losses(error(opened), error(closed), closed.effort[:, :-1].mean(axis=1))
 
 
 def _times(first: float, last: float) -> Array:
-    """One a millisecond, from `first` to before `last`, and `last`."""
-    return jnp.linspace(first, last, round((last - first) * SAMPLES / EPOCH) + 1)
-
-
-@jax.jit
-@partial(jax.vmap, in_axes=(None, 0))
-def _burn_in(sines, pair):
-    return _run(BURN_IN, (), None, sines, pair, 0.0, jnp.asarray([0.0, EPOCH]))[0]
-
-
-@partial(jax.jit, static_argnums=0)
-def _learn(form, sines, pairs) -> tuple[Pair, Losses]:
-    learn = partial(_learn_one, FORMS[form])
-    return jax.vmap(learn, in_axes=(0, None, 0))(jnp.arange(len(RULES)), sines, pairs)
-
-
-def _learn_one(deltas, rule, sines, pair):
-    times = _times(0.0, EPOCH)
-    # The last of them is the next epoch's first.
-    epoch = lambda samples: jax.tree.map(lambda value: value[:-1], samples)
-    opened = epoch(_run(OPEN, (), None, sines, pair, 0.0, times)[1])
-    pair, samples = _run(LEARNING, deltas, rule, sines, pair, 0.0, times)
-    closed = epoch(samples)
-    return pair, Losses(_error(opened), _error(closed), jnp.mean(closed.effort))
-
-
-@jax.jit
-@partial(jax.vmap, in_axes=(None, 0))
-def _demonstrate(sines, pair) -> Sample:
-    half = EPOCH / 2
-    middle, opened = _run(OPEN, (), None, sines, pair, 0.0, _times(0.0, half))
-    _, closed = _run(CLOSED, (), None, sines, middle, half, _times(half, EPOCH))
-    join = lambda first, second: jnp.concatenate([first[:-1], second])
-    return jax.tree.map(join, opened, closed)
+    """SAMPLES + 1 from `first` to `last` seconds, both among them: one shape, one program."""
+    return jnp.linspace(first, last, SAMPLES + 1)
 
 
 def _later(sines: Sines, seconds: float) -> Sines:
@@ -336,15 +311,28 @@ def experiment(
     sines, student, teacher = draw(seed)
     lanes = lambda value: jnp.stack([value] * len(RULES))
     pairs = jax.tree.map(lanes, Pair(student, teacher))
+    every, half = _times(0.0, EPOCH), EPOCH / 2
+
+    def run(phase, epoch, pairs, times=every):
+        sines_of_epoch = _later(sines, epoch * EPOCH)
+        return _run(form, jnp.arange(len(RULES)), phase, sines_of_epoch, pairs, times)
+
+    def demonstrate(epoch, pairs) -> Sample:
+        middle, opened = run(OPEN, epoch, pairs, _times(0.0, half))
+        _, closed = run(CLOSED, epoch, middle, _times(half, EPOCH))
+        join = lambda first, second: jnp.concatenate([first[:, :-1:2], second[:, ::2]], axis=1)
+        return jax.tree.map(join, opened, closed)
+
     for epoch in range(burn_in):
-        pairs = _burn_in(_later(sines, epoch * EPOCH), pairs)
-    before = _demonstrate(_later(sines, burn_in * EPOCH), pairs)
+        pairs, _ = run(BURN_IN, epoch, pairs)
+    before = demonstrate(burn_in, pairs)
     losses = []
-    for epoch in range(epochs):
-        pairs, of_epoch = _learn(form, _later(sines, (burn_in + epoch) * EPOCH), pairs)
-        losses.append(of_epoch)
-        report(epoch, of_epoch)
-    last = _later(sines, (burn_in + epochs) * EPOCH)
-    times = _times(0.0, EPOCH)
+    for epoch in range(burn_in, burn_in + epochs):
+        _, opened = run(OPEN, epoch, pairs)
+        pairs, closed = run(LEARNING, epoch, pairs)
+        losses.append(_losses(opened, closed))
+        report(epoch - burn_in, losses[-1])
+    after = demonstrate(burn_in + epochs, pairs)
+    inputs = jax.vmap(_later(sines, (burn_in + epochs) * EPOCH))(every)
     stacked = jax.tree.map(lambda *epochs: jnp.stack(epochs), *losses)
-    return Course(stacked, before, _demonstrate(last, pairs), jax.vmap(last)(times), times)
+    return Course(stacked, before, after, inputs, every)
