@@ -15,7 +15,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study test quick lint lint-format lint-check lint-types format lock
+.PHONY: help install study figures test quick lint lint-format lint-check lint-types format lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seed
 	$(BIN)/python -m analysis.selection selected=out/selected.yaml
 	$(BIN)/python -m analysis.retrain out/selected.yaml seeds=3
 	$(BIN)/python -m analysis.report
+
+figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="--out FOLDER")
+	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from disinhib.activations import Shape, bind
+from disinhib.architecture import Scalar
 from disinhib.microcircuit import Microcircuit
 from disinhib.plasticity import Curve, Points, solved
 
@@ -33,7 +34,8 @@ def _sacramento_change(x: Points, u_e: Points) -> Curve:
     return Curve(x, PHI.value(u_e), x * (PHI.value(u_e) - PHI.value(expected)))
 
 
-def sacramento(x: Points, target: float | None) -> Curve:
+@jax.jit
+def sacramento(x: Points, target: Scalar | None) -> Curve:
     """Sacramento, Costa, Bengio & Senn (2018): dendritic errors cancelled by an interneuron.
 
     du_E = -g_leak u_E + g_B (x - u_E) + g_A (w_IE phi(u_I) + target - u_E) and
@@ -46,12 +48,14 @@ def sacramento(x: Points, target: float | None) -> Curve:
     return _sacramento_change(x, solved(circuit, a, s).u_e)
 
 
-def sacramento_clamped(x: Points, r_i: float) -> Curve:
+@jax.jit
+def sacramento_clamped(x: Points, r_i: Scalar) -> Curve:
     """The apical dendrite is clamped at -r_I."""
     return _sacramento_change(x, (G_B * x - G_A * r_i) / SOMA)
 
 
-def meulemans(x: Points, target: float | None) -> Curve:
+@jax.jit
+def meulemans(x: Points, target: Scalar | None) -> Curve:
     """Meulemans et al. (2021, 2022): control at the soma, du = -u + x + (target - phi(u)).
 
     u + phi(u) = x + target is a microcircuit whose interneuron copies the potential.
@@ -63,13 +67,15 @@ def meulemans(x: Points, target: float | None) -> Curve:
     return Curve(x, PHI.value(u), x * (u - x))
 
 
-def meulemans_clamped(x: Points, r_i: float) -> Curve:
+@jax.jit
+def meulemans_clamped(x: Points, r_i: Scalar) -> Curve:
     """u = x - r_I."""
     u = x - r_i
     return Curve(x, PHI.value(u), x * (u - x))
 
 
-def payeur(x: Points, target: float | None) -> Curve:
+@jax.jit
+def payeur(x: Points, target: Scalar | None) -> Curve:
     """Payeur et al. (2021): the error is in the burst probability; the rate is that of events."""
     events = PHI.value(x)
     error = 0.0 if target is None else target - events
@@ -77,7 +83,8 @@ def payeur(x: Points, target: float | None) -> Curve:
     return Curve(x, events, x * events * (bursts - BASELINE))
 
 
-def greedy(x: Points, target: float | None) -> Curve:
+@jax.jit
+def greedy(x: Points, target: Scalar | None) -> Curve:
     """Greedy et al. (2022): the bursts of an output neuron, against their expectation."""
     events = PHI.value(x)
     output = PHI.value(events)
@@ -87,7 +94,8 @@ def greedy(x: Points, target: float | None) -> Curve:
     return _greedy_change(x, jax.nn.sigmoid(GREEDY_SLOPE * apical * _relative_slope(x)))
 
 
-def greedy_clamped(x: Points, r_i: float) -> Curve:
+@jax.jit
+def greedy_clamped(x: Points, r_i: Scalar) -> Curve:
     """The apical potential is -r_I; bursts get rarer where events are few."""
     bursts = jax.nn.sigmoid(-GREEDY_SLOPE * r_i * _relative_slope(x))
     return _greedy_change(x, 1.6 * (1 - jnp.exp(-PHI.value(x) / 10)) * bursts)

@@ -18,6 +18,7 @@ feedback's share in u_I is a larger gain and a constant, so the circuit is one o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from disinhib.activations import Activation, Shape, bind
-from disinhib.architecture import Hyperparameters
+from disinhib.architecture import Hyperparameters, Scalar
 from disinhib.dynamics import layer_velocity
 from disinhib.microcircuit import Microcircuit, inhibitory_potential
 from disinhib.steady_state import settle
@@ -50,6 +51,9 @@ class Circuit(NamedTuple):
     alpha: float = 5.0  # of the feedback
 
 
+PUBLISHED = Circuit()
+
+
 class State(NamedTuple):
     """Potentials."""
 
@@ -67,7 +71,8 @@ def linear(theta: float, delta: float) -> Inverse:
     return lambda r_i: theta + delta * r_i
 
 
-def euler(circuit: Circuit, x: Points, target: float | None) -> State:
+@partial(jax.jit, static_argnums=(0, 3))
+def euler(circuit: Circuit, x: Points, target: Scalar | None, steps: int = STEPS) -> State:
     """The state after the published integration from rest."""
     alone = Microcircuit(circuit.phi_e, circuit.phi_i, circuit.w_ei, circuit.w_ie)
 
@@ -79,10 +84,11 @@ def euler(circuit: Circuit, x: Points, target: float | None) -> State:
         du_e, du_i = layer_velocity(alone, UNIT_TIME, *state, circuit.w_xe * x, s)
         return State(state.u_e + STEP * du_e, state.u_i + STEP * du_i), None
 
-    return jax.lax.scan(step, State(jnp.zeros_like(x), jnp.zeros_like(x)), length=STEPS)[0]
+    return jax.lax.scan(step, State(jnp.zeros_like(x), jnp.zeros_like(x)), length=steps)[0]
 
 
-def equilibrium(circuit: Circuit, x: Points, target: float | None) -> State:
+@partial(jax.jit, static_argnums=0)
+def equilibrium(circuit: Circuit, x: Points, target: Scalar | None) -> State:
     """The steady state by Newton's method; every point is solved for itself."""
     gain, constant = circuit.w_ei, 0.0
     if target is not None:
@@ -118,7 +124,7 @@ def with_feedback(
     inverse: Inverse,
     x: Points,
     target: float | None,
-    circuit: Circuit = Circuit(),
+    circuit: Circuit = PUBLISHED,
     road: Callable[..., State] = equilibrium,
 ) -> Curve:
     """The experiment with the feedback that `target` gives, or without it (None): input varies."""
@@ -128,7 +134,7 @@ def with_feedback(
     return Curve(x, circuit.phi_e.value(state.u_e), change)
 
 
-def clamped(inverse: Inverse, x: Points, r_i: float, circuit: Circuit = Circuit()) -> Curve:
+def clamped(inverse: Inverse, x: Points, r_i: float, circuit: Circuit = PUBLISHED) -> Curve:
     """The experiment with an isolated neuron, u_E = x, its inhibition clamped at the rate `r_i`."""
     change = weight_change(circuit, inverse, x, x, r_i)
     return Curve(x, circuit.phi_e.value(x), change)

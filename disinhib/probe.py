@@ -85,7 +85,7 @@ def probe(
         wide = lambda value: jnp.asarray(value, jnp.float64)
         network = jax.tree.map(wide, (parameters, config.hyperparameters, x))
         by_newton = replace(architecture, solver=NEWTON)
-        loops = _equilibria(by_newton, *network, wide(target))
+        loops = equilibria(by_newton, *network, wide(target))
         start, gaps, converged = dynamics.resting_state(architecture, len(x)), [], []
         for control, found in loops:
             by_ode = replace(architecture, solver=_integration(config.hyperparameters, control))
@@ -112,9 +112,7 @@ def _integration(hyper: Hyperparameters, control: Control | None) -> Ode:
 
 
 @partial(jax.jit, static_argnums=0)
-def _equilibria(
-    architecture, parameters, hyper, x, target
-) -> list[tuple[Control | None, Solution]]:
+def equilibria(architecture, parameters, hyper, x, target) -> list[tuple[Control | None, Solution]]:
     """What closes the loop, and Newton's solution: of the open loop and, for a feedback rule, of
     the closed one."""
     network = architecture, parameters, hyper, x

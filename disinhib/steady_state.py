@@ -96,8 +96,9 @@ def open_loop(
 def settle(
     circuit: Microcircuit, start: Array, a: Array, s: Array | float, steps: int, goal, cap: int
 ) -> tuple[Array, Array, Array]:
-    """(u_E, residual of each sample, rounds of `steps`) of one layer of E-I neurons for the input `a` and the
-    dis-inhibition `s`: rounds until every residual is below `goal`, at most `cap`."""
+    """(u_E, residual of each sample, rounds of `steps`) of one layer for the input `a` and the
+    dis-inhibition `s` `[batch, neurons]`: rounds until every residual is below `goal`, at most
+    `cap`."""
 
     def one_round(carry):
         search, _, rounds = carry

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import diffrax
@@ -162,7 +163,7 @@ def initial_network(key: PRNGKeyArray) -> Student:
     keys = jax.random.split(key, 4)
     sizes = (INPUTS, HIDDEN, OUTPUTS)
     parameters = {"kernel_out": jnp.eye(OUTPUTS)}
-    for layer, (pre, post) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (pre, post) in enumerate(pairwise(sizes)):
         kernel, bias = keys[layer], keys[2 + layer]
         parameters[f"kernel_{layer}"] = jax.random.normal(kernel, (pre, post)) * 2 / pre**0.5
         parameters[f"bias_{layer}"] = jax.random.normal(bias, (post,)) * 2 / post**0.5
@@ -255,8 +256,8 @@ def _run(
     def seen(t, pair: Pair, _):
         output, target = _output(pair.student), _output(pair.teacher)
         c = _control(pair.student, target - output)
-        effort = sum(jnp.sum((c @ q) ** 2) for q in pair.student.feedback)
-        return Sample(output, target, effort)
+        efforts = [jnp.sum((c @ q) ** 2) for q in pair.student.feedback]
+        return Sample(output, target, jnp.stack(efforts).sum())
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),

@@ -1,0 +1,171 @@
+"""`python -m analysis.figures.trajectory RUN [--sample N] [--out FOLDER] [--quick]`: a trained
+network in time.
+
+RUN is the folder of a training run (`python -m disinhib`) or a trained network's file
+(`model.msgpack`, an artifact of a retrained seed). One sample is shown to it, in open loop from
+rest and then in closed loop, with the target fed back: excitatory, inhibitory and readout
+potentials, and the control signal. Dotted lines are the equilibria that Newton's method finds.
+trajectory.csv has what moves, trajectory-equilibria.csv where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.figures import command
+from analysis.figures.command import BLACK, GREY, ORANGE, Tables
+from disinhib import checkpoint, dynamics, errors, model, probe, training
+from disinhib.architecture import Newton, Ode
+from disinhib.config import RunConfig, parse
+from disinhib.errors import InputError
+from disinhib.losses import soft_targets
+from disinhib.network import NetworkState, Parameters
+from disinhib.rules import RULES, feedback_and_aim
+
+SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
+NEURONS = 5  # shown of a layer, those that feedback moves most
+INTEGRATION = Ode(rtol=1e-6, atol=1e-9, early_termination=False)
+NEWTON = Newton(tolerance=1e-6, max_iterations=100)
+
+
+class Trained(NamedTuple):
+    """A training run's configuration and one lane's parameters."""
+
+    config: RunConfig
+    parameters: Parameters
+
+
+def trained(path: Path) -> Trained:
+    """Raises InputError unless a trained network with dynamics is in the folder or the file."""
+    if path.is_dir():
+        try:
+            config = parse(yaml.safe_load((path / "config.yaml").read_text("utf-8")))
+        except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+            allowed = "the folder of a training run, or a model.msgpack"
+            raise InputError(
+                f"RUN: given {path}, allowed is {allowed} ({errors.one_line(error)})"
+            ) from error
+        state = checkpoint.load(path / "checkpoint.msgpack", config).state
+        found = Trained(config, jax.tree.map(lambda lanes: lanes[0], state.parameters))
+    else:
+        network, parameters = model.load(path)
+        found = Trained(parse(network.options), parameters)
+    architecture = found.config.architecture
+    if architecture.circuit == "non-dale":
+        raise InputError(f"RUN: given {path}, a plain MLP, which has no dynamics; needed is dale")
+    if not RULES[architecture.rule].has_feedback:
+        rules = ", ".join(name for name, rule in RULES.items() if rule.has_feedback)
+        raise InputError(
+            f"RUN: given {path}, trained by {architecture.rule}, which has no closed loop;"
+            f" needed is one of {rules}"
+        )
+    return found
+
+
+def numbers(run: Trained, sample: int, quick: bool) -> Tables:
+    """Of the validation set's `sample`: `seconds`, then a column for each neuron and output
+    (u_E_1_17 is neuron 17 of the first hidden layer, all from 0 but the layers); the same columns
+    with `loop` (open, closed) are the equilibria. Raises InputError if there is no such sample."""
+    config, parameters = run
+    images = training.prepare(config)
+    count = len(images.validation.labels)
+    if not 0 <= sample < count:
+        raise InputError(f"--sample: given {sample}, allowed is 0 to {count - 1}")
+    chosen = slice(sample, sample + 1)
+    with jax.enable_x64(True):
+        wide = lambda value: jnp.asarray(value, jnp.float64)
+        parameters, hyper, scale = jax.tree.map(
+            wide, (parameters, config.hyperparameters, images.scale)
+        )
+        x = wide(images.validation.images[chosen]) * scale
+        classes = config.architecture.sizes[-1]
+        target = soft_targets(images.validation.labels[chosen], classes, hyper.soft_target)
+        by_newton = replace(config.architecture, solver=NEWTON)
+        by_ode = replace(config.architecture, solver=INTEGRATION)
+        (_, opened), (_, closed) = probe.equilibria(by_newton, parameters, hyper, x, target)
+        _, aim = feedback_and_aim(by_newton, parameters, hyper, opened.state, target)
+        weights_at = lambda state: feedback_and_aim(by_newton, parameters, hyper, state, target)[0]
+        times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)
+        states, control = jax.jit(
+            partial(dynamics.open_then_closed_trajectory, by_ode, weights_at=weights_at)
+        )(parameters, hyper, x, aim, times=times)
+        seconds = np.concatenate([times, SECONDS + np.asarray(times)])
+    moving = _columns(jax.tree.map(lambda v: v[0], states.network), control[0])
+    ends = [_columns(end.state, end.control) for end in (opened, closed)]
+    at_rest = {name: np.concatenate([end[name] for end in ends]) for name in moving}
+    return {
+        "": pd.DataFrame({"seconds": seconds, **moving}),
+        "-equilibria": pd.DataFrame({"loop": ["open", "closed"], **at_rest}),
+    }
+
+
+def _columns(state: NetworkState, control) -> dict[str, np.ndarray]:
+    """By name, `[time]` each, of potentials and control `[time, neurons]`."""
+    groups = {"u_y": state.u_y, "c": control}
+    for layer, (u_e, u_i) in enumerate(zip(state.u_e, state.u_i, strict=True), start=1):
+        groups |= {f"u_E_{layer}": u_e, f"u_I_{layer}": u_i}
+    return {
+        f"{group}_{neuron}": np.asarray(values)[:, neuron]
+        for group, values in sorted(groups.items(), key=lambda item: item[0])
+        for neuron in range(values.shape[-1])
+    }
+
+
+def draw(tables: Tables) -> Figure:
+    moving, rest = tables[""], tables["-equilibria"]
+    groups = list(dict.fromkeys(name.rpartition("_")[0] for name in moving.columns[1:]))
+    layers = sorted({int(group[4:]) for group in groups if group.startswith("u_E_")})
+    rows = [(f"u_E_{layer}", f"u_I_{layer}") for layer in layers] + [("u_y", "c")]
+    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    titles = {"u_y": "Readout", "c": "Control signal"}
+    for pair, grid in zip(rows, figure.subplots(len(rows), 2, squeeze=False), strict=True):
+        for group, axes in zip(pair, grid, strict=True):
+            kind = "Excitatory" if group.startswith("u_E") else "Inhibitory"
+            title = titles.get(group) or f"{kind} neurons, hidden layer {group[4:]}"
+            axes.set(title=title, ylabel="control" if group == "c" else "potential")
+            _draw_group(axes, group, moving, rest)
+    for axes in figure.axes[-2:]:
+        axes.set_xlabel("time in s (open loop, then closed)")
+    return figure
+
+
+def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame) -> None:
+    names = [name for name in moving.columns if name.rpartition("_")[0] == group]
+    if group.startswith("u_E") or group.startswith("u_I"):
+        # The same neurons of both kinds: where feedback moves the excitatory ones most.
+        excitatory = [name.replace("u_I", "u_E") for name in names]
+        moved = (rest[excitatory].iloc[1] - rest[excitatory].iloc[0]).abs()
+        names = [names[place] for place in np.argsort(-moved.to_numpy())[:NEURONS]]
+    middle, end = SECONDS, 2 * SECONDS
+    for name in names:
+        axes.plot(moving["seconds"], moving[name], linewidth=1.2)
+        for (start, stop), value in zip(((0, middle), (middle, end)), rest[name], strict=True):
+            axes.plot([start, stop], [value, value], ":", color=BLACK, linewidth=0.9, zorder=3)
+    axes.axvspan(middle, end, color=ORANGE, alpha=0.1, linewidth=0)
+    axes.axvline(middle, color=GREY, linewidth=0.5)
+
+
+def main(given: Sequence[str]) -> None:
+    parser = command.parser("trajectory", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("--sample", type=int, default=0, help="of the validation set (0)")
+    options = parser.parse_args(given)
+    command.check_folder(options.out)
+    tables = numbers(trained(options.run), options.sample, options.quick)
+    command.save(options.out, "trajectory", tables, draw)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,117 @@
+"""The commands of the figures: files that are whole, numbers that are their tables, refusals."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import image
+
+from analysis.figures import fig3, fig4, figS1, figS2, trajectory
+from disinhib import checkpoint
+from disinhib.config import parse
+from disinhib.errors import InputError
+from disinhib.training import initial_state
+
+FIGURES = {"fig3": fig3, "fig4": fig4, "figS1": figS1, "figS2": figS2}
+QUICK = {
+    "fig3": {"": 2 * 41 + 41 + 4 * 41 + 3 * 41 + 4 * 41},
+    "figS1": {"": 4 * 3 * 41 + 3 * 4 * 41},
+    "figS2": {"": 5 * (2 * 41 + 4 * 41 + 2 * 41 + 4 * 41)},
+    "fig4": {"": 2 * 3, "-traces": 2 * 1001},
+}
+
+
+def check_files(folder, name, rows):
+    kinds = {f"{name}.pdf", f"{name}.png", *(f"{name}{ending}.csv" for ending in rows)}
+    assert {file.name for file in folder.iterdir()} == kinds
+    assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert np.std(image.imread(folder / f"{name}.png")) > 0.05  # not blank
+    for ending, count in rows.items():
+        assert len(pd.read_csv(folder / f"{name}{ending}.csv")) == count
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_made(name, tmp_path, capsys):
+    folder = tmp_path / "new" / "figures"
+    FIGURES[name].main(["--out", str(folder), "--quick"])
+    check_files(folder, name, QUICK[name])
+    assert capsys.readouterr().out.split()[-1] == str(folder / f"{name}.png")
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    for run in ("one", "two"):
+        fig3.main(["--out", str(tmp_path / run), "--quick"])
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "trajectory"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(name):
+    given = ["--out", "/proc/figures"]
+    main = trajectory.main if name == "trajectory" else FIGURES[name].main
+    with pytest.raises(InputError, match="--out: given /proc/figures, allowed is a folder") as no:
+        main([*given, "RUN"] if name == "trajectory" else given)
+    assert "\n" not in str(no.value)
+
+
+def test_a_refusal_is_one_line_and_exit_code_2():
+    run = subprocess.run(
+        [sys.executable, "-m", "analysis.figures.fig3", "--quik"], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == "error: unrecognized arguments: --quik (--help lists the options)\n"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run on digits that has just begun."""
+    import yaml
+
+    from disinhib import command_line
+
+    options, _ = command_line.compose(
+        command_line.TRAINING,
+        ["trainer=exact-inv", "model/vf=dale", "model.vf.nb_hidden=2", "model.vf.sizes_hidden=[8]"],
+    )
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(options)))
+    config = parse(options)
+    checkpoint.save(folder / "checkpoint.msgpack", config, initial_state(config, [0]))
+    return folder
+
+
+def test_a_trajectory_ends_where_newton_says(run_folder, tmp_path):
+    trajectory.main([str(run_folder), "--out", str(tmp_path), "--quick", "--sample", "3"])
+    check_files(tmp_path, "trajectory", {"": 2 * 51, "-equilibria": 2})
+    moving = pd.read_csv(tmp_path / "trajectory.csv")
+    rest = pd.read_csv(tmp_path / "trajectory-equilibria.csv").drop(columns="loop")
+    assert list(moving.columns[1:]) == list(rest.columns) and len(rest.columns) == 4 * 8 + 2 * 10
+    assert (moving.iloc[0] == 0).all()  # at rest
+    # A second is ten time constants of the controller, of which e^-10 is 5e-5.
+    for end, equilibrium in ((50, 0), (101, 1)):
+        gap = moving.iloc[end][rest.columns] - rest.iloc[equilibrium]
+        assert np.max(np.abs(gap)) < 1e-3
+    assert np.max(np.abs(rest.iloc[1] - rest.iloc[0])) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["nowhere"], "model: given nowhere, cannot be read"),
+        (["."], r"RUN: given \., allowed is the folder of a training run, or a model.msgpack"),
+        ([], "the following arguments are required: RUN"),
+        (["RUN", "--sample", "x"], "argument --sample: invalid int value: 'x'"),
+    ],
+)
+def test_a_trajectory_of_nothing_is_refused(given, message, tmp_path):
+    with pytest.raises(InputError, match=message) as no:
+        trajectory.main([*given, "--out", str(tmp_path)])
+    assert "\n" not in str(no.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_that_is_not_there_is_refused(run_folder, tmp_path):
+    with pytest.raises(InputError, match="--sample: given 9999, allowed is 0 to 286"):
+        trajectory.main([str(run_folder), "--out", str(tmp_path), "--sample", "9999"])
