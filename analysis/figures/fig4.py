@@ -98,6 +98,7 @@ def draw(tables: Tables) -> Figure:
             panels[panel].plot(curve["minutes"], curve[column], color=colour, label=rule)
         panels[panel].set(yscale="log", title=title, xlabel="time in min")
         panels[panel].yaxis.set_minor_formatter(NullFormatter())
+    panels["control"].set_yticks([10, 20, 50], labels=["10", "20", "50"])
     panels["open"].legend(title="learning rule")
     return figure
 
