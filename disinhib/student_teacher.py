@@ -8,6 +8,16 @@ feedback weights and feed-forward weights evolve at once, as one differential eq
     tau_Q dQ/dt = -Q + J      J: the Jacobian at the present state, scaled to Frobenius norm 7.5
     tau_W dW/dt = r_pre^T delta,    tau_W db/dt = delta
 
+delta comes in two forms, each with the exact inverse of the interneuron's activation and with an
+approximate one, its tangent at the rate y0 = 0.5:
+
+                    exact                           approximate
+    published   (r_E - u_I) phi_E'(r_E)     (r_E - tangent of phi_E^-1 at u_I) phi_E'(r_E)
+    textbook    (r_E - u_I) phi_E'(u_E)     (r_E - tangent of phi_I^-1 at r_I) phi_E'(u_E)
+
+The published code evaluates the derivative at the rate where the paper's equations have the
+potential, and takes its tangent from phi_E; its figure is that of "published", the default.
+
 Published: `notebooks/Figure 4.ipynb`. There inputs and targets are interpolated between samples of
 1 ms and an epoch ends with its last sample; here the sines are continuous and the teacher is part
 of the equation.
@@ -18,13 +28,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from disinhib.activations import Shape, tangent_of_inverse
 from disinhib.architecture import Architecture, Hyperparameters, Ode
@@ -101,8 +111,8 @@ class Losses(NamedTuple):
 
 class Course(NamedTuple):
     """An experiment: losses `[epochs, rules]`; what was seen before and after learning, `[rules,
-    time, ...]`, in open loop for the epoch's first half and controlled in its second; the inputs
-    `[time, inputs]` of the epoch before which; and the `times` (s) of these."""
+    time, ...]`, in open loop for half an epoch and then controlled; the `inputs` of the one after
+    learning; and the `times` of all these, in s from their start."""
 
     losses: Losses
     before: Sample
@@ -148,9 +158,7 @@ def _textbook_approximate(circuit, u_e, u_i):
 
 
 RULES = ("approximate", "exact")  # the lanes of a run, in this order
-# form: delta of each of RULES. The published ones take the derivative of phi_E at the rate r_E
-# where the equation has the potential u_E, and the approximate one the tangent of phi_E^-1 at u_I
-# where it has that of phi_I^-1 at r_I; "textbook" is delta as in the paper's equations.
+# form (see above): delta of each of RULES
 FORMS: dict[str, tuple[Delta, Delta]] = {
     "published": (_published_approximate, _published_exact),
     "textbook": (_textbook_approximate, _textbook_exact),
@@ -208,7 +216,7 @@ def _control(student: Student, error: Float[Array, " outputs"]) -> Float[Array, 
 def velocity(
     phase: Phase,
     deltas: tuple[Delta, ...],
-    rule: Any,
+    rule: Int[Array, ""],
     student: Student,
     x: Float[Array, " inputs"],
     target: Float[Array, " outputs"],
@@ -302,7 +310,7 @@ def experiment(
     seed: int = 2,
     report: Callable[[int, Losses], None] = lambda epoch, losses: None,
 ) -> Course:
-    """Two equal students, one for each of RULES, learn from the same teacher.
+    """Two equal students, one for each of RULES and a lane each, learn from the same teacher.
 
     For `burn_in` epochs of 5 s only activity and feedback weights evolve, without control; for
     `epochs` everything does, and `report(epoch, losses of both)` is called after each. Time runs
