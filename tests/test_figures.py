@@ -48,11 +48,13 @@ def test_the_same_figure_is_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FIGURES, "trajectory"])
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(name):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(name, run_folder):
     given = ["--out", "/proc/figures"]
-    main = trajectory.main if name == "trajectory" else FIGURES[name].main
     with pytest.raises(InputError, match="--out: given /proc/figures, allowed is a folder") as no:
-        main([*given, "RUN"] if name == "trajectory" else given)
+        if name == "trajectory":
+            trajectory.main([*given, str(run_folder)])
+        else:
+            FIGURES[name].main(given)
     assert "\n" not in str(no.value)
 
 
@@ -99,7 +101,8 @@ def test_a_trajectory_ends_where_newton_says(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["nowhere"], "model: given nowhere, cannot be read"),
+        (["nowhere"], r"RUN: given nowhere, allowed is .* cannot be read"),
+        (["a" * 300], r"RUN: given a+, allowed is .* File name too long"),
         (["."], r"RUN: given \., allowed is the folder of a training run, or a model.msgpack"),
         ([], "the following arguments are required: RUN"),
         (["RUN", "--sample", "x"], "argument --sample: invalid int value: 'x'"),
@@ -110,6 +113,15 @@ def test_a_trajectory_of_nothing_is_refused(given, message, tmp_path):
         trajectory.main([*given, "--out", str(tmp_path)])
     assert "\n" not in str(no.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", [b"# caf\xe9", b"x: 2026-13-45", b"x: [1"])
+def test_a_configuration_that_cannot_be_read_is_refused(line, run_folder, tmp_path):
+    content = (run_folder / "config.yaml").read_bytes()
+    (tmp_path / "config.yaml").write_bytes(content + line)
+    with pytest.raises(InputError, match=r"RUN: given .*, allowed is the folder") as no:
+        trajectory.trained(tmp_path)
+    assert "\n" not in str(no.value)
 
 
 def test_a_sample_that_is_not_there_is_refused(run_folder, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from rich.console import Console
 from rich.progress import Progress
 
 from analysis.figures import command
@@ -29,7 +30,7 @@ def numbers(quick: bool, form: str = "published") -> Tables:
     """Losses (rule, epoch, minutes at its start, open_loop, closed_loop, control), and traces
     (when, seconds, output_1, ..., target_1, ..., input_1, input_2) of the approximate rule."""
     epochs = QUICK_EPOCHS if quick else EPOCHS
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Epochs", total=epochs)
         course = student_teacher.experiment(
             epochs=epochs, form=form, report=lambda epoch, losses: progress.advance(bar)

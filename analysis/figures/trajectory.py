@@ -49,19 +49,12 @@ class Trained(NamedTuple):
 
 def trained(path: Path) -> Trained:
     """Raises InputError unless a trained network with dynamics is in the folder or the file."""
-    if path.is_dir():
-        try:
-            config = parse(yaml.safe_load((path / "config.yaml").read_text("utf-8")))
-        except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
-            allowed = "the folder of a training run, or a model.msgpack"
-            raise InputError(
-                f"RUN: given {path}, allowed is {allowed} ({errors.one_line(error)})"
-            ) from error
-        state = checkpoint.load(path / "checkpoint.msgpack", config).state
-        found = Trained(config, jax.tree.map(lambda lanes: lanes[0], state.parameters))
-    else:
-        network, parameters = model.load(path)
-        found = Trained(parse(network.options), parameters)
+    try:
+        found = _from_folder(path) if path.is_dir() else _from_file(path)
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        why = str(error) if isinstance(error, InputError) else errors.one_line(error)
+        allowed = "the folder of a training run, or a model.msgpack"
+        raise InputError(f"RUN: given {path}, allowed is {allowed} ({why})") from error
     architecture = found.config.architecture
     if architecture.circuit == "non-dale":
         raise InputError(f"RUN: given {path}, a plain MLP, which has no dynamics; needed is dale")
@@ -72,6 +65,17 @@ def trained(path: Path) -> Trained:
             f" needed is one of {rules}"
         )
     return found
+
+
+def _from_folder(folder: Path) -> Trained:
+    config = parse(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+    state = checkpoint.load(folder / "checkpoint.msgpack", config).state
+    return Trained(config, jax.tree.map(lambda lanes: lanes[0], state.parameters))
+
+
+def _from_file(file: Path) -> Trained:
+    network, parameters = model.load(file)
+    return Trained(parse(network.options), parameters)
 
 
 def numbers(run: Trained, sample: int, quick: bool) -> Tables:
@@ -162,8 +166,9 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--sample", type=int, default=0, help="of the validation set (0)")
     options = parser.parse_args(given)
+    run = trained(options.run)
     command.check_folder(options.out)
-    tables = numbers(trained(options.run), options.sample, options.quick)
+    tables = numbers(run, options.sample, options.quick)
     command.save(options.out, "trajectory", tables, draw)
 
 
