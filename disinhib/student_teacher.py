@@ -16,7 +16,8 @@ approximate one, its tangent at the rate y0 = 0.5:
     textbook    (r_E - u_I) phi_E'(u_E)     (r_E - tangent of phi_I^-1 at r_I) phi_E'(u_E)
 
 The published code evaluates the derivative at the rate where the paper's equations have the
-potential, and takes its tangent from phi_E and at the potential u_I; its figure is that of "published", the default.
+potential, and takes its tangent from phi_E and at the potential u_I; its figure is that of
+"published", the default.
 
 Published: `notebooks/Figure 4.ipynb`. There inputs and targets are interpolated between samples of
 1 ms and an epoch ends with its last sample; here the sines are continuous and the teacher is part

@@ -49,12 +49,10 @@ def test_the_same_figure_is_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("name", [*FIGURES, "trajectory"])
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(name, run_folder):
-    given = ["--out", "/proc/figures"]
-    with pytest.raises(InputError, match="--out: given /proc/figures, allowed is a folder") as no:
-        if name == "trajectory":
-            trajectory.main([*given, str(run_folder)])
-        else:
-            FIGURES[name].main(given)
+    main = trajectory.main if name == "trajectory" else FIGURES[name].main
+    given = ["--out", "/proc/figures", *([str(run_folder)] if name == "trajectory" else [])]
+    with pytest.raises(InputError, match=r"--out: given /proc/figures, allowed is a folder") as no:
+        main(given)
     assert "\n" not in str(no.value)
 
 
@@ -125,5 +123,5 @@ def test_a_configuration_that_cannot_be_read_is_refused(line, run_folder, tmp_pa
 
 
 def test_a_sample_that_is_not_there_is_refused(run_folder, tmp_path):
-    with pytest.raises(InputError, match="--sample: given 9999, allowed is 0 to 286"):
+    with pytest.raises(InputError, match=r"--sample: given 9999, allowed is 0 to 286"):
         trajectory.main([str(run_folder), "--out", str(tmp_path), "--sample", "9999"])
