@@ -76,7 +76,8 @@ def meulemans_clamped(x: Points, r_i: Scalar) -> Curve:
 
 @jax.jit
 def payeur(x: Points, target: Scalar | None) -> Curve:
-    """Payeur et al. (2021): the error is in the burst probability; the rate is that of events."""
+    """Payeur et al. (2021): the error is in the burst probability p = sigmoid(target - e) of the
+    events e = phi(x); dw = x e (p - sigmoid(0))."""
     events = PHI.value(x)
     error = 0.0 if target is None else target - events
     bursts = jax.nn.sigmoid(jnp.asarray(error))
@@ -85,7 +86,12 @@ def payeur(x: Points, target: Scalar | None) -> Curve:
 
 @jax.jit
 def greedy(x: Points, target: Scalar | None) -> Curve:
-    """Greedy et al. (2022): the bursts of an output neuron, against their expectation."""
+    """Greedy et al. (2022): the bursts of an output neuron, against their expectation.
+
+    With events e = phi(x) and e_o = phi(e), h = phi'(x) / e and h_o = phi'(e) / e_o, the output
+    bursts with probability p_b + p_b (e_o - target) h_o, p_b = sigmoid(0); the apical potential is
+    p_b e_o minus the output's bursts; p = sigmoid(4 u h) and dw = x e (p - p_b).
+    """
     events = PHI.value(x)
     output = PHI.value(events)
     error = jnp.zeros_like(x) if target is None else output - target
@@ -96,7 +102,8 @@ def greedy(x: Points, target: Scalar | None) -> Curve:
 
 @jax.jit
 def greedy_clamped(x: Points, r_i: Scalar) -> Curve:
-    """The apical potential is -r_I; bursts get rarer where events are few."""
+    """The apical potential is -r_I, and bursts are rarer where events are few:
+    p = 1.6 (1 - exp(-e / 10)) sigmoid(4 u h), as the published code imitates Poisson statistics."""
     bursts = jax.nn.sigmoid(-GREEDY_SLOPE * r_i * _relative_slope(x))
     return _greedy_change(x, 1.6 * (1 - jnp.exp(-PHI.value(x) / 10)) * bursts)
 
@@ -112,24 +119,26 @@ def _greedy_change(x: Points, bursts: Points) -> Curve:
 
 class Model(NamedTuple):
     """An entry of MODELS: curves for the inputs `x` with a target or without feedback, and with
-    inhibition clamped (if the model has any), each with the range of its inputs."""
+    inhibition clamped, if the model has any; and the largest input that is shown of each."""
 
     citation: str
-    rate: str  # what its rate axis shows
+    rate: str  # what its curves call the rate
     feedback: Callable[[Points, float | None], Curve]
-    clamped: Callable[[Points, float], Curve] | None
-    with_target: float  # largest x
-    without_feedback: float
-    with_clamp: float
+    x_with_target: float
+    x_without: float
+    clamped: Callable[[Points, float], Curve] | None = None
+    x_clamped: float | None = None
 
 
 MODELS: dict[str, Model] = {
     "sacramento": Model(
-        "Sacramento et al. 2018", "rate r_E", sacramento, sacramento_clamped, 10.0, 13.0, 10.0
+        *("Sacramento et al. 2018", "firing rate", sacramento, 10.0, 13.0),
+        *(sacramento_clamped, 10.0),
     ),
     "meulemans": Model(
-        "Meulemans et al. 2021, 2022", "rate r_E", meulemans, meulemans_clamped, 5.0, 13.0, 10.0
+        *("Meulemans et al. 2021, 2022", "firing rate", meulemans, 5.0, 13.0),
+        *(meulemans_clamped, 10.0),
     ),
-    "payeur": Model("Payeur et al. 2021", "event rate", payeur, None, 10.0, 13.0, 0.0),
-    "greedy": Model("Greedy et al. 2022", "event rate", greedy, greedy_clamped, 5.0, 13.0, 25.0),
+    "payeur": Model("Payeur et al. 2021", "event rate", payeur, 10.0, 13.0),
+    "greedy": Model("Greedy et al. 2022", "event rate", greedy, 5.0, 13.0, greedy_clamped, 25.0),
 }

@@ -215,6 +215,20 @@ def _control(student: Student, error: Float[Array, " outputs"]) -> Float[Array, 
     return CONTROLLERS["leaky-pi"].signal(HYPER, error, student.z)
 
 
+def _activity(student: Student, x: Float[Array, " inputs"], control: Float[Array, " outputs"]):
+    """(du_E/dt of each layer, du_I/dt of each layer, what each layer's weights are given)."""
+    circuit, du_e, du_i, given = _circuit(), [], [], [x]
+    for layer, (u_e, u_i, q) in enumerate(
+        zip(student.u_e, student.u_i, student.feedback, strict=True)
+    ):
+        a = feedforward_input(student.parameters, layer, given[-1])
+        excitatory, inhibitory = layer_velocity(circuit, HYPER, u_e, u_i, a, control @ q)
+        du_e.append(excitatory)
+        du_i.append(inhibitory)
+        given.append(circuit.phi_e.value(u_e))
+    return tuple(du_e), tuple(du_i), given[:-1]
+
+
 def velocity(
     phase: Phase,
     deltas: tuple[Delta, ...],
@@ -231,20 +245,13 @@ def velocity(
     aims = _feedback_target(parameters, student.u_e, student.u_i)
     per_second = phase.feedback_learns / TAU_Q
     dq = [per_second * (aim - q) for aim, q in zip(aims, student.feedback, strict=True)]
-    du_e, du_i, pre = [], [], x
+    du_e, du_i, given = _activity(student, x, control)
     changes = {"kernel_out": jnp.zeros_like(parameters["kernel_out"])}
-    for layer, (u_e, u_i, q) in enumerate(
-        zip(student.u_e, student.u_i, student.feedback, strict=True)
-    ):
-        a = feedforward_input(parameters, layer, pre)
-        moves = layer_velocity(circuit, HYPER, u_e, u_i, a, control @ q)
-        du_e.append(moves[0])
-        du_i.append(moves[1])
-        delta = jnp.stack([of(circuit, u_e, u_i) for of in deltas])[rule]
+    for layer, (pre, u_e, u_i) in enumerate(zip(given, student.u_e, student.u_i, strict=True)):
+        delta = jnp.stack([delta(circuit, u_e, u_i) for delta in deltas])[rule]
         changes[f"bias_{layer}"] = phase.weights_learn / TAU_W * delta
         changes[f"kernel_{layer}"] = jnp.outer(pre, changes[f"bias_{layer}"])
-        pre = circuit.phi_e.value(u_e)
-    return Student(tuple(du_e), tuple(du_i), phase.controlled * dz, tuple(dq), changes)
+    return Student(du_e, du_i, phase.controlled * dz, tuple(dq), changes)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -258,9 +265,10 @@ def _run(
     def field(t, pair: Pair, _):
         student, teacher = pair
         x, target = sines(t), _output(teacher)
+        du_e, du_i, _ = _activity(teacher, x, jnp.zeros_like(target))
         return Pair(
             velocity(phase, FORMS[form], rule, student, x, target),
-            velocity(OPEN, FORMS[form], rule, teacher, x, target),
+            jax.tree.map(jnp.zeros_like, teacher)._replace(u_e=du_e, u_i=du_i),
         )
 
     def seen(t, pair: Pair, _):

@@ -86,9 +86,11 @@ def test_a_trajectory_ends_where_newton_says(run_folder, tmp_path):
     trajectory.main([str(run_folder), "--out", str(tmp_path), "--quick", "--sample", "3"])
     check_files(tmp_path, "trajectory", {"": 2 * 51, "-equilibria": 2})
     moving = pd.read_csv(tmp_path / "trajectory.csv")
-    rest = pd.read_csv(tmp_path / "trajectory-equilibria.csv").drop(columns="loop")
-    assert list(moving.columns[1:]) == list(rest.columns) and len(rest.columns) == 4 * 8 + 2 * 10
-    assert (moving.iloc[0] == 0).all()  # at rest
+    found = pd.read_csv(tmp_path / "trajectory-equilibria.csv")
+    assert np.all(found["converged"]) and np.all(found["label"].isin(range(10)))
+    rest = found.drop(columns=["loop", "converged", "label"])
+    assert list(moving.columns[2:]) == list(rest.columns) and len(rest.columns) == 4 * 8 + 2 * 10
+    assert not np.any(moving.iloc[0][rest.columns])  # at rest
     # A second is ten time constants of the controller, of which e^-10 is 5e-5.
     for end, equilibrium in ((50, 0), (101, 1)):
         gap = moving.iloc[end][rest.columns] - rest.iloc[equilibrium]
@@ -113,10 +115,10 @@ def test_a_trajectory_of_nothing_is_refused(given, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("line", [b"# caf\xe9", b"x: 2026-13-45", b"x: [1"])
+@pytest.mark.parametrize("line", [b"# caf\xe9", b"x: 2026-13-45", b"x: [1", None])
 def test_a_configuration_that_cannot_be_read_is_refused(line, run_folder, tmp_path):
     content = (run_folder / "config.yaml").read_bytes()
-    (tmp_path / "config.yaml").write_bytes(content + line)
+    (tmp_path / "config.yaml").write_bytes(b"" if line is None else content + line)
     with pytest.raises(InputError, match=r"RUN: given .*, allowed is the folder") as no:
         trajectory.trained(tmp_path)
     assert "\n" not in str(no.value)

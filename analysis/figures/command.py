@@ -114,6 +114,6 @@ def zero_line(axes: Axes) -> None:
 
 def clip(axes: Axes, low: float, high: float, changes: Any) -> None:
     """Shows `changes` from `low` to `high` at most: they grow with the square of the rate."""
-    least, most = float(np.min(changes)), float(np.max(changes))
+    least, most = float(np.nanmin(changes)), float(np.nanmax(changes))
     margin = 0.05 * (min(high, most) - max(low, least) or 20.0)
     axes.set_ylim(max(low, least) - margin, min(high, most) + margin)

@@ -34,7 +34,7 @@ def row(fits: Sequence[Fit], ranges: dict[str, float], points: int) -> pd.DataFr
     """Panels inset, A, B and C as rows: panel, rule (exact or linear), theta, delta, target, r_I
     (clamped), x, rate, change. In the inset x is u_I, rate r_I, and change the estimate of u_I.
 
-    A and C are of the first fit, the inset and B of all."""
+    A (beside the exact rule) and C are of the first fit, the inset and B of all."""
     circuit = plasticity.PUBLISHED
     inverse = plasticity.exact(circuit)
     inputs = {panel: jnp.linspace(0, most, points) for panel, most in ranges.items()}

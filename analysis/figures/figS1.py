@@ -31,14 +31,14 @@ def numbers(quick: bool) -> Tables:
     for name, model in MODELS.items():
         for target in (*TARGETS, None):
             panel = "without feedback" if target is None else "with feedback"
-            most = model.without_feedback if target is None else model.with_target
+            most = model.x_without if target is None else model.x_with_target
             curve = model.feedback(jnp.linspace(0, most, points), target)
             shown = np.nan if target is None else target
             frames.append({"model": name, "panel": panel, "target": shown, **curve._asdict()})
-        if model.clamped is None:
+        if model.clamped is None or model.x_clamped is None:
             continue
         for r_i in CLAMPED:
-            curve = model.clamped(jnp.linspace(0, model.with_clamp, points), r_i)
+            curve = model.clamped(jnp.linspace(0, model.x_clamped, points), r_i)
             frames.append({"model": name, "panel": "clamped", "r_I": r_i, **curve._asdict()})
     return {"": pd.concat([pd.DataFrame(frame) for frame in frames], ignore_index=True)}
 
@@ -66,9 +66,9 @@ def draw(tables: Tables) -> Figure:
             wide = name == "greedy" and panel == "clamped"
             command.clip(axes, *(WIDE if wide else SHOWN), table["change"])
             command.zero_line(axes)
-            axes.set(xlabel=model.rate.replace("r_E", "$r_E$"))
-            if panel != "without feedback":
-                axes.legend()
+            axes.set(xlabel=model.rate)
+            if panel != "without feedback" and name == next(iter(MODELS)):
+                axes.legend()  # the same for all models
         axes_of_model[0].set_ylabel("weight change $\\Delta w$")
         axes_of_model[0].set_title(f"{model.citation}\nwith feedback")
         axes_of_model[1].set_title("without feedback")

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures import command
-from analysis.figures.command import BLACK, GREY, ORANGE, Tables
+from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
 from disinhib import checkpoint, dynamics, errors, model, probe, training
 from disinhib.architecture import Newton, Ode
 from disinhib.config import RunConfig, parse
@@ -35,6 +35,7 @@ from disinhib.network import NetworkState, Parameters
 from disinhib.rules import RULES, feedback_and_aim
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
+LOOPS = ("open", "closed")
 NEURONS = 5  # shown of a layer, those that feedback moves most
 INTEGRATION = Ode(rtol=1e-6, atol=1e-9, early_termination=False)
 NEWTON = Newton(tolerance=1e-6, max_iterations=100)
@@ -51,7 +52,7 @@ def trained(path: Path) -> Trained:
     """Raises InputError unless a trained network with dynamics is in the folder or the file."""
     try:
         found = _from_folder(path) if path.is_dir() else _from_file(path)
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         why = str(error) if isinstance(error, InputError) else errors.one_line(error)
         allowed = "the folder of a training run, or a model.msgpack"
         raise InputError(f"RUN: given {path}, allowed is {allowed} ({why})") from error
@@ -68,7 +69,10 @@ def trained(path: Path) -> Trained:
 
 
 def _from_folder(folder: Path) -> Trained:
-    config = parse(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+    options = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    if not isinstance(options, dict):
+        raise InputError("config.yaml has no options")
+    config = parse(options)
     state = checkpoint.load(folder / "checkpoint.msgpack", config).state
     return Trained(config, jax.tree.map(lambda lanes: lanes[0], state.parameters))
 
@@ -79,9 +83,10 @@ def _from_file(file: Path) -> Trained:
 
 
 def numbers(run: Trained, sample: int, quick: bool) -> Tables:
-    """Of the validation set's `sample`: `seconds`, then a column for each neuron and output
-    (u_E_1_17 is neuron 17 of the first hidden layer, all from 0 but the layers); the same columns
-    with `loop` (open, closed) are the equilibria. Raises InputError if there is no such sample."""
+    """Of the validation set's `sample`: `loop` (open, closed), `seconds`, then a column for each
+    neuron and output (u_E_1_17 is neuron 17 of the first hidden layer; neurons count from 0, layers
+    from 1). Of the equilibria: `loop`, whether Newton's method `converged`, the sample's `label`,
+    and the same columns. Raises InputError if there is no such sample."""
     config, parameters = run
     images = training.prepare(config)
     count = len(images.validation.labels)
@@ -98,20 +103,26 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
         target = soft_targets(images.validation.labels[chosen], classes, hyper.soft_target)
         by_newton = replace(config.architecture, solver=NEWTON)
         by_ode = replace(config.architecture, solver=INTEGRATION)
-        (_, opened), (_, closed) = probe.equilibria(by_newton, parameters, hyper, x, target)
-        _, aim = feedback_and_aim(by_newton, parameters, hyper, opened.state, target)
+        (_, opened), (control, closed) = probe.equilibria(by_newton, parameters, hyper, x, target)
+        assert control is not None  # as the rule has feedback
         weights_at = lambda state: feedback_and_aim(by_newton, parameters, hyper, state, target)[0]
         times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)
-        states, control = jax.jit(
+        states, signal = jax.jit(
             partial(dynamics.open_then_closed_trajectory, by_ode, weights_at=weights_at)
-        )(parameters, hyper, x, aim, times=times)
+        )(parameters, hyper, x, control.target, times=times)
         seconds = np.concatenate([times, SECONDS + np.asarray(times)])
-    moving = _columns(jax.tree.map(lambda v: v[0], states.network), control[0])
+    moving = _columns(jax.tree.map(lambda v: v[0], states.network), signal[0])
     ends = [_columns(end.state, end.control) for end in (opened, closed)]
     at_rest = {name: np.concatenate([end[name] for end in ends]) for name in moving}
+    found = {
+        "loop": LOOPS,
+        "converged": [bool(end.converged[0]) for end in (opened, closed)],
+        "label": int(images.validation.labels[sample]),
+    }
+    loop = np.repeat(LOOPS, len(times))
     return {
-        "": pd.DataFrame({"seconds": seconds, **moving}),
-        "-equilibria": pd.DataFrame({"loop": ["open", "closed"], **at_rest}),
+        "": pd.DataFrame({"loop": loop, "seconds": seconds, **moving}),
+        "-equilibria": pd.DataFrame({**found, **at_rest}),
     }
 
 
@@ -129,7 +140,7 @@ def _columns(state: NetworkState, control) -> dict[str, np.ndarray]:
 
 def draw(tables: Tables) -> Figure:
     moving, rest = tables[""], tables["-equilibria"]
-    groups = list(dict.fromkeys(name.rpartition("_")[0] for name in moving.columns[1:]))
+    groups = list(dict.fromkeys(name.rpartition("_")[0] for name in moving.columns[2:]))
     layers = sorted({int(group[4:]) for group in groups if group.startswith("u_E_")})
     rows = [(f"u_E_{layer}", f"u_I_{layer}") for layer in layers] + [("u_y", "c")]
     figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
@@ -152,13 +163,21 @@ def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame
         excitatory = [name.replace("u_I", "u_E") for name in names]
         moved = (rest[excitatory].iloc[1] - rest[excitatory].iloc[0]).abs()
         names = [names[place] for place in np.argsort(-moved.to_numpy())[:NEURONS]]
-    middle, end = SECONDS, 2 * SECONDS
     for name in names:
-        axes.plot(moving["seconds"], moving[name], linewidth=1.2)
-        for (start, stop), value in zip(((0, middle), (middle, end)), rest[name], strict=True):
-            axes.plot([start, stop], [value, value], ":", color=BLACK, linewidth=0.9, zorder=3)
-    axes.axvspan(middle, end, color=ORANGE, alpha=0.1, linewidth=0)
-    axes.axvline(middle, color=GREY, linewidth=0.5)
+        number = int(name.rpartition("_")[2])
+        is_class = group in ("u_y", "c")
+        answers = is_class and number == rest["label"].iloc[0]
+        label = f"class {number}, the label" if answers else None
+        colour, width = (VERMILION, 1.8) if answers else (GREY if is_class else None, 1.2)
+        axes.plot(moving["seconds"], moving[name], label=label, color=colour, linewidth=width)
+        for loop, (converged, value) in enumerate(zip(rest["converged"], rest[name], strict=True)):
+            if converged:
+                ends = [loop * SECONDS, (loop + 1) * SECONDS]
+                axes.plot(ends, [value, value], ":", color=BLACK, linewidth=0.9, zorder=3)
+    axes.axvspan(SECONDS, 2 * SECONDS, color=ORANGE, alpha=0.1, linewidth=0)
+    axes.axvline(SECONDS, color=GREY, linewidth=0.5)
+    if group == "c":
+        axes.legend()
 
 
 def main(given: Sequence[str]) -> None:
