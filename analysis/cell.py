@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disinhib.tuning.trial import place, share_compilations
+from disinhib.tuning.worker import place, share_compilations
 
 COMPLETE, FAILED = "complete", "failed"
 
@@ -25,7 +25,7 @@ class Seed(NamedTuple):
     reason: str | None  # it failed for
     epochs: list[tuple[float, dict[str, float]]]  # (s since 1970, metrics) of each that counts
     flag: str  # why the dynamics do not bear out its steady states; "" if they do
-    model: bytes | None  # disinhib.model; of one that is complete
+    model: bytes | None  # disinhib.export; of one that is complete
 
 
 class Outcome(NamedTuple):
@@ -107,7 +107,7 @@ def _broken(results: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, str]]:
 def _end(run, data, options, state, results, lane: int) -> Seed:
     import jax
 
-    from disinhib import model
+    from disinhib import export
 
     seed = int(state.seed[lane])
     diverged, why = _broken(results).get(lane, (math.inf, ""))
@@ -121,25 +121,25 @@ def _end(run, data, options, state, results, lane: int) -> Seed:
     parameters = jax.tree.map(lambda leaf: leaf[lane], state.parameters)
     checked, flag = _dynamics(run, data, parameters)
     epochs[-1][1].update(checked)
-    content = model.dump({**options, "seed": seed}, parameters)
+    content = export.dump({**options, "seed": seed}, parameters)
     return Seed(seed, COMPLETE, None, epochs, flag, content)
 
 
 def _dynamics(run, data, parameters) -> tuple[dict[str, float], str]:
     """(metrics, flag) of the check that the ODE reaches what Newton found (DESIGN section 3), on
     the first validation images, as many as a batch has."""
-    from disinhib import probe
     from disinhib.losses import soft_targets
+    from disinhib.solvers import stability
 
     size = run.architecture.batch_size
     x = data.validation.images[:size].astype(float) * data.scale
     labels = data.validation.labels[:size]
     target = soft_targets(labels, run.architecture.sizes[-1], run.hyperparameters.soft_target)
-    found = probe.probe(run, parameters, x, target)
+    found = stability.probe(run, parameters, x, target)
     if found is None:
         return {}, ""
     metrics = {"ode_gap": found.gap, "ode_reached": found.reached, "ode_growth": found.growth}
-    if probe.settles(found):
+    if stability.settles(found):
         return metrics, ""
     reasons = []
     if found.reached < 1:

@@ -16,11 +16,11 @@ import yaml
 from analysis import runs, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
-from disinhib import command_line, config
+from disinhib import config, hydra_config
 from disinhib.config import COUNT, INDEX, ConfigError, flatten, refusal
 from disinhib.errors import nearest, one_line
 from disinhib.tuning import options as studies
-from disinhib.tuning.checks import CHECKS
+from disinhib.tuning.validation import CHECKS
 
 CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
@@ -29,7 +29,7 @@ ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
 
 
 def checked_settings(given: Sequence[str]) -> dict[str, Any]:
-    settings, _ = command_line.compose(CONFIG, given)
+    settings, _ = hydra_config.compose(CONFIG, given)
     checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
     for name in ("seeds", "out_dir", "cluster", "tracking", "checkpoints"):
         for option, value in flatten({name: settings[name]}).items():
@@ -155,9 +155,9 @@ def _cell(
 def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """(which names of which axes of the grid, the other options)."""
     experiment = [text for text in given if text.partition("=")[0] == "experiment"]
-    grid = command_line.compose(CONFIG, experiment)[0]["grid"]
+    grid = hydra_config.compose(CONFIG, experiment)[0]["grid"]
     if grid is None:
-        folder = command_line.CONFIGURATIONS / "experiment"
+        folder = hydra_config.CONFIGURATIONS / "experiment"
         have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text()]
         raise Refused(
             f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
@@ -186,12 +186,12 @@ def of_grid(
     for names in itertools.product(*axes.values()):
         place = dict(zip(axes, names, strict=True))
         overrides = [o for axis, name in place.items() for o in grid[axis][name]]
-        composed, choices = command_line.compose(CONFIG, [*given, *overrides])
+        composed, choices = hydra_config.compose(CONFIG, [*given, *overrides])
         options = {name: value for name, value in composed.items() if name not in OWN}
         # Its folder of checkpoints is no part of the command.
-        options["out_dir"] = command_line.compose(command_line.TRAINING, ())[0]["out_dir"]
+        options["out_dir"] = hydra_config.compose(hydra_config.TRAINING, ())[0]["out_dir"]
         options["seed"], options["resume"] = 0, None
         choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
-        command = command_line.command(options, choices)
+        command = hydra_config.command(options, choices)
         planned.append(_cell("-".join(names), options, command, studies.rule_name(choices), place))
     return planned

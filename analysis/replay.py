@@ -22,7 +22,7 @@ from analysis.store import Refused
 from disinhib import errors
 from disinhib.errors import InputError, one_line
 from disinhib.tuning import provenance
-from disinhib.tuning.trial import environment, over_lanes
+from disinhib.tuning.worker import environment, over_lanes
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig

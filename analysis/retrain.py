@@ -31,10 +31,10 @@ from ray.exceptions import RayError
 from analysis import cell as cells, configurations, ledger, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
-from disinhib import command_line, config, errors, training
+from disinhib import config, errors, hydra_config, training
 from disinhib.config import refusal
 from disinhib.errors import one_line
-from disinhib.tuning import execution, origin, provenance, tracking
+from disinhib.tuning import manifest, mlflow_store, provenance, ray_backend
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
 FOLDER = "retraining"  # in out_dir
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         store, study = _recorded(settings, command, planned[0])
     seeds = configurations.fresh_seeds(settings["seeds"], configurations.used_seeds(store, study))
     folder = Path(settings["out_dir"]).absolute() / FOLDER / study.id[:8]
-    command_line.check_folder(folder)
+    hydra_config.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, study):
         code = _retrain(store, study, planned, seeds, folder, settings)
@@ -96,10 +96,10 @@ def _recorded(settings: Mapping[str, Any], command: str, first: Cell) -> tuple[S
     name = settings["study"]
     if not name:
         raise refusal("study", name, "the name under which the grid is recorded")
-    command_line.check_folder(out_dir)
-    uri = tracking.absolute(settings["tracking"]["uri"], out_dir)
+    hydra_config.check_folder(out_dir)
+    uri = mlflow_store.absolute(settings["tracking"]["uri"], out_dir)
     place = settings["tracking"]["experiment"]
-    experiment = tracking.open_store(uri, place, out_dir / "mlflow-artifacts")
+    experiment = mlflow_store.open_store(uri, place, out_dir / "mlflow-artifacts")
     store = stores.connect(uri)
     found = [
         run
@@ -169,10 +169,10 @@ def _retrain(
     )
     if not tasks:
         return 0
-    here = folder / origin.ORIGIN
+    here = folder / manifest.ORIGIN
     here.write_text(json.dumps({"id": study.id}))
-    with execution.cluster(settings["cluster"]):
-        execution.check_machines(here, study.id, code["files"])
+    with ray_backend.cluster(settings["cluster"]):
+        ray_backend.check_machines(here, study.id, code["files"])
         failed = _run(store, study, tasks, written, settings)
     if failed:
         print(f"{len(failed)} of {len(tasks)} configurations are not done: give the command again")
@@ -192,7 +192,7 @@ def _run(
         num_cpus=share["cpus_per_trial"],
         num_gpus=share["gpus_per_trial"],
         max_calls=1,  # a process each: XLA keeps its first device, and its memory
-        max_retries=execution.WORKERS_LOST,  # of those that died; it goes on from its checkpoint
+        max_retries=ray_backend.WORKERS_LOST,  # of those that died; it goes on from its checkpoint
     )(cells.train)
     every = settings["checkpoints"]["every_seconds"]
     pending = {
@@ -208,7 +208,7 @@ def _run(
                 outcome = ray.get(reference)
             except RayError as error:  # its training raised, or its workers died
                 print(
-                    f"{task.cell.called}: failed: {execution.reason(error)}",
+                    f"{task.cell.called}: failed: {ray_backend.reason(error)}",
                     flush=True,
                 )
                 failed.append(task)

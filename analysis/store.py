@@ -42,7 +42,9 @@ class StudyRun(NamedTuple):
     id: str  # the study's own, in the tag `study_id`
     run: Run
     options: dict[str, Any]  # of the study, resolved
-    space: dict[str, Any] | None  # disinhib.tuning.spaces.definition; None if nothing is searched
+    space: (
+        dict[str, Any] | None
+    )  # disinhib.tuning.space_tree.definition; None if nothing is searched
     provenance: dict[str, Any]
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from disinhib.tuning import options, study
-from disinhib.tuning.schedule import SCORE
-from disinhib.tuning.trial import METRICS, PLACE
+from disinhib.tuning.early_stopping import SCORE
+from disinhib.tuning.worker import METRICS, PLACE
 
 NAMES = [f"metric_{n}" for n in range(14)]  # as many as training has
 

@@ -39,11 +39,11 @@ from ray.tune import ExperimentAnalysis
 from rich.console import Console
 from rich.table import Table
 
-from disinhib.tuning import execution, optuna_store, search, tracking
-from disinhib.tuning.journal import COMPLETE, EPOCH, FAILED, PRUNED, Journal, records
+from disinhib.tuning import mlflow_store, optuna_store, ray_backend, suggest
+from disinhib.tuning.early_stopping import SCORE, Stopping
+from disinhib.tuning.event_log import COMPLETE, EPOCH, FAILED, PRUNED, Journal, records
 from disinhib.tuning.options import FILE
-from disinhib.tuning.schedule import SCORE, Stopping
-from disinhib.tuning.trial import TrainingTrial
+from disinhib.tuning.worker import TrainingTrial
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "killed"
@@ -71,7 +71,7 @@ REPLAYED = 2  # trials of a study that are trained again
 # Titles that Ray gives to the process of a worker that trains, and of one between two calls, which
 # may be about to get another trial.
 TRAINS, WAITS = "ray::ResourceTrainable.train", "ray::TrainingTrial"
-STATES = {state: name for name, state in search.STATES.items()}
+STATES = {state: name for name, state in suggest.STATES.items()}
 
 
 class Moment(NamedTuple):
@@ -306,7 +306,7 @@ def inspect(study: Path) -> list[Trial]:
     for run in runs(study):
         tags = run.data.tags
         told = tags.get("trial_state", "none")
-        status = tracking.RUN_STATUS.get(told)
+        status = mlflow_store.RUN_STATUS.get(told)
         state = told if run.info.status == status else f"{told} and {run.info.status}"
         scores = dict(_history(study, run, "valid_accuracy"))
         found.append(Trial("mlflow", int(tags["trial"]), state, scores))
@@ -316,7 +316,7 @@ def inspect(study: Path) -> list[Trial]:
 def _ray(study: Path) -> list[Any]:
     # It misses Ray's own logs, of which there are none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    return ExperimentAnalysis(str(study.absolute() / execution.FOLDER)).trials or []
+    return ExperimentAnalysis(str(study.absolute() / ray_backend.FOLDER)).trials or []
 
 
 def _optuna(file: Path) -> list[optuna.trial.FrozenTrial]:
@@ -496,8 +496,8 @@ def main() -> int:
             study = place / "out" / NAME
             try:
                 if arguments.workers:
-                    new = kill_workers(place, rng, min(times, execution.WORKERS_LOST))
-                    left -= min(times, execution.WORKERS_LOST)
+                    new = kill_workers(place, rng, min(times, ray_backend.WORKERS_LOST))
+                    left -= min(times, ray_backend.WORKERS_LOST)
                     again = restarted(study)
                 else:
                     moments = draw(rng, times)

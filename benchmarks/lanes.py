@@ -13,7 +13,7 @@ import statistics
 import jax
 
 from benchmarks.step import BATCH, prepared
-from disinhib.architecture import Newton
+from disinhib.hyperparameters import Newton
 
 
 def main() -> None:

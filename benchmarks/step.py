@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from disinhib import training
-from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
 from disinhib.config import RunConfig
+from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 
 BATCH = 100
 ODE_STEPS = 2  # it is that slow

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disinhib.tuning import options, study
-from disinhib.tuning.trial import METRICS, TrainingTrial
+from disinhib.tuning.worker import METRICS, TrainingTrial
 
 BAR_SECONDS = 0.5
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disinhib.model import Network
+    from disinhib.export import Network
     from disinhib.network import Parameters
 
 
@@ -19,6 +19,6 @@ def load(path: str | Path) -> tuple[Network, Parameters]:
     Inputs lie in [0, 1]. Raises ConfigError, in one line, if there is no model at `path`.
     """
     # Here, as jax reads its environment when it is imported, and some commands set that first.
-    from disinhib import model
+    from disinhib import export
 
-    return model.load(path)
+    return export.load(path)

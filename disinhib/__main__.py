@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disinhib import checkpoint, command_line, errors, training
+from disinhib import checkpoint, errors, hydra_config, training
 from disinhib.config import ConfigError, RunConfig, flatten, parse, refusal
 from disinhib.rules import RULES
 
@@ -41,13 +41,13 @@ def main(arguments: list[str]) -> int | None:
     """Checks everything before Hydra makes the run's folder, then hands over to it."""
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later
-        options, _ = command_line.compose(command_line.TRAINING, overrides)
+        options, _ = hydra_config.compose(hydra_config.TRAINING, overrides)
         _check(options)
     # The folder above the package is where conf/ is; Hydra takes an absolute path.
     decorate = hydra.main(
         version_base="1.3",
-        config_path=str(command_line.CONFIGURATIONS),
-        config_name=command_line.TRAINING,
+        config_path=str(hydra_config.CONFIGURATIONS),
+        config_name=hydra_config.TRAINING,
     )
     decorate(_task)()
 
@@ -81,7 +81,7 @@ def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
     """
     config = parse(options)
     _select_device(config)
-    command_line.check_folder(Path(options["out_dir"]))
+    hydra_config.check_folder(Path(options["out_dir"]))
     training.prepare(config)
     if options["resume"] is None:
         return config, None

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from disinhib.architecture import Architecture
 from disinhib.config import ConfigError, RunConfig, flatten
+from disinhib.hyperparameters import Architecture
 from disinhib.training import TrainingState, initial_state
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from disinhib.activations import ACTIVATIONS, Shape
-from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
 from disinhib.errors import InputError, nearest
+from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES

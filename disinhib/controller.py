@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from disinhib.architecture import Hyperparameters, Scalar
+from disinhib.hyperparameters import Hyperparameters, Scalar
 
 Outputs = Float[Array, "batch out"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from disinhib.architecture import Architecture, Hyperparameters
+from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.microcircuit import Microcircuit
 from disinhib.network import NetworkState, Parameters
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from disinhib.activations import Activation, bind
-from disinhib.architecture import Architecture, Hyperparameters, Scalar
+from disinhib.hyperparameters import Architecture, Hyperparameters, Scalar
 
 Neurons = Float[Array, "*batch_neurons"]  # any number of axes: every neuron is alone
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from disinhib.activations import bind
-from disinhib.architecture import Architecture, Hyperparameters, Scalar
+from disinhib.hyperparameters import Architecture, Hyperparameters, Scalar
 from disinhib.microcircuit import Microcircuit, imbalance
 
 Parameters = dict[str, Array]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-from disinhib.architecture import Scalar
+from disinhib.hyperparameters import Scalar
 
 # name: scalars (the options of conf/optimizer/<name>.yaml) -> optax transformation
 OPTIMIZERS: dict[str, Callable[[Mapping[str, Scalar]], optax.GradientTransformation]] = {

@@ -3,7 +3,7 @@
 A space takes an `optuna.Trial` and returns Hydra overrides: group choices (`"model/vf": "dale"`)
 and dotted options (`"model.vf.g_EI": 1.3`). They go after the overrides that the study itself was
 given, so every trial is one command that `python -m disinhib` understands; a study checks that
-before its first trial (`disinhib.tuning.spaces.branches`).
+before its first trial (`disinhib.tuning.space_tree.branches`).
 
 Names in Optuna carry the branch in front (`exact-inv.optimizer.learning_rate`): the same name
 always has the same distribution, and what is good for one rule says nothing about another. The

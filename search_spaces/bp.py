@@ -1,6 +1,6 @@
 """Back-propagation through the plain MLP: the bar that the local rules are measured against."""
 
-from search_spaces.parts import log_uniform
+from search_spaces.common import log_uniform
 
 
 def space(trial):

@@ -1,7 +1,7 @@
 """Back-propagation through the E-I network's own steady state (implicit differentiation): the same
 network as the local rules train, with the exact gradient instead of theirs."""
 
-from search_spaces.parts import interneurons, log_uniform
+from search_spaces.common import interneurons, log_uniform
 
 
 def space(trial):

@@ -1,6 +1,6 @@
 """Dis-inhibitory control with the exact inverse of the interneurons' activation."""
 
-from search_spaces.parts import feedback, interneurons, log_uniform
+from search_spaces.common import feedback, interneurons, log_uniform
 
 
 def space(trial):

@@ -1,7 +1,7 @@
 """Dis-inhibitory control with a linear-threshold plasticity rule: the inverse is replaced by its
 tangent at a running mean of each interneuron's rate."""
 
-from search_spaces.parts import feedback, interneurons, log_uniform
+from search_spaces.common import feedback, interneurons, log_uniform
 
 
 def space(trial):

@@ -12,7 +12,13 @@ from jaxtyping import install_import_hook
 # Every module of the core checks its annotations with beartype, at trace time: nothing of it
 # reaches a subprocess, a Ray worker or a user. Must stand before the first import of disinhib.
 PACKAGE = Path(__file__).resolve().parents[1] / "disinhib"
-CORE = [f"disinhib.{file.stem}" for file in PACKAGE.glob("*.py") if not file.stem.startswith("__")]
+BORDERS = {"tuning", "__main__", "hydra_config"}  # the rooms that know Ray, MLflow, Optuna or Hydra
+MODULES = (file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py"))
+CORE = sorted(
+    ".".join(module.parts).removesuffix(".__init__")
+    for module in MODULES
+    if not BORDERS & {*module.parts} and module.parts != ("disinhib", "__init__")
+)
 install_import_hook(CORE, "beartype.beartype")
 
 
@@ -76,7 +82,7 @@ class Problem(NamedTuple):
 @pytest.fixture
 def problem() -> Callable[..., Problem]:
     """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero."""
-    from disinhib.architecture import Architecture
+    from disinhib.hyperparameters import Architecture
     from disinhib.losses import soft_targets
     from disinhib.network import initial_parameters
 

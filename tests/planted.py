@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from disinhib.tuning import options, origin as origins, tracking
-from disinhib.tuning.journal import ASKED, COMPLETE, ENDED, EPOCH, FAILED, PRUNED, Event
+from disinhib.tuning import manifest as origins, mlflow_store, options
+from disinhib.tuning.event_log import ASKED, COMPLETE, ENDED, EPOCH, FAILED, PRUNED, Event
 
 BEGAN = 1_700_000_000.0  # s since 1970
 EPOCHS = 2
@@ -66,11 +66,13 @@ def write(folder: Path, study: str = "planted", trials=TRIALS) -> Store:
         ["experiment=smoke", f"study={study}", f"out_dir={folder}", f"trials={len(trials)}"]
     )
     origin = origins.begin(asked)
-    uri = tracking.absolute(None, folder)
-    experiment = tracking.open_store(uri, "disinhib", folder / "mlflow-artifacts")
+    uri = mlflow_store.absolute(None, folder)
+    experiment = mlflow_store.open_store(uri, "disinhib", folder / "mlflow-artifacts")
     files = origins.files(origin)
     own = {"config.yaml": yaml.safe_dump(dict(asked.options)), **files}
-    tracker = tracking.Tracker(experiment, study, study, origins.tags(asked, origin), own, files)
+    tracker = mlflow_store.Tracker(
+        experiment, study, study, origins.tags(asked, origin), own, files
+    )
     tracker.load()
     seeds = []
     ids = itertools.count(1)

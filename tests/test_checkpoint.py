@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from disinhib import checkpoint, command_line, training
+from disinhib import checkpoint, hydra_config, training
 from disinhib.config import ConfigError, parse
 
 
 @pytest.fixture(scope="module")
 def config():
-    options, _ = command_line.compose(
+    options, _ = hydra_config.compose(
         "train",
         [
             *("model/vf=dale", "trainer=lin-thresh", "trainer.avg_inh_lambda=0.3", "epochs=4"),

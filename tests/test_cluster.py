@@ -11,9 +11,9 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from disinhib.config import ConfigError
-from disinhib.tuning import execution, options, origin as origins, study
-from disinhib.tuning.journal import COMPLETE, EPOCH, Journal
-from disinhib.tuning.trial import TrainingTrial
+from disinhib.tuning import manifest as origins, options, ray_backend, study
+from disinhib.tuning.event_log import COMPLETE, EPOCH, Journal
+from disinhib.tuning.worker import TrainingTrial
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def test_a_machine_that_sees_another_folder_or_has_other_code_is_named(cluster, 
     origin = origins.begin(asked)
     origins.write(asked, origin)
     file, files = asked.folder / origins.ORIGIN, origin["provenance"]["code"]["files"]
-    with execution.cluster(asked.cluster):
-        execution.check_machines(file, origin["id"], files)
+    with ray_backend.cluster(asked.cluster):
+        ray_backend.check_machines(file, origin["id"], files)
         with pytest.raises(ConfigError, match=r"has other code: tune_main\.py"):
-            execution.check_machines(file, origin["id"], {**files, "tune_main.py": "0"})
+            ray_backend.check_machines(file, origin["id"], {**files, "tune_main.py": "0"})
         file.write_text(json.dumps({"id": "that of an earlier study"}))
         with pytest.raises(ConfigError, match=r"out_dir: .* does not see it"):
-            execution.check_machines(file, origin["id"], files)
+            ray_backend.check_machines(file, origin["id"], files)
         shutil.rmtree(asked.folder)
         with pytest.raises(ConfigError, match=r"out_dir: .* does not see it"):
-            execution.check_machines(file, origin["id"], files)
+            ray_backend.check_machines(file, origin["id"], files)

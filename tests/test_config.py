@@ -5,16 +5,16 @@ from copy import deepcopy
 
 import pytest
 
-from disinhib import command_line
-from disinhib.architecture import Newton, Ode
+from disinhib import hydra_config
 from disinhib.config import ConfigError, flatten, parse
+from disinhib.hyperparameters import Newton, Ode
 from disinhib.rules import RULES
 
 CIRCUIT = {"dale": ["model/vf=dale"], "non-dale": ["model/vf=non-dale"]}
 
 
 def options(*overrides):
-    return command_line.compose("train", list(overrides))[0]
+    return hydra_config.compose("train", list(overrides))[0]
 
 
 def with_value(tree, name, value):

@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 from rich.console import Console
 
-from disinhib.tuning import journal, options, study
-from disinhib.tuning.trial import TrainingTrial
+from disinhib.tuning import event_log, options, study
+from disinhib.tuning.worker import TrainingTrial
 
 MACHINE = ("epoch_seconds", "compilations", "peak_memory_mb")
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def unpunctual_trial():
 
 
 def events(folder):
-    with closing(journal.Journal(folder)) as opened:
+    with closing(event_log.Journal(folder)) as opened:
         return opened.events()
 
 
@@ -37,7 +37,7 @@ def told(found):
     outcome = {}
     for event in found:
         body = dict(event.body)
-        if event.kind == journal.EPOCH:
+        if event.kind == event_log.EPOCH:
             metrics = body["metrics"].items()
             body = {name: value for name, value in metrics if name not in MACHINE}
         outcome[event.trial, event.kind, event.epoch] = body
@@ -57,7 +57,7 @@ def test_two_runs_propose_and_measure_the_same(tmp_path):
         study.run(asked, Console(file=io.StringIO()), trainable)
         found.append(events(asked.folder))
     assert told(found[0]) == told(found[1])
-    states = {event.body["state"] for event in found[0] if event.kind == journal.ENDED}
-    assert states == {journal.COMPLETE, journal.PRUNED}  # early stopping was at work
+    states = {event.body["state"] for event in found[0] if event.kind == event_log.ENDED}
+    assert states == {event_log.COMPLETE, event_log.PRUNED}  # early stopping was at work
     order = [[(e.trial, e.kind, e.epoch) for e in run] for run in found]
     assert order[0] != order[1]  # and the timing was another

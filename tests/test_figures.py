@@ -69,10 +69,10 @@ def run_folder(tmp_path_factory):
     """A run on digits that has just begun."""
     import yaml
 
-    from disinhib import command_line
+    from disinhib import hydra_config
 
-    options, _ = command_line.compose(
-        command_line.TRAINING,
+    options, _ = hydra_config.compose(
+        hydra_config.TRAINING,
         ["trainer=exact-inv", "model/vf=dale", "model.vf.nb_hidden=2", "model.vf.sizes_hidden=[8]"],
     )
     folder = tmp_path_factory.mktemp("run")

@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "disinhib"
-BORDERS = {"__main__", "command_line"}  # the rooms that know Hydra
-CORE = sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem not in BORDERS)
+from conftest import CORE
 
 
 def test_the_core_leaves_ray_mlflow_optuna_and_hydra_out():
-    modules = ", ".join(f"disinhib.{name}" for name in CORE if name != "__init__")
+    modules = ", ".join(CORE)
     code = (
         f"import sys, {modules};print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks import kill
 from disinhib.tuning import options, study
-from disinhib.tuning.journal import COMPLETE
+from disinhib.tuning.event_log import COMPLETE
 
 pytestmark = pytest.mark.slow
 SEED = 4

@@ -17,8 +17,8 @@ import mlflow
 import pytest
 from rich.console import Console
 
-from disinhib.tuning import journal, options, study
-from disinhib.tuning.trial import TrainingTrial
+from disinhib.tuning import event_log, options, study
+from disinhib.tuning.worker import TrainingTrial
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -109,9 +109,9 @@ def test_metrics_arrive_once_though_the_server_was_away(server, tmp_path):
     assert finished.undelivered == {}
     assert "mlflow does not take records" in printed.getvalue()
     assert "mlflow answers again and has all records" in printed.getvalue()
-    with closing(journal.Journal(asked.folder)) as opened:
+    with closing(event_log.Journal(asked.folder)) as opened:
         events = opened.events()
-    heard = {(e.trial, e.epoch): e for e in events if e.kind == journal.EPOCH}
+    heard = {(e.trial, e.epoch): e for e in events if e.kind == event_log.EPOCH}
     assert len(heard) == 6 * 30
     during = [e for e in heard.values() if away[0] < e.time < away[0] + OUTAGE]
     assert len(during) > 20  # the trials went on
@@ -177,7 +177,7 @@ def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(first, tmp
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         resumed = tune("study=full", f"out_dir={disk / 'out'}", "resume=true", cwd=tmp_path)
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-        with closing(journal.Journal(disk / "out/full")) as opened:
-            records = journal.records(opened.events())
+        with closing(event_log.Journal(disk / "out/full")) as opened:
+            records = event_log.records(opened.events())
     assert sorted(records) == list(range(12))
     assert all(record.ended for record in records.values())

@@ -4,7 +4,7 @@ import pytest
 
 from disinhib import config
 from disinhib.config import ConfigError
-from disinhib.tuning import origin as origins, plan, study
+from disinhib.tuning import manifest as origins, plan, study
 from disinhib.tuning.options import check_space, compose
 from disinhib.tuning.plan import Cost
 from search_spaces import SPACES

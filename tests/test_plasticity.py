@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disinhib import plasticity
-from disinhib.error_modulation import GREEDY_SLOPE, MODELS, PHI, W_IE
-from disinhib.plasticity import clamped, equilibrium, euler, exact, linear, with_feedback
+from disinhib.paper import plasticity
+from disinhib.paper.error_modulation import GREEDY_SLOPE, MODELS, PHI, W_IE
+from disinhib.paper.plasticity import clamped, equilibrium, euler, exact, linear, with_feedback
 
 pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
 

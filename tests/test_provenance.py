@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from disinhib import command_line, config as configuration, data
+from disinhib import config as configuration, data, hydra_config
 from disinhib.tuning import provenance
 
 FILES = {
-    "disinhib/rules.py": "rule = 1\n",
-    "disinhib/tuning/trial.py": "trial = 1\n",
+    "disinhib/feedback.py": "rule = 1\n",
+    "disinhib/tuning/worker.py": "trial = 1\n",
     "search_spaces/bp.py": "space = 1\n",
     "conf/train.yaml": "seed: 0\n",
     "conf/model/vf/dale.yaml": "name: dale\n",
@@ -24,7 +24,7 @@ FILES = {
     "README.md": "",
 }
 DECISIVE = {
-    *("disinhib/rules.py", "disinhib/tuning/trial.py", "search_spaces/bp.py"),
+    *("disinhib/feedback.py", "disinhib/tuning/worker.py", "search_spaces/bp.py"),
     *("conf/train.yaml", "conf/model/vf/dale.yaml", "tune_main.py"),
 }
 
@@ -69,7 +69,7 @@ def test_commit_and_diff_give_the_files_back(repository, tmp_path):
     write(
         repository,
         {
-            "disinhib/rules.py": "rule = 2  # Größe\n",
+            "disinhib/feedback.py": "rule = 2  # Größe\n",
             "disinhib/new.py": "new = 1\n",
             "conf/model/new one.yaml": "name: new\n",
             "disinhib/notes.txt": "no source\n",
@@ -78,7 +78,7 @@ def test_commit_and_diff_give_the_files_back(repository, tmp_path):
         },
     )
     (repository / "search_spaces/bp.py").unlink()
-    git(repository, "add", "disinhib/rules.py")  # what is staged is in it too
+    git(repository, "add", "disinhib/feedback.py")  # what is staged is in it too
     git(repository, "config", "color.ui", "always")
     git(repository, "config", "diff.noprefix", "true")
     code = provenance.code(repository)
@@ -115,7 +115,7 @@ def test_without_a_checkout_there_are_only_hashes(lacking, repository, tmp_path,
 
 @pytest.fixture(scope="module")
 def run():
-    options, _ = command_line.compose(command_line.TRAINING, [])
+    options, _ = hydra_config.compose(hydra_config.TRAINING, [])
     return configuration.parse(options)
 
 
@@ -127,7 +127,7 @@ def collected(run):
 def test_a_provenance_is_plain_and_the_same_when_nothing_changed(run, collected):
     assert json.loads(json.dumps(collected)) == collected
     assert provenance.collect(run, threads=2) == collected
-    assert {"disinhib/rules.py", "conf/train.yaml", "tune_main.py"} < set(
+    assert {"disinhib/feedback.py", "conf/train.yaml", "tune_main.py"} < set(
         collected["code"]["files"]
     )
     assert set(collected["packages"]) == set(provenance.PACKAGES)
@@ -153,7 +153,7 @@ def changed(collected, **parts):
 @pytest.mark.parametrize(
     ("now", "lines"),
     [
-        ({"files": {"disinhib/rules.py": "0"}}, ["disinhib/rules.py changed"]),
+        ({"files": {"disinhib/feedback.py": "0"}}, ["disinhib/feedback.py changed"]),
         ({"files": {"conf/x.yaml": "0"}}, ["conf/x.yaml is new"]),
         ({"files": {"tune_main.py": None}}, ["tune_main.py is gone"]),
         ({"packages": {"jax": "0.12.0"}}, ["jax 0.10.2, now 0.12.0"]),
@@ -163,8 +163,8 @@ def changed(collected, **parts):
         ({"data": {"sha256": "0"}}, ["data digits: other images, labels or split"]),
         ({"data": {"name": "mnist", "sha256": "0"}}, ["data digits, now mnist"]),
         (
-            {"files": {"disinhib/rules.py": "0"}, "packages": {"jax": "0.12.0"}},
-            ["disinhib/rules.py changed", "jax 0.10.2, now 0.12.0"],
+            {"files": {"disinhib/feedback.py": "0"}, "packages": {"jax": "0.12.0"}},
+            ["disinhib/feedback.py changed", "jax 0.10.2, now 0.12.0"],
         ),
         ({"python": "3.11.99"}, []),
         ({"machine": {"host": "other", "cores": 64}}, []),

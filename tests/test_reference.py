@@ -18,8 +18,8 @@ import pytest
 
 from disinhib import rules
 from disinhib.activations import Shape
-from disinhib.architecture import Architecture, Hyperparameters, Newton, Ode
 from disinhib.feedback import jacobian_weights, per_sample
+from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.optimizers import OPTIMIZERS

@@ -14,8 +14,9 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import ledger, report, runs, store as stores, tables
+from analysis import ledger, report, runs, store as stores
 from analysis.cell import Seed
+from analysis.report import tables
 from analysis.store import Refused
 
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected

@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 import disinhib
 from analysis import cell, configurations, ledger, retrain, runs, selection, store as stores
 from analysis.store import Refused
-from disinhib import command_line, config, data, errors, training
-from disinhib.tuning import tracking
-from disinhib.tuning.trial import environment
+from disinhib import config, data, errors, hydra_config, training
+from disinhib.tuning import mlflow_store
+from disinhib.tuning.worker import environment
 
 SELECTED = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted`
 SEEDS = 2
@@ -111,7 +111,7 @@ def test_a_seed_is_what_its_command_trains(study, rows):
     row = next(row for row in rows if row["rule"] == "exact-inv" and row["seed"] == 1)
     words = shlex.split(row["command"])
     assert words[:3] == ["python", "-m", "disinhib"]
-    composed, _ = command_line.compose(command_line.TRAINING, words[3:])
+    composed, _ = hydra_config.compose(hydra_config.TRAINING, words[3:])
     run = config.parse(composed)
     told = []
     training.train(run, [row["seed"]], lambda _, metrics: told.append(metrics))
@@ -155,8 +155,8 @@ def test_given_again_nothing_is_trained_again(study, selected, done, rows, capsy
 
 def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, done, rows):
     """They are no trials of it: `tracking.Tracker.load` deletes what is there twice."""
-    experiment = tracking.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
-    tracker = tracking.Tracker(experiment, study.study, study.study, {}, {}, {})
+    experiment = mlflow_store.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
+    tracker = mlflow_store.Tracker(experiment, study.study, study.study, {}, {}, {})
     assert tracker.load() == set(range(len(planted.TRIALS)))
     store = stores.connect(study.uri)
     again = runs.retrained(store, stores.find_study(store, study.study)).rows
@@ -235,7 +235,7 @@ def test_selected_configurations_take_no_options_of_training(selected, tmp_path)
 
 
 def test_a_grid_is_every_combination_that_is_asked_for():
-    settings, _ = command_line.compose(configurations.CONFIG, ["experiment=table1"])
+    settings, _ = hydra_config.compose(configurations.CONFIG, ["experiment=table1"])
     axes, rest = configurations.chosen_axes(
         ["experiment=table1", "dataset=fmnist", "depth=1,3", "trainer=bp,lin-thresh-averaged"]
     )
@@ -254,7 +254,7 @@ def test_a_grid_is_every_combination_that_is_asked_for():
 
 @pytest.mark.parametrize(
     "file",
-    sorted((command_line.CONFIGURATIONS / "experiment").glob("*.yaml")),
+    sorted((hydra_config.CONFIGURATIONS / "experiment").glob("*.yaml")),
     ids=lambda f: f.stem,
 )
 def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
@@ -270,7 +270,7 @@ def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
 
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     """Planted: the second of two seeds, in its second epoch."""
-    settings, _ = command_line.compose(configurations.CONFIG, [GRID[0], "epochs=3"])
+    settings, _ = hydra_config.compose(configurations.CONFIG, [GRID[0], "epochs=3"])
     planned = configurations.of_grid(
         settings, [GRID[0], "epochs=3"], {"dataset": ["digits"], "depth": ["1"], "trainer": ["bp"]}
     )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from disinhib.activations import Shape
-from disinhib.architecture import Hyperparameters, Newton
 from disinhib.feedback import modified
+from disinhib.hyperparameters import Hyperparameters, Newton
 from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop

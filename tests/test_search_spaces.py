@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from disinhib.config import ConfigError
-from disinhib.tuning import options, spaces
+from disinhib.tuning import options, space_tree
 from search_spaces import SPACES, rules
 
 
@@ -32,7 +32,7 @@ def test_a_parameter_has_one_distribution_wherever_it_occurs(name):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_branches_reach_every_choice_and_every_option_that_sampling_finds(name):
-    walked = list(spaces.branches(SPACES[name]))
+    walked = list(space_tree.branches(SPACES[name]))
     sampled = list(samples(SPACES[name]))
     choices = {
         (parameter, trial.params[parameter])
@@ -55,7 +55,7 @@ def test_no_two_parameters_of_a_trial_move_the_same_option(name):
 
 
 def test_rules_has_the_single_rule_spaces_as_its_branches():
-    assert spaces.rules_of(SPACES["rules"]) == list(rules.BRANCHES)
+    assert space_tree.rules_of(SPACES["rules"]) == list(rules.BRANCHES)
     assert rules.BRANCHES["exact-inv"] is SPACES["exact_inv"]
     assert rules.BRANCHES["lin-thresh"] is SPACES["lin_thresh"]
     assert rules.BRANCHES["bp"] is SPACES["bp"]
@@ -68,7 +68,7 @@ def test_branches_of_dependent_choices_are_walked_in_their_context():
             return {"inner": trial.suggest_categorical("inner", (1, 2, 3))}
         return {"x": trial.suggest_float("x", 1.0, 2.0)}
 
-    found = [branch.overrides for branch in spaces.branches(space)]
+    found = [branch.overrides for branch in space_tree.branches(space)]
     ends = [{"x": 1.0}, {"x": 2.0}]
     assert found == [*ends, *({"inner": i} for i in (1, 1, 2, 2, 3, 3))]
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disinhib import student_teacher
 from disinhib.activations import tangent_of_inverse
-from disinhib.student_teacher import FORMS, HYPER, RULES
+from disinhib.paper import student_teacher
+from disinhib.paper.student_teacher import FORMS, HYPER, RULES
 
 # Of the published run, by (epoch, loss): approximate, exact.
 PUBLISHED = {

@@ -33,18 +33,18 @@ from rich.console import Console
 from disinhib import config, errors, training
 from disinhib.config import ConfigError
 from disinhib.tuning import (
-    checkpoints,
-    execution,
+    manifest as origins,
     options,
-    origin as origins,
     progress,
     provenance,
-    search,
-    spaces,
+    ray_backend,
+    retention,
+    space_tree,
     study,
+    suggest,
 )
-from disinhib.tuning.journal import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Journal, Record
-from disinhib.tuning.trial import OVER_CAP, TrainingTrial, checkpoint_file, environment
+from disinhib.tuning.event_log import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Journal, Record
+from disinhib.tuning.worker import OVER_CAP, TrainingTrial, checkpoint_file, environment
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
@@ -368,13 +368,13 @@ def test_what_runs_a_trial_again_is_kept_with_it(finished, runs, tmp_path):
     assert command == children[1].data.tags["command"]
     kept = config.parse(yaml.safe_load((tmp_path / "config.yaml").read_text()))
     assert kept.architecture.rule == "exact-inv"
-    assert [kept.seed] == search.trial_seeds(0, 1)
+    assert [kept.seed] == suggest.trial_seeds(0, 1)
     made = json.loads((tmp_path / "provenance.json").read_text())
     assert made["data"]["sha256"] == children[1].data.tags["data_sha256"]
     assert made == json.loads((done.study.folder / "origin.json").read_text())["provenance"]
     space = json.loads((tmp_path / "space.json").read_text())
-    assert spaces.differences(space, spaces.definition(tiny)) == []
-    assert children[1].data.tags["space_sha256"] == spaces.fingerprint(space)
+    assert space_tree.differences(space, space_tree.definition(tiny)) == []
+    assert children[1].data.tags["space_sha256"] == space_tree.fingerprint(space)
 
 
 def test_the_summary_comes_last_and_says_how_to_go_on(finished):
@@ -473,7 +473,7 @@ def test_given_points_come_right_after_the_published_defaults(extended):
 def test_replicates_are_trained_together_and_scored_by_their_mean(extended):
     client, runs = runs_of(extended)
     for number, run in runs.items():
-        assert run.data.tags["seeds"] == ",".join(map(str, search.trial_seeds(1, number, 2)))
+        assert run.data.tags["seeds"] == ",".join(map(str, suggest.trial_seeds(1, number, 2)))
     assert len({seed for run in runs.values() for seed in run.data.tags["seeds"].split(",")}) == 8
     for number in (0, 1, 3):
         metrics = runs[number].data.metrics
@@ -490,7 +490,7 @@ def test_replicates_are_trained_together_and_scored_by_their_mean(extended):
 def test_a_seed_that_diverges_fails_its_trial(extended):
     failed = extended.records[POISONED_TRIAL]
     assert (failed.state, failed.epochs) == (FAILED, 0)
-    bad = search.trial_seeds(1, POISONED_TRIAL, 2)[1]
+    bad = suggest.trial_seeds(1, POISONED_TRIAL, 2)[1]
     assert (failed.reason or "").startswith("Diverged: ")
     assert f"(seed {bad})" in (failed.reason or "")
     others = [record.state for record in extended.records if record is not failed]
@@ -705,13 +705,13 @@ def test_a_study_is_not_resumed_with_other_code(go_on, monkeypatch):
 
     def changed(root):
         made = real(root)
-        files = {**made["files"], "disinhib/rules.py": "0", "disinhib/new.py": "0"}
+        files = {**made["files"], "disinhib/feedback.py": "0", "disinhib/new.py": "0"}
         del files["disinhib/losses.py"]
         return {**made, "files": files}
 
     monkeypatch.setattr(provenance, "code", changed)
     line = go_on()
-    assert "disinhib/rules.py changed" in line
+    assert "disinhib/feedback.py changed" in line
     assert "disinhib/new.py is new" in line
     assert "disinhib/losses.py is gone" in line
 
@@ -719,7 +719,7 @@ def test_a_study_is_not_resumed_with_other_code(go_on, monkeypatch):
 def test_a_study_is_not_resumed_while_another_process_runs_it(finished, go_on):
     done, _, _ = finished
     hold = (
-        "import sys; from pathlib import Path; from disinhib.tuning.journal import Journal;"
+        "import sys; from pathlib import Path; from disinhib.tuning.event_log import Journal;"
         "journal = Journal(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -765,7 +765,7 @@ def test_the_exit_code_says_how_a_study_ended(tmp_path, monkeypatch, capsys):
 
 def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch, capsys):
     def full(*_):
-        raise execution.StudyStopped("no space left: /disk")
+        raise ray_backend.StudyStopped("no space left: /disk")
 
     monkeypatch.setattr(study, "run", full)
     assert study.main([f"out_dir={tmp_path}", "study=mine"]) == 1
@@ -793,7 +793,7 @@ POLICY = {"every_seconds": 0.0, "at_end": True, "cap_bytes": 1e9}
 def branch_of(space, folder, *overrides, **policy):
     """A worker's configuration of the space's second branch: numbers at their high ends."""
     asked = options.compose(["experiment=smoke", f"space={space}", *overrides])
-    _, branch, *_ = spaces.branches(SPACES[space])
+    _, branch, *_ = space_tree.branches(SPACES[space])
     told = options.configure(asked, 0, branch.overrides)
     return {**told, "checkpoints": {**POLICY, "folder": str(folder), **policy}}
 
@@ -916,12 +916,12 @@ def test_the_checkpoints_of_the_best_stay_and_the_least_of_them_makes_room(tmp_p
     for one in records:
         checkpoint_file(tmp_path, one.number).touch()
     left = lambda: sorted(int(file.stem) for file in tmp_path.iterdir())
-    checkpoints.tidy(tmp_path, records, "max", best=2)
+    retention.tidy(tmp_path, records, "max", best=2)
     assert left() == [1, 2, 3, 5]
-    assert checkpoints.make_room(tmp_path, records, "max", best=2, cap_bytes=1)
+    assert retention.make_room(tmp_path, records, "max", best=2, cap_bytes=1)
     assert left() == [1, 2, 3, 5]  # one more fits
     gone, before = [], left()
-    while checkpoints.make_room(tmp_path, records, "max", best=2, cap_bytes=-1):
+    while retention.make_room(tmp_path, records, "max", best=2, cap_bytes=-1):
         gone += {*before} - {*left()}
         before = left()
     assert gone == [2, 3, 1]  # bp's second, then the first ones
@@ -936,7 +936,7 @@ STUDIES = [file.stem for file in EXPERIMENTS if "\ngrid:" not in file.read_text(
 def test_every_branch_of_an_experiments_space_composes(name):
     """(Without its data, which need not be here.)"""
     asked = options.compose([f"experiment={name}"])
-    for branch in spaces.branches(SPACES[asked.space]):
+    for branch in space_tree.branches(SPACES[asked.space]):
         trial = options.configure(asked, 0, branch.overrides)
         assert trial["epochs"] == asked.epochs and trial["searched"] == branch.overrides
 
@@ -994,7 +994,7 @@ def test_passwords_in_addresses_are_masked():
 
 def test_shares_of_a_processor_are_counted_whole(monkeypatch):
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}] * 2
-    monkeypatch.setattr(execution.ray, "nodes", lambda: nodes)
-    assert execution.trials_at_once({"cpu": 1, "gpu": 0.25}) == 8
-    assert execution.trials_at_once({"cpu": 0.5, "gpu": 0.2}) == 10
-    assert execution.trials_at_once({"cpu": 8, "gpu": 0}) == 0
+    monkeypatch.setattr(ray_backend.ray, "nodes", lambda: nodes)
+    assert ray_backend.trials_at_once({"cpu": 1, "gpu": 0.25}) == 8
+    assert ray_backend.trials_at_once({"cpu": 0.5, "gpu": 0.2}) == 10
+    assert ray_backend.trials_at_once({"cpu": 8, "gpu": 0}) == 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disinhib import command_line, training
+from disinhib import hydra_config, training
 from disinhib.config import ConfigError, parse
 from disinhib.losses import LOSSES, soft_targets
 from disinhib.optimizers import OPTIMIZERS
@@ -23,7 +23,7 @@ DALE = ("model/vf=dale", "trainer=exact-inv")
 
 
 def configured(*overrides):
-    return parse(command_line.compose("train", [*TINY, *overrides])[0])
+    return parse(hydra_config.compose("train", [*TINY, *overrides])[0])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, BLUE, GREEN, ORANGE, SHADES, VERMILION, Tables
-from disinhib import errors, plasticity
+from disinhib import errors
+from disinhib.paper import plasticity
 
 Fit = tuple[float, float]  # (theta, delta): u_I is about theta + delta r_I
 FITS: tuple[Fit, ...] = ((1.5, 1.5), (0.9, 1.8))

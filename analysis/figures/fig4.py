@@ -18,8 +18,9 @@ from rich.progress import Progress
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Tables
-from disinhib import errors, student_teacher
-from disinhib.student_teacher import EPOCH, FORMS, RULES
+from disinhib import errors
+from disinhib.paper import student_teacher
+from disinhib.paper.student_teacher import EPOCH, FORMS, RULES
 
 EPOCHS, QUICK_EPOCHS = 60, 3
 SHOWN = RULES.index("approximate")  # the student whose output is drawn

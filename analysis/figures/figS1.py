@@ -17,7 +17,7 @@ from analysis.figures import command
 from analysis.figures.command import BLACK, ORANGE, SHADES, VERMILION, Tables
 from analysis.figures.fig3 import POINTS, QUICK_POINTS, TARGETS
 from disinhib import errors
-from disinhib.error_modulation import MODELS
+from disinhib.paper.error_modulation import MODELS
 
 CLAMPED = (0.0, 1.0, 2.0, 3.0)  # r_I
 SHOWN = (-15.0, 12.0)  # of the weight changes

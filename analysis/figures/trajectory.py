@@ -26,13 +26,14 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
-from disinhib import checkpoint, dynamics, errors, model, probe, training
-from disinhib.architecture import Newton, Ode
+from disinhib import checkpoint, errors, export, training
 from disinhib.config import RunConfig, parse
 from disinhib.errors import InputError
+from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
 from disinhib.network import NetworkState, Parameters
 from disinhib.rules import RULES, feedback_and_aim
+from disinhib.solvers import ode, stability
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
 LOOPS = ("open", "closed")
@@ -78,7 +79,7 @@ def _from_folder(folder: Path) -> Trained:
 
 
 def _from_file(file: Path) -> Trained:
-    network, parameters = model.load(file)
+    network, parameters = export.load(file)
     return Trained(parse(network.options), parameters)
 
 
@@ -103,12 +104,14 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
         target = soft_targets(images.validation.labels[chosen], classes, hyper.soft_target)
         by_newton = replace(config.architecture, solver=NEWTON)
         by_ode = replace(config.architecture, solver=INTEGRATION)
-        (_, opened), (control, closed) = probe.equilibria(by_newton, parameters, hyper, x, target)
+        (_, opened), (control, closed) = stability.equilibria(
+            by_newton, parameters, hyper, x, target
+        )
         assert control is not None  # as the rule has feedback
         weights_at = lambda state: feedback_and_aim(by_newton, parameters, hyper, state, target)[0]
         times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)
         states, signal = jax.jit(
-            partial(dynamics.open_then_closed_trajectory, by_ode, weights_at=weights_at)
+            partial(ode.open_then_closed_trajectory, by_ode, weights_at=weights_at)
         )(parameters, hyper, x, control.target, times=times)
         seconds = np.concatenate([times, SECONDS + np.asarray(times)])
     moving = _columns(jax.tree.map(lambda v: v[0], states.network), signal[0])

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import yaml
 
-from disinhib import command_line, config, training
+from disinhib import config, hydra_config, training
 from disinhib.config import ConfigError, refusal
 from disinhib.errors import nearest
-from disinhib.tuning import search, spaces
-from disinhib.tuning.checks import STUDY_GROUPS, STUDY_OPTIONS, check
-from disinhib.tuning.points import defaults, grid, read_points
-from disinhib.tuning.trial import TrialConfig
+from disinhib.tuning import space_tree, suggest
+from disinhib.tuning.initial_points import defaults, grid, read_points
+from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
+from disinhib.tuning.worker import TrialConfig
 from search_spaces import SPACES, Overrides
 
 FILE = "study.yaml"  # in a study's folder
@@ -78,23 +78,23 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or other options than it has.
     """
-    own, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
+    own, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(own)
     earlier = None
     if own["resume"] or own["extend"]:
         earlier = read_kept(own)
         overrides = _on_top_of(earlier, overrides, own)
-    settings, _ = command_line.compose("study", [o for o in overrides if _is_for_study(o)])
+    settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
-    first = next(spaces.branches(SPACES[settings["space"]])).overrides
+    first = next(space_tree.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
     with _blaming(settings["space"]):
-        command_line.compose("study", groups)
-    options, _ = command_line.compose("study", [*overrides, *groups])
+        hydra_config.compose("study", groups)
+    options, _ = hydra_config.compose("study", [*overrides, *groups])
     check(options)
     out_dir = Path(options["out_dir"]).absolute()
-    command_line.check_folder(out_dir)
+    hydra_config.check_folder(out_dir)
     if options["resume"] and earlier is not None:
         _refuse_changes(earlier["options"], options)
     default = f"{options['space']}-{options['dataset']['name']}"
@@ -193,7 +193,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
-    seeds = search.trial_seeds(study.seed, number, study.replicates)
+    seeds = suggest.trial_seeds(study.seed, number, study.replicates)
     groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
     options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
     options = training_options(options)
@@ -202,13 +202,13 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
             _set(options, name, value)
     options["seed"] = seeds[0]
     # A trial writes no folder of its own, so where it would do so is no part of its command.
-    options["out_dir"] = _composed(command_line.TRAINING, ())[0]["out_dir"]
+    options["out_dir"] = _composed(hydra_config.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
     return TrialConfig(
         number=number,
         rule=rule_name(choices),
         searched=dict(overrides),
-        command=command_line.command(options, choices, seeds),
+        command=hydra_config.command(options, choices, seeds),
         options=options,
         seeds=seeds,
         epochs=config.parse(options).epochs,
@@ -217,12 +217,12 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 
 
 # Hydra takes 90 ms for what every trial of a structure has in common.
-_composed = lru_cache(maxsize=64)(command_line.compose)
+_composed = lru_cache(maxsize=64)(hydra_config.compose)
 
 
 def _is_group(name: str) -> bool:
     """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
-    return (command_line.CONFIGURATIONS / name.partition("@")[0]).is_dir()
+    return (hydra_config.CONFIGURATIONS / name.partition("@")[0]).is_dir()
 
 
 def _set(options: dict[str, Any], name: str, value: Any) -> None:
@@ -252,7 +252,7 @@ def check_space(study: Study) -> list[TrialConfig]:
     checked = []
     jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
     given = {_name_of(override): override.partition("=")[2] for override in study.overrides}
-    for branch in spaces.branches(SPACES[study.space]):
+    for branch in space_tree.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
             if given.get(name, str(value)) != str(value):
                 raise ConfigError(
@@ -305,16 +305,16 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
             points += read_points(text, space)
         except ConfigError as error:
             raise ConfigError(f"points: {study.points}: {error}") from error
-    if search.SAMPLERS[study.searcher["name"]].grid:
+    if suggest.SAMPLERS[study.searcher["name"]].grid:
         whole = grid(space, study.searcher["points_per_range"])
         left = [point for point in whole if point not in points and point not in known]
-        points += search.shuffled(left, study.seed)
+        points += suggest.shuffled(left, study.seed)
         if study.trials > len(points):
             raise refusal("trials", study.trials, f"at most {len(points)}, the whole grid")
     elif study.points is not None:
-        rules = spaces.rules_of(space) if study.searcher["balanced"] else []
+        rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
         for index, rule in enumerate(rules or [None]):
-            count = sum(rule in (None, point.get(spaces.RULE)) for point in points)
+            count = sum(rule in (None, point.get(space_tree.RULE)) for point in points)
             if count > len(range(index, study.trials, max(1, len(rules)))):
                 least = f"at least {(count - 1) * max(1, len(rules)) + index + 1}"
                 raise refusal("trials", study.trials, f"{least}, for all points to be tried")

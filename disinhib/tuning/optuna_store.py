@@ -13,8 +13,8 @@ from optuna.trial import TrialState, create_trial
 
 from disinhib.config import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.journal import ASKED, COMPLETE, EPOCH, Event, Record
-from disinhib.tuning.search import DIRECTIONS, STATES
+from disinhib.tuning.event_log import ASKED, COMPLETE, EPOCH, Event, Record
+from disinhib.tuning.suggest import DIRECTIONS, STATES
 
 FILE = "optuna.log"  # in the study's folder
 ID = "study_id"  # the attribute by which a study there is known as ours

@@ -24,11 +24,11 @@ from rich.console import Console
 
 from disinhib import config
 from disinhib.config import flatten
-from disinhib.tuning import execution, origin as origins, progress, spaces, trial
+from disinhib.tuning import manifest as origins, progress, ray_backend, space_tree, worker
+from disinhib.tuning.early_stopping import Stopping
 from disinhib.tuning.options import Study, check_space, configure
-from disinhib.tuning.schedule import Stopping
-from disinhib.tuning.search import SAMPLERS, Search
-from disinhib.tuning.trial import TrialConfig
+from disinhib.tuning.suggest import SAMPLERS, Search
+from disinhib.tuning.worker import TrialConfig
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
@@ -75,7 +75,7 @@ def previews(study: Study, search: Search, points: Sequence[Mapping[str, Any]]) 
 
     Looks as far as ten trials a rule beyond `points`, and not beyond those of the study.
     """
-    rules = max(1, len(spaces.rules_of(search.space)))
+    rules = max(1, len(space_tree.rules_of(search.space)))
     shown: dict[tuple[str, str], Preview] = {}
     for number in range(min(study.trials, (len(points) + 10) * rules)):
         proposal = search.propose(number)
@@ -197,17 +197,17 @@ def measure(
         try:
             yield structure, Cost(**ray.get(done))
         except RayError as error:
-            yield structure, execution.reason(error)
+            yield structure, ray_backend.reason(error)
         ray.kill(actor)
 
 
 def _worker(resources: Mapping[str, float]) -> Any:
     # A class within a function is sent whole: a worker need not import this module, and so holds
     # what a trial's worker holds and no more.
-    class Measuring(trial.TrainingTrial):
+    class Measuring(worker.TrainingTrial):
         def __init__(self, given: TrialConfig):
             # Tune's own would make a folder in ~/ray_results.
-            nowhere = trial.Checkpoints(
+            nowhere = worker.Checkpoints(
                 folder="/nonexistent", every_seconds=math.inf, at_end=False, cap_bytes=0
             )
             self.setup({**given, "checkpoints": nowhere})
@@ -233,7 +233,7 @@ def _worker(resources: Mapping[str, float]) -> Any:
                 "first_epoch": first_epoch,
                 "epoch": epoch,
                 "tracing": max(0.0, first_epoch - epoch - compiled),
-                "memory_mb": result[trial.METRICS]["peak_memory_mb"],
+                "memory_mb": result[worker.METRICS]["peak_memory_mb"],
                 "checkpoint_mb": checkpoint_mb,
                 "ready_at": ready_at,
             }
@@ -262,12 +262,12 @@ def run(study: Study, console: Console) -> None:
     # Of a grid, all points are given.
     given = [] if SAMPLERS[study.searcher["name"]].grid else origin["points"]
     shown = previews(study, origins.searcher(study, origin), given)
-    with execution.cluster(study.cluster):
+    with ray_backend.cluster(study.cluster):
         resources = {
             "cpu": study.cluster["cpus_per_trial"],
             "gpu": study.cluster["gpus_per_trial"],
         }
-        fitting = execution.trials_at_once(resources)
+        fitting = ray_backend.trials_at_once(resources)
         at_once = min(fitting, study.cluster["max_concurrent"] or fitting)
         total = ray.cluster_resources()
         whole = "; for all of its trials, also those that ended" if study.resume else ""

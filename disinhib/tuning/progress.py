@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from disinhib.tuning.journal import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Record
+from disinhib.tuning.event_log import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Record
 
 PLAIN_SECONDS = 10.0  # between two lines where stdout is no terminal
 

@@ -23,22 +23,22 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib import command_line
+from disinhib import hydra_config
 from disinhib.config import ConfigError
 from disinhib.tuning import (
-    checkpoints,
-    execution,
-    origin as origins,
+    manifest as origins,
     plan,
     progress,
     provenance,
-    trial,
+    ray_backend,
+    retention,
+    worker,
 )
-from disinhib.tuning.conductor import Conductor
-from disinhib.tuning.delivery import Delivery
-from disinhib.tuning.journal import KILLED, Journal, Record
+from disinhib.tuning.early_stopping import Stopping
+from disinhib.tuning.event_log import KILLED, Journal, Record
+from disinhib.tuning.loop import Conductor
 from disinhib.tuning.options import Study, compose, configure
-from disinhib.tuning.schedule import Stopping
+from disinhib.tuning.outbox import Delivery
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     was interrupted.
     """
     if {"-h", "--help"} & {*arguments}:
-        print((command_line.CONFIGURATIONS / "study.yaml").read_text(), end="")
+        print((hydra_config.CONFIGURATIONS / "study.yaml").read_text(), end="")
         return 0
     study = compose(arguments)
     console = Console()
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
 def run(
     study: Study,
     console: Console,
-    trainable: type[tune.Trainable] = trial.TrainingTrial,
+    trainable: type[tune.Trainable] = worker.TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
 ) -> Finished:
     """Runs every trial of `study`, or those that are left of it; shows it on `console`, and
@@ -97,7 +97,7 @@ def run(
     is not what it was: before any trial; execution.StudyStopped if it cannot go on.
     """
     # MLflow takes seconds to import: not for a wrong option.
-    from disinhib.tuning import optuna_store, tracking
+    from disinhib.tuning import mlflow_store, optuna_store
 
     started = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -107,13 +107,13 @@ def run(
             origin = origins.go_on(study)
         else:
             origin = origins.begin(study)
-        stack.enter_context(execution.cluster(study.cluster))
+        stack.enter_context(ray_backend.cluster(study.cluster))
         storage = study.searcher["storage"]
         if storage is not None:
             optuna_store.refuse_taken(storage, study.name, study.resume)
-        uri = tracking.absolute(study.tracking["uri"], study.out_dir)
+        uri = mlflow_store.absolute(study.tracking["uri"], study.out_dir)
         artifacts = study.out_dir / "mlflow-artifacts"
-        experiment = tracking.open_store(uri, study.tracking["experiment"], artifacts)
+        experiment = mlflow_store.open_store(uri, study.tracking["experiment"], artifacts)
         if not study.resume:
             origins.write(study, origin)
             journal = stack.enter_context(closing(Journal(study.folder)))
@@ -128,9 +128,9 @@ def run(
             partial(configure, study),
             study.trials,
             # One more than fit waits ready for the next free worker, which Ray would else end.
-            study.cluster["max_concurrent"] or execution.trials_at_once(resources) + 1,
+            study.cluster["max_concurrent"] or ray_backend.trials_at_once(resources) + 1,
         )
-        tracker = tracking.Tracker(
+        tracker = mlflow_store.Tracker(
             experiment,
             study.name,
             origin["id"],
@@ -154,7 +154,7 @@ def run(
             shown.say(f"learns from {len(origin['past'])} trials of {study.warm_start}")
         try:
             code = origin["provenance"]["code"]
-            execution.check_machines(study.folder / origins.ORIGIN, origin["id"], code["files"])
+            ray_backend.check_machines(study.folder / origins.ORIGIN, origin["id"], code["files"])
             behind = {delivery.store.name: delivery.reconcile() for delivery in deliveries}
         except ConfigError:
             if not study.resume:  # its name is free again
@@ -163,14 +163,14 @@ def run(
         if study.resume:
             for line in reconciled(conductor, behind):
                 shown.say(line)
-            shutil.rmtree(study.folder / execution.FOLDER, ignore_errors=True)
+            shutil.rmtree(study.folder / ray_backend.FOLDER, ignore_errors=True)
         shown.before = progress.tally(conductor.records.values()).ended
         for delivery in deliveries:
             delivery.start()
-        folder = checkpoints.folder(study.folder, origin["id"])
+        folder = retention.folder(study.folder, origin["id"])
         try:
             with shown:
-                execution.run(
+                ray_backend.run(
                     conductor, trainable, resources, _policy(study, folder),
                     reporter(study, folder, conductor, shown), study.folder, callbacks,
                 )  # fmt: skip
@@ -208,20 +208,20 @@ def reconciled(conductor: Conductor, behind: dict[str, int]) -> list[str]:
 
 def reporter(
     study: Study, folder: Path, conductor: Conductor, shown: progress.Progress
-) -> execution.Reporter:
+) -> ray_backend.Reporter:
     """What is done when Ray says something: checkpoints are tidied in `folder`, progress shown."""
     best, cap = study.checkpoints["keep_best"], study.checkpoints["cap_gb"] * 1e9
     everything = lambda: [conductor.records[n] for n in sorted(conductor.records)]
-    checkpoints.remove_parts(folder)
-    checkpoints.tidy(folder, everything(), study.mode, best)
+    retention.remove_parts(folder)
+    retention.tidy(folder, everything(), study.mode, best)
     said: list[str] = []
 
     def on_end(record: Record) -> None:
-        checkpoints.tidy(folder, everything(), study.mode, best)
+        retention.tidy(folder, everything(), study.mode, best)
         shown.ended(record)
 
     def on_over_cap() -> None:
-        fits = checkpoints.make_room(folder, everything(), study.mode, best, cap)
+        fits = retention.make_room(folder, everything(), study.mode, best, cap)
         if not fits and not said:
             said.append("once")
             shown.say(
@@ -229,11 +229,11 @@ def reporter(
                 " after a kill, some of them would start again"
             )
 
-    return execution.Reporter(conductor, lambda: shown.update(everything()), on_end, on_over_cap)
+    return ray_backend.Reporter(conductor, lambda: shown.update(everything()), on_end, on_over_cap)
 
 
-def _policy(study: Study, folder: Path) -> trial.Checkpoints:
-    return trial.Checkpoints(
+def _policy(study: Study, folder: Path) -> worker.Checkpoints:
+    return worker.Checkpoints(
         folder=str(folder),
         every_seconds=study.checkpoints["every_seconds"],
         at_end=study.checkpoints["keep_best"] > 0,
@@ -244,7 +244,7 @@ def _policy(study: Study, folder: Path) -> trial.Checkpoints:
 def _full_disk(error: BaseException | None) -> str | None:
     """What the system said, if it is for want of space that the study could not go on."""
     while error is not None:
-        if isinstance(error, execution.StudyStopped):
+        if isinstance(error, ray_backend.StudyStopped):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return " ".join(map(str, filter(None, (error.strerror, error.filename))))

@@ -1,0 +1,100 @@
+"""Trained models as files: a network and its parameters, for whoever wants to look at them.
+
+One file, MessagePack without pickle: the resolved options of the training run, from which the
+network follows, and the parameters as they were trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+from jaxtyping import Array, Float
+
+from disinhib.config import ConfigError, RunConfig, parse
+from disinhib.hyperparameters import Architecture, Hyperparameters
+from disinhib.network import Parameters, initial_parameters
+from disinhib.solvers import open_loop
+
+FORMAT = 1  # of the file: counted up when an older reader could not read a newer one
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a model computes, given parameters; `options` are those that it was trained with."""
+
+    architecture: Architecture
+    hyperparameters: Hyperparameters
+    dataset: str  # name, of data.DATASETS
+    options: Mapping[str, Any]
+
+    def __call__(
+        self, parameters: Parameters, x: Float[Array, "batch in"]
+    ) -> Float[Array, "batch out"]:
+        """The readout's potentials in the open-loop steady state, for inputs in [0, 1]."""
+        return _readout(self.architecture, parameters, self.hyperparameters, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _readout(architecture, parameters, hyper, x):
+    return open_loop(architecture, parameters, hyper, x).state.u_y
+
+
+def dump(options: Mapping[str, Any], parameters: Parameters) -> bytes:
+    """A model's file: resolved training options (conf/train.yaml) and one lane's parameters."""
+    return serialization.msgpack_serialize(
+        {
+            "format": FORMAT,
+            "options": json.dumps(options),
+            "parameters": jax.device_get(dict(parameters)),
+        }
+    )
+
+
+def load(path: str | Path) -> tuple[Network, Parameters]:
+    """The network and the parameters in the file at `path`.
+
+    Raises ConfigError: a file that cannot be read, no model or one of another format, options
+    that cannot be, parameters that are not of the options' network (the differences are named).
+    """
+    try:
+        content: Any = serialization.msgpack_restore(Path(path).read_bytes())
+        number, options = content["format"], dict(json.loads(content["options"]))
+        parameters = {name: jnp.asarray(value) for name, value in content["parameters"].items()}
+    except OSError as error:
+        raise ConfigError(f"model: given {path}, cannot be read ({error.strerror})") from error
+    except Exception as error:  # msgpack names its errors freely
+        raise ConfigError(
+            f"model: given {path}, which is no model ({type(error).__name__})"
+        ) from error
+    if number != FORMAT:
+        raise ConfigError(f"model: given {path}, of format {number}, readable is {FORMAT}")
+    try:
+        run = parse(options)
+    except ConfigError as error:
+        raise ConfigError(f"model: given {path}, with an option that cannot be: {error}") from error
+    _check_fit(path, run, parameters)
+    return Network(run.architecture, run.hyperparameters, run.dataset, options), parameters
+
+
+def _check_fit(path: str | Path, run: RunConfig, parameters: Parameters) -> None:
+    make = partial(initial_parameters, run.architecture, 1.0)
+    needed = {name: leaf.shape for name, leaf in jax.eval_shape(make, jax.random.key(0)).items()}
+    found = {name: value.shape for name, value in parameters.items()}
+    differences = [
+        f"{name} {found.get(name, 'none')} (needed {needed.get(name, 'none')})"
+        for name in sorted({*needed, *found})
+        if found.get(name) != needed.get(name)
+    ]
+    if differences:
+        raise ConfigError(
+            f"model: given {path}, whose parameters do not fit its options:"
+            f" {', '.join(differences)}"
+        )

@@ -1,0 +1,201 @@
+"""The border to Hydra, shared by `python -m disinhib` and `tune_main.py`.
+
+Composes conf/, says in one line what is wrong with the options before anything is written, and
+turns a composed run back into the shortest command that composes it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from disinhib.config import ConfigError, flatten, refusal
+from disinhib.errors import nearest
+
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf"
+TRAINING = "train"  # conf/train.yaml
+
+Options = dict[str, Any]
+Choices = dict[str, str]
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
+    """(resolved plain options, choice of each config group) of conf/<config_name>.yaml.
+
+    Raises ConfigError: an override that does not parse, an unknown option, group or choice.
+    """
+    try:
+        composed = _composed(config_name, overrides, with_hydra=True)
+        choices = composed.hydra.runtime.choices
+        options = OmegaConf.create({k: v for k, v in composed.items() if k != "hydra"})
+        plain = OmegaConf.to_container(options, resolve=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _explained(error, config_name, overrides) from error
+    own = {group: str(choice) for group, choice in choices.items() if "hydra/" not in group}
+    return plain, own  # pyright: ignore[reportReturnType]
+
+
+def _composed(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> Any:
+    # A study composes within `hydra.main` too, where Hydra is initialised already.
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGURATIONS), version_base="1.3", job_name=config_name):
+        return hydra_compose(config_name, list(overrides), return_hydra_config=with_hydra)
+
+
+def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """What in `overrides` Hydra stumbled over, with the names that would have been right."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException:
+            return ConfigError(f"{text}: not understood, allowed is option=value (Hydra's grammar)")
+    groups = [override for override in parsed if _choices_of(override.key_or_group)]
+    for override in groups:
+        allowed, given = _choices_of(override.key_or_group), override.value()
+        if given not in allowed:
+            return ConfigError(
+                f"{override.key_or_group}: given {given}, allowed is one of {', '.join(allowed)}"
+                f"{nearest(str(given), allowed)}"
+            )
+    known = _known_options(config_name, [override.input_line or "" for override in groups])
+    for override in parsed:
+        name = override.key_or_group
+        if override not in groups and known and name not in known:
+            return ConfigError(f"{name}: unknown option{nearest(name, known)}")
+    return ConfigError(" ".join(str(error).split()))
+
+
+def _choices_of(group: str) -> list[str]:
+    folder = CONFIGURATIONS / group
+    return sorted(file.stem for file in folder.glob("*.yaml")) if folder.is_dir() else []
+
+
+def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]:
+    """Every option, and every group, that exists under these choices of groups."""
+    try:
+        composed = _composed(config_name, group_overrides)
+    except HydraException:
+        return set()
+    options = set(flatten(OmegaConf.to_container(composed)))  # pyright: ignore
+    parents = {name.rsplit(".", depth)[0] for name in options for depth in range(1, 4)}
+    groups = {
+        str(folder.relative_to(CONFIGURATIONS))
+        for folder in CONFIGURATIONS.rglob("*")
+        if folder.is_dir()
+    }
+    return options | parents | groups
+
+
+def command(
+    options: Mapping[str, Any], choices: Mapping[str, str], seeds: Sequence[int] = ()
+) -> str:
+    """The shortest `python -m disinhib ...` that composes to exactly these training options.
+
+    `seeds`, if given, take the place of the option `seed`; several of them are Hydra's multirun,
+    one run after another. Raises ConfigError if no command composes from conf/train.yaml to these.
+    """
+    wanted = flatten({**options, "seed": seeds[0]} if seeds else options)
+    groups = _group_overrides(choices)
+    base = flatten(_base(groups)[0])
+    written = {
+        name: _written(value)
+        for name, value in wanted.items()
+        if name not in base or base[name] != value
+    }
+    _verify(groups, written, base, wanted)
+    multirun = []
+    if len(seeds) > 1:
+        multirun = ["-m"]
+        written["seed"] = ",".join(map(str, seeds))
+    values = [f"{name}={text}" for name, text in written.items()]
+    return shlex.join(["python", "-m", "disinhib", *multirun, *groups, *values])
+
+
+def _group_overrides(choices: Mapping[str, str]) -> tuple[str, ...]:
+    """The fewest overrides of groups that lead to `choices`."""
+    overrides: list[str] = []
+    while True:  # a choice brings groups of its own, with their defaults
+        _, chosen = _base(tuple(overrides))
+        differing = [
+            f"{group}={choice}"
+            for group, choice in choices.items()
+            if group in chosen and chosen[group] != choice
+        ]
+        if not differing:
+            return tuple(overrides)
+        overrides += differing
+
+
+# What `_verify` has seen compose: groups, names, and the values but for their digits.
+_VERIFIED: set[tuple[str, ...]] = set()
+
+
+def _verify(
+    groups: tuple[str, ...],
+    written: Mapping[str, str],
+    base: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+) -> None:
+    """Raises ConfigError unless `groups` and `written` compose to `wanted`.
+
+    Composing takes Hydra 70 ms, so commands that differ only in the digits of their numbers are
+    composed once: Hydra's grammar reads 0.0012 as it reads 0.5.
+    """
+    structure = (*groups, *(f"{name}={_kind(text)}" for name, text in written.items()))
+    if structure in _VERIFIED and base.keys() <= wanted.keys():  # no override leaves one out
+        return
+    recomposed, _ = compose(TRAINING, [*groups, *(f"{k}={v}" for k, v in written.items())])
+    if flatten(recomposed) != wanted:
+        raise ConfigError(f"no command composes to these options: {wanted}")
+    _VERIFIED.add(structure)
+
+
+def _kind(text: str) -> str:
+    """A written value with every number's digits as one 0; a quoted text as it is."""
+    return text if "'" in text else re.sub(r"\d+", "0", text)
+
+
+@lru_cache(maxsize=64)
+def _base(group_overrides: tuple[str, ...]) -> tuple[Options, Choices]:
+    """Training options under some choices of groups: a study asks for the same few all the time."""
+    return compose(TRAINING, group_overrides)
+
+
+def _written(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_written(item) for item in value) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError if nothing can be written there, or in the nearest parent that exists."""
+    try:
+        parents = (folder.absolute(), *folder.absolute().parents)
+        existing = next(path for path in parents if path.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        allowed = f"a folder that can be written ({error.strerror})"
+        raise refusal("out_dir", folder, allowed) from error

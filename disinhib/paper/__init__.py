@@ -1,0 +1,1 @@
+"""The experiments of the paper's figures, on the core."""

@@ -1,0 +1,226 @@
+"""Points of a search space to be tried by name: the published defaults, a grid, those of a file.
+
+A point is Optuna's `params`: values by the full name, `exact-inv.optimizer.learning_rate`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import yaml
+from optuna.distributions import CategoricalDistribution, IntDistribution
+
+from disinhib.config import ConfigError, flatten, refusal
+from disinhib.errors import nearest
+from disinhib.tuning.space_tree import (
+    ENDS,
+    RULE,
+    Distribution,
+    Params,
+    Way,
+    allows,
+    at_ends,
+    described,
+    moving,
+    offered,
+    option_of,
+    rules_of,
+    same,
+    shown,
+    walk,
+    ways,
+    words,
+)
+from search_spaces import Space
+
+
+def defaults(
+    space: Space, configured: Callable[[Mapping[str, str]], Mapping[str, Any]]
+) -> list[Params]:
+    """The published defaults as points of `space`: one for each rule that it has, in order.
+
+    `configured(overrides)` gives the options, flat and by dotted name, under the groups that a
+    branch chooses; it ignores overrides that choose no group. A rule is left out if a default of
+    its branch lies outside of what is searched, or if there is no such option.
+    """
+    points = [_default(space, rule, configured) for rule in rules_of(space) or [None]]
+    return [point for point in points if point is not None]
+
+
+def _default(space: Space, rule: str | None, configured) -> Params | None:
+    # Which groups a branch chooses is known when it has been walked, and where it leads may depend
+    # on the defaults that these groups bring: so again, until they are those it was walked with.
+    groups: dict[str, str] = {}
+    tried: list[dict[str, str]] = []
+    while groups not in tried:
+        tried.append(groups)
+        known = {**configured(groups), **({} if rule is None else {RULE: rule})}
+        way = walk(space, lambda name, kind, known=known: _configured_value(name, kind, known)[0])
+        chosen = _groups(way)
+        if chosen == groups:
+            within = (_configured_value(n, k, known)[1] for n, k in way.distributions.items())
+            return way.params if all(within) else None
+        groups = chosen
+    return None
+
+
+def _configured_value(name: str, kind: Distribution, known: Mapping[str, Any]) -> tuple[Any, bool]:
+    """(a parameter's configured value, True), or (any value, False) if it is not searched."""
+    for option in (name, option_of(name)):
+        if option in known and allows(kind, known[option]):
+            return _converted(kind, known[option]), True
+    return offered(kind, "low")[0], False
+
+
+def _groups(way: Way) -> dict[str, str]:
+    """The texts that a way sets, among them its groups, but for those that it searches: their
+    default is what stands when they are left alone. The rule is a choice, and no default."""
+    return {
+        option: value
+        for option, value in way.overrides.items()
+        if isinstance(value, str) and (option == RULE or not moving(option, way.params))
+    }
+
+
+def grid(space: Space, points: int) -> list[Params]:
+    """All points of the full grid: every choice, and `points` (at least 1) values of every range,
+    from its low to its high end, evenly on its scale; what is asked for last varies fastest.
+
+    A range with fewer values gives them all; one value of a range is its middle.
+    """
+    return [way.params for way in ways(space, lambda _, kind: _grid_values(kind, points))]
+
+
+def _grid_values(distribution: Distribution, points: int) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(dict.fromkeys(distribution.choices))
+    low, high, log, step = (getattr(distribution, name) for name in (*ENDS, "log", "step"))
+    if step is None:
+        inner = [_between(low, high, share, log) for share in _shares(points)]
+        return list(dict.fromkeys(min(max(value, low), high) for value in inner))
+    # In decimals, as Optuna does: 0.1 + 2 * 0.1 is 0.3.
+    first, width = Decimal(str(low)), Decimal(str(step))
+    last = int((Decimal(str(high)) - first) / width)
+    points = min(points, last + 1)
+    indices: list[int] = []
+    for share in _shares(points):
+        index = round(_between(low, high, share, log) - low) if log else round(share * last)
+        # Small whole numbers on a logarithmic scale lie closer than 1: take the next one.
+        indices.append(max(index, indices[-1] + 1) if indices else index)
+    return [type(low)(first + index * width) for index in indices]
+
+
+def _shares(points: int) -> list[float]:
+    return [0.5] if points == 1 else [i / (points - 1) for i in range(points)]
+
+
+def _between(low: float, high: float, share: float, log: bool) -> float:
+    if share in (0, 1):
+        return (low, high)[int(share)]
+    if log:
+        return 10 ** _between(math.log10(low), math.log10(high), share, log=False)
+    return low * (1 - share) + high * share
+
+
+def read_points(text: str, space: Space) -> list[Params]:
+    """Points from YAML, a list of mappings: names as in Optuna (`exact-inv.trainer.norm_val`) or as
+    options (`trainer: exact-inv`, `trainer.norm_val: 1`), all or some of a branch's parameters.
+
+    Raises ConfigError, naming the point: not such a list, a parameter that is not searched, a
+    value that it cannot have, no `trainer` where the space chooses among rules.
+    """
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, list):
+        raise ConfigError("not a list of points, each a mapping of parameters to values")
+    return [_read_numbered(i, point, space) for i, point in enumerate(given, start=1)]
+
+
+def _read_numbered(number: int, given: Any, space: Space) -> Params:
+    try:
+        return _read_point(given, space)
+    except ConfigError as error:
+        # In one line, whatever texts the file has.
+        raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
+
+
+def _read_point(given: Any, space: Space) -> Params:
+    if not isinstance(given, dict):
+        raise ConfigError(f"given {given}, allowed is a mapping of parameters to values")
+    named = {name: _read_number(value) for name, value in flatten(given).items()}
+    rule = _read_rule(named, space)
+    reached = list(at_ends(space, rule))
+    kinds = {name: kind for way in reached for name, kind in way.distributions.items()}
+    point: Params = {}
+    for name, value in named.items():
+        parameter = _parameter(name, kinds)
+        if parameter is None:
+            _check_group(name, value, reached)
+        elif parameter in point:
+            raise ConfigError(f"{parameter}: given twice")
+        else:
+            point[parameter] = _read_value(name, value, kinds[parameter])
+    left = {name for way in at_ends(space, point) for name in way.params}
+    for name in point:
+        if name not in left:
+            raise ConfigError(f"{name}: not searched with this point's other choices")
+    return point
+
+
+def _read_rule(named: Params, space: Space) -> Params:
+    """The choice of a rule, by itself: what the other names mean depends on it."""
+    rules = rules_of(space)
+    if not rules:
+        return {}
+    kind = CategoricalDistribution(rules)
+    if RULE not in named:
+        raise ConfigError(f"{RULE}: missing, needed is {words(described(kind))}")
+    return {RULE: _read_value(RULE, named[RULE], kind)}
+
+
+def _read_number(value: Any) -> Any:
+    """PyYAML takes 1e-3 for a text, as YAML 1.1 does; Hydra and everyone else takes it for a
+    number."""
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if number else value
+
+
+def _read_value(name: str, value: Any, distribution: Distribution) -> Any:
+    if not allows(distribution, value):
+        choices = [shown(choice) for choice in getattr(distribution, "choices", ())]
+        allowed = words(described(distribution))
+        raise refusal(name, value, allowed + nearest(str(value), choices))
+    return _converted(distribution, value)
+
+
+def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
+    """The parameter that is called `name`, or searched for the option `name`; None if none is."""
+    found = [name] if name in kinds else moving(name, kinds)
+    if len(found) > 1:
+        raise ConfigError(f"{name}: could be {' or '.join(found)}; give the full name")
+    return found[0] if found else None
+
+
+def _check_group(name: str, value: Any, reached: Sequence[Way]) -> None:
+    """A point may repeat the groups that its branch chooses: the points of a study of several
+    rules then suit a study of one."""
+    chosen = {way.overrides.get(name) for way in reached}
+    if name not in _groups(reached[0]) or len(chosen) > 1:
+        known = {known for way in reached for p in way.params for known in (p, option_of(p))}
+        raise ConfigError(f"{name}: not searched in this branch{nearest(name, sorted(known))}")
+    (group,) = chosen
+    if value != group:
+        raise refusal(name, value, f"{group} in this space")
+
+
+def _converted(distribution: Distribution, value: Any) -> Any:
+    """A value that is allowed, in the type that Optuna would suggest it."""
+    if isinstance(distribution, CategoricalDistribution):
+        return next(choice for choice in distribution.choices if same(value, choice))
+    return int(value) if isinstance(distribution, IntDistribution) else float(value)

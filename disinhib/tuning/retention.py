@@ -1,0 +1,61 @@
+"""Which of a study's checkpoints stay: those of trials that may go on, and the best few of each
+rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from disinhib.tuning.event_log import COMPLETE, Record
+from disinhib.tuning.progress import merit
+from disinhib.tuning.worker import checkpoint_file
+
+
+def folder(study: Path, id: str) -> Path:
+    """Where the study `id` keeps them. By its id: a machine that does not share the study's folder
+    may have an earlier study's there, of the same name."""
+    return study / "checkpoints" / id[:8]
+
+
+def kept(records: Iterable[Record], mode: str, best: int) -> list[Record]:
+    """The `best` complete trials of each rule: all first ones before all second ones, so that the
+    last is the one to do without."""
+    ranks: dict[str, int] = {}
+    ranked = []
+    complete = [record for record in records if record.state == COMPLETE]
+    for record in sorted(complete, key=lambda r: (-merit(r, mode), r.number)):
+        rank = ranks[record.rule] = ranks.get(record.rule, 0) + 1
+        if rank <= best:
+            ranked.append((rank, record))
+    return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def tidy(folder: Path, records: Iterable[Record], mode: str, best: int) -> None:
+    """Removes what trials that have ended left, except for those that are kept."""
+    records = list(records)
+    keep = {record.number for record in kept(records, mode, best)}
+    for record in records:
+        if record.ended and record.number not in keep:
+            checkpoint_file(folder, record.number).unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what a kill left half-written; nobody may be writing."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
+def make_room(
+    folder: Path, records: Iterable[Record], mode: str, best: int, cap_bytes: float
+) -> bool:
+    """Sees to it that one more fits under the cap, if need be by removing the kept checkpoint that
+    is worth least; whether it does."""
+    sizes = [file.stat().st_size for file in folder.glob("*.msgpack")]
+    if sum(sizes) + max(sizes, default=0) <= cap_bytes:
+        return True
+    for record in reversed(kept(records, mode, best)):
+        file = checkpoint_file(folder, record.number)
+        if file.exists():
+            file.unlink()
+            return True
+    return False

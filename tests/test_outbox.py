@@ -1,0 +1,405 @@
+"""Everything arrives in every store, in order, nothing twice in effect, whatever a store does."""
+
+import json
+import tempfile
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import given, settings, strategies as st
+from optuna.distributions import FloatDistribution, distribution_to_json
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from disinhib.config import ConfigError
+from disinhib.tuning import optuna_store, outbox
+from disinhib.tuning.event_log import (
+    ASKED,
+    COMPLETE,
+    ENDED,
+    EPOCH,
+    FAILED,
+    PRUNED,
+    Journal,
+    records,
+)
+from disinhib.tuning.optuna_store import OptunaStore
+from disinhib.tuning.outbox import Delivery
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(outbox, "PAUSE", 0.002)
+    monkeypatch.setattr(outbox, "RETRY", (0.001, 0.01))
+    monkeypatch.setattr(outbox, "PATIENCE", 0.05)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with closing(Journal(tmp_path)) as opened:
+        yield opened
+
+
+def asked(number, rule="bp"):
+    config = {"number": number, "rule": rule, "epochs": 3, "command": f"do {number}", "seeds": [1]}
+    distributions = {"x": distribution_to_json(FloatDistribution(0.0, 1.0))}
+    point = {"params": {"x": number / 10}, "distributions": distributions, "system_attrs": {}}
+    return (number, ASKED, 0, {"config": config, "point": point})
+
+
+def epoch(number, at, score=0.5):
+    return (number, EPOCH, at, {"score": score})
+
+
+def ended(number, state=COMPLETE, reason=None):
+    return (number, ENDED, 0, {"state": state, "epochs": 3, "reason": reason})
+
+
+def whole(number, state=COMPLETE, reason=None):
+    """All events of a trial."""
+    epochs = {COMPLETE: 3, PRUNED: 2, FAILED: 1}[state]
+    told = [epoch(number, n, number + n / 10) for n in range(1, epochs + 1)]
+    return [asked(number), *told, ended(number, state, reason)]
+
+
+class Down(Exception):
+    pass
+
+
+class Fake:
+    """A store that keeps what it is given; `faults` says before each call how many events it
+    takes of it before it fails, None if it does not."""
+
+    name, address, option = "fake", "here", "fake.address"
+
+    def __init__(self, faults=(), there=()):
+        self.faults, self.there = iter(faults), set(there)
+        self.taken, self.calls, self.closed = [], 0, []
+        self.up = threading.Event()  # has once taken all of a delivery
+
+    def _fault(self):
+        self.calls += 1
+        return next(self.faults, None)
+
+    def load(self):
+        if self._fault() is not None:
+            raise Down("no answer\nat all")
+        return set(self.there)
+
+    def deliver(self, events):
+        fault = self._fault()
+        for event in events[:fault]:
+            self.taken.append(event)
+            if event.kind == ASKED:
+                self.there.add(event.trial)
+        if fault is not None:
+            raise Down("no answer\nat all")
+        self.up.set()
+
+    def close(self, records, whole):
+        self.closed.append(dict(records))
+
+    def effect(self):
+        """What a store has that takes twice what is the same twice."""
+        return list(dict.fromkeys(event.id for event in self.taken))
+
+
+def deliver(journal, store, say=lambda line: None):
+    """A whole session's delivery."""
+    carrier = Delivery(journal, store, say)
+    carrier.start()
+    return carrier.finish(records(journal.events()), whole=True)
+
+
+# Fake stores.
+
+
+def test_everything_arrives_in_order_and_once(journal):
+    store, lines = Fake(), []
+    journal.append([event for n in range(3) for event in whole(n)])
+    carrier = Delivery(journal, store, lines.append)
+    assert carrier.reconcile() == 15
+    carrier.start()
+    for number in range(3, 60):
+        journal.append(whole(number))
+    assert carrier.finish(records(journal.events()), whole=True) == 0
+    assert store.taken == journal.events() and lines == []
+    (closed,) = store.closed
+    assert sorted(closed) == list(range(60))
+
+
+def test_it_delivers_while_the_study_runs(journal):
+    store = Fake()
+    carrier = Delivery(journal, store, lambda line: None)
+    carrier.start()
+    journal.append(whole(0))
+    assert store.up.wait(30)
+    carrier.finish({}, whole=True)
+    assert store.taken == journal.events()
+
+
+def test_a_backlog_goes_in_parts(journal, monkeypatch):
+    monkeypatch.setattr(outbox, "BATCH", 4)
+    journal.append([asked(n) for n in range(12)])
+    store = Fake()
+    carrier = Delivery(journal, store, lambda line: None)
+    assert carrier.reconcile() == 12
+    assert store.taken == journal.events() and 4 <= store.calls <= 5
+    assert journal.delivered(carrier.cursor) == 12
+
+
+def test_what_has_arrived_is_not_delivered_again_in_the_next_session(journal):
+    journal.append(whole(0))
+    deliver(journal, Fake())
+    journal.append(whole(1))
+    store = Fake(there=[0])
+    carrier = Delivery(journal, store, lambda line: None)
+    assert carrier.reconcile() == 5
+    assert [e.trial for e in store.taken] == [1] * 5
+
+
+faults = st.lists(st.one_of(st.none(), st.integers(0, 6)), max_size=8)
+
+
+@given(faults=faults, trials=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_a_store_that_fails_for_a_while_gets_everything(faults, trials):
+    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder))) as journal:
+        store = Fake(faults)
+        carrier = Delivery(journal, store, lambda line: None)
+        carrier.start()
+        for number, pieces in enumerate(trials):
+            events = whole(number)
+            journal.append(events[:pieces])
+            journal.append(events[pieces:])
+        assert carrier.finish({}, whole=True) == 0
+        assert store.effect() == [event.id for event in journal.events()]  # in order, none left out
+        assert len(store.closed) == 1
+        # What may have arrived is made again, and no more than that: from a failed delivery on.
+        assert len(store.taken) <= len(store.effect()) + sum(f or 0 for f in faults)
+
+
+def test_a_failure_is_said_in_a_line_and_so_is_its_end(journal):
+    lines = []
+    journal.append(whole(0))
+    assert deliver(journal, Fake([0, 0, None, 2, None, None]), lines.append) == 0
+    assert lines == [
+        "fake does not take records (Down: no answer); they wait in the journal until it does",
+        "fake answers again and has all records",
+    ]
+
+
+def test_it_says_that_all_has_arrived_only_then(journal, monkeypatch):
+    monkeypatch.setattr(outbox, "BATCH", 4)
+    journal.append([asked(n) for n in range(12)])
+    store, said = Fake([0]), []
+    deliver(journal, store, lambda line: said.append((line, len(store.taken))))
+    assert said[-1] == ("fake answers again and has all records", 12)
+
+
+def test_a_store_that_lost_a_trial_gets_everything_again(journal):
+    journal.append([event for n in range(3) for event in whole(n)])
+    deliver(journal, Fake())
+    journal.append([asked(3)])
+    store = Fake(there=[0, 2])
+    carrier = Delivery(journal, store, lambda line: None)
+    assert carrier.reconcile() == 16
+    assert store.taken == journal.events()
+
+
+def test_a_store_that_is_ahead_of_its_cursor_has_lost_nothing(journal):
+    """It took a delivery, and a kill came before the journal knew."""
+    journal.append([event for n in range(3) for event in whole(n)])
+    journal.deliver(Delivery(journal, Fake(), print).cursor, 5)  # trial 0
+    store = Fake(there=[0, 1, 2])
+    assert Delivery(journal, store, lambda line: None).reconcile() == 10
+    assert [e.id for e in store.taken] == list(range(6, 16))
+
+
+def test_a_store_that_stays_down_misses_what_it_misses(journal):
+    journal.append(whole(0))
+    carrier = Delivery(journal, store := Fake([None, None, *[0] * 100_000]), lambda line: None)
+    carrier.reconcile()
+    carrier.start()
+    journal.append(whole(1))
+    assert carrier.finish({}, whole=True) == 5 + 1  # the study's end
+    assert store.closed == []  # there is no one to say it to
+    # The next session makes up for it.
+    assert deliver(journal, again := Fake(there=[0])) == 0
+    assert [e.trial for e in again.taken] == [1] * 5
+
+
+def test_a_store_that_does_not_take_records_at_the_start_is_named(journal):
+    with pytest.raises(ConfigError, match=r"^fake\.address: given here, .* \(Down: no answer\)$"):
+        Delivery(journal, Fake([0]), lambda line: None).reconcile()
+
+
+def test_stores_do_not_wait_for_each_other(journal):
+    down, up = Fake([0] * 100_000), Fake()
+    up.name = "up"
+    carriers = [Delivery(journal, store, lambda line: None) for store in (down, up)]
+    for carrier in carriers:
+        carrier.start()
+    journal.append(whole(0))
+    assert up.up.wait(30)
+    assert [carrier.finish({}, whole=True) for carrier in carriers] == [5 + 1, 0]
+    assert up.taken == journal.events() and down.taken == []
+
+
+def test_a_store_that_fails_only_when_it_is_closed_misses_the_studys_end(journal):
+    class Closing(Fake):
+        def close(self, records, whole):
+            raise Down("no answer")
+
+    lines = []
+    journal.append(whole(0))
+    assert deliver(journal, store := Closing(), lines.append) == 1
+    assert store.taken == journal.events()
+    assert len(lines) == 1 and "Down: no answer" in lines[0]
+
+
+# Optuna's store.
+
+STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+
+
+@pytest.fixture
+def study(journal):
+    """A journal with a trial of each state, and one that has not ended."""
+    journal.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
+    journal.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)])
+    return journal
+
+
+def opened(folder):
+    store = OptunaStore("s", "id", "max", None, folder)
+    there = store.load()
+    return store, there
+
+
+def content(folder, name="s"):
+    """What optuna-dashboard shows of the study."""
+    backend = JournalFileBackend(str(folder / optuna_store.FILE))
+    study = optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    return [
+        (t.number, t.state, t.value, t.params, t.intermediate_values, t.user_attrs)
+        for t in study.get_trials()
+    ]
+
+
+EXPECTED = [
+    (0, TrialState.COMPLETE, 0.3, {"x": 0.0}, {1: 0.1, 2: 0.2, 3: 0.3}),
+    (1, TrialState.PRUNED, 1.2, {"x": 0.1}, {1: 1.1, 2: 1.2}),
+    (2, TrialState.FAIL, None, {"x": 0.2}, {1: 2.1}),
+    (3, TrialState.RUNNING, None, {"x": 0.3}, {1: 0.25}),
+]
+
+
+def test_optuna_shows_what_the_journal_has(study, tmp_path):
+    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
+    found = content(tmp_path)
+    assert [trial[:5] for trial in found] == EXPECTED
+    attributes = [trial[5] for trial in found]
+    assert [a["rule"] for a in attributes] == ["bp", "bp", "bp", "lin-thresh"]
+    assert [a["command"] for a in attributes] == [f"do {n}" for n in range(4)]
+    assert [a.get("reason") for a in attributes] == [None, None, "Diverged: kernel_0", None]
+    study = optuna.load_study(study_name="s", storage=optuna_store.open_storage(None, tmp_path))
+    assert study.best_trial.number == 0
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_what_optuna_is_given_again_changes_nothing(data):
+    with tempfile.TemporaryDirectory() as name, closing(Journal(Path(name))) as journal:
+        folder = Path(name)
+        journal.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
+        events = journal.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)]) and journal.events()
+        store, _ = opened(folder)
+        store.deliver(events[: (at := data.draw(st.integers(0, len(events))))])
+        if data.draw(st.booleans()):  # a new session
+            store, there = opened(folder)
+            assert there == {e.trial for e in events[:at]}
+        store.deliver(events[data.draw(st.integers(0, at)) :])
+        store.deliver(events)
+        assert [trial[:5] for trial in content(folder)] == EXPECTED
+        store.close(records(events), whole=True)
+        assert [trial[:5] for trial in content(folder)] == EXPECTED
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_line_cut_short_is_mended_and_written_again(study, tmp_path, cut):
+    events = study.events()
+    store, _ = opened(tmp_path)
+    store.deliver(events[:-1])
+    file = tmp_path / optuna_store.FILE
+    before = file.stat().st_size
+    store.deliver(events[-1:])
+    last = file.read_bytes()[before:]
+    with file.open("r+b") as cut_short:  # the kill came before all of it was written
+        cut_short.truncate(before + min(cut, len(last) - 1))
+    store, there = opened(tmp_path)
+    assert there == {0, 1, 2, 3}
+    assert all(json.loads(line) for line in file.read_bytes().splitlines())
+    store.deliver(events[-1:])
+    assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"op_code":0,"worker_id"'])
+def test_a_file_that_has_no_whole_line_yet_is_a_new_one(study, tmp_path, text):
+    (tmp_path / optuna_store.FILE).write_bytes(text)
+    store, there = opened(tmp_path)
+    assert there == set()
+    store.deliver(study.events())
+    assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_lock_that_nobody_holds_is_removed(study, tmp_path, link):
+    """Optuna itself would wait half a minute for it, at every record."""
+    file = tmp_path / optuna_store.FILE
+    opened(tmp_path)
+    lock = file.with_name(f"{file.name}.lock")
+    lock.symlink_to(file) if link else lock.touch()
+    store, _ = opened(tmp_path)
+    assert not lock.exists() and not lock.is_symlink()
+    store.deliver(study.events())
+    assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
+
+
+def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
+    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
+    (tmp_path / optuna_store.FILE).unlink()
+    carrier = Delivery(study, OptunaStore("s", "id", "max", None, tmp_path), lambda line: None)
+    assert carrier.reconcile() == len(study.events())
+    assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
+
+
+def test_optunas_store_may_be_a_database(study, tmp_path):
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    Delivery(study, OptunaStore("s", "id", "min", url, tmp_path), print).reconcile()
+    found = optuna.load_study(study_name="s", storage=url)
+    assert [
+        (t.number, t.state, t.value, t.params, t.intermediate_values) for t in found.get_trials()
+    ] == EXPECTED
+    assert found.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_another_study_of_that_name_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    optuna_store.refuse_taken(url, "s", resume=False)
+    optuna.create_study(storage=url, study_name="s")
+    optuna_store.refuse_taken(url, "s", resume=True)
+    optuna_store.refuse_taken(url, "other", resume=False)
+    with pytest.raises(ConfigError, match=r"^study: given s, .* has a study s\)$"):
+        optuna_store.refuse_taken(url, "s", resume=False)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "oracle://x/y"])
+def test_a_database_that_does_not_answer_is_refused_in_one_line(url, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        optuna_store.open_storage(url, tmp_path)
+    assert str(refused.value).startswith(f"searcher.storage: given {url}, ")
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,378 @@
+"""Figures of hand-made tables: that they say what they are; their page."""
+
+import math
+import re
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import pytest
+from markupsafe import Markup
+
+from analysis import report, runs
+from analysis.report import panels
+from analysis.report.panels.drawing import COLOURS, SCORES, wrapped
+from analysis.runs import COMPLETE, FAILED, PRUNED
+from disinhib.tuning import space_tree
+
+EVIL = "</script><b>&"
+
+
+def space(trial):
+    rule = trial.suggest_categorical("trainer", ("bp", "lin-thresh"))
+    rate = trial.suggest_float(f"{rule}.optimizer.learning_rate", 1e-4, 1e-2, log=True)
+    options = {"trainer": rule, "optimizer.learning_rate": rate}
+    if rule == "bp":
+        return options
+    options["model.vf.g_EI"] = trial.suggest_float("lin-thresh.model.vf.g_EI", 0.5, 2.5)
+    strong = trial.suggest_categorical("lin-thresh.trainer.strong_fb", (False, True))
+    nudge = 0.1 if strong else trial.suggest_float("lin-thresh.trainer.target_nudge", 0.0, 0.5)
+    return {**options, "trainer.strong_fb": strong, "trainer.target_nudge": nudge}
+
+
+SPACE = space_tree.definition(space)
+
+
+def trial(number, rule, state, scores, rate, **searched):
+    told = {"trainer": rule, "optimizer.learning_rate": rate, **searched}
+    return {
+        "trial": number,
+        "run_id": f"run{number}",
+        "rule": rule,
+        "state": state,
+        "reason": f"Diverged: {EVIL}" if state == FAILED else None,
+        "epochs": len(scores),
+        "budget": 3,
+        "score": scores[-1] if scores else math.nan,
+        "scores": tuple(scores),
+        **{runs.SEARCHED + name: str(value) for name, value in told.items()},
+    }
+
+
+def lin(number, state, scores, rate=1e-3, gain=1.5, strong=True, nudge=None):
+    more = {} if nudge is None else {"trainer.target_nudge": nudge}
+    gains = {"model.vf.g_EI": gain, "trainer.strong_fb": strong}
+    return trial(number, "lin-thresh", state, scores, rate, **gains, **more)
+
+
+def retrained(configuration, rule, seed, dataset="digits", state=COMPLETE, **numbers):
+    return {
+        "run_id": f"{configuration}-{seed}",
+        "configuration": configuration,
+        "rule": rule,
+        "dataset": dataset,
+        "depth": 3,
+        "seed": seed,
+        "state": state,
+        "reason": f"Diverged: {EVIL}" if state == FAILED else None,
+        "flag": "",
+        "ode_gap": math.nan,
+        **numbers,
+    }
+
+
+TRIALS = [
+    trial(0, "bp", COMPLETE, [70.0, 75.0, 80.0], 1e-3),
+    lin(1, PRUNED, [60.0], rate=1e-4, gain=0.5, strong=False, nudge=0.5),
+    trial(2, "bp", PRUNED, [60.0], 1e-2),
+    lin(3, COMPLETE, [70.0, 71.0, 72.0], gain=1.0),
+    trial(4, "bp", FAILED, [], 1e-2),
+    lin(5, COMPLETE, [70.0, 71.0, 78.0], rate=2e-3, gain=2.0),
+    lin(6, COMPLETE, [70.0, 71.0, 76.0], gain=1.9, strong=False, nudge=0.1),
+    lin(7, COMPLETE, [70.0, 71.0, 78.0], rate=3e-3, gain=2.1),
+    lin(8, FAILED, [50.0], rate=1e-2, gain=2.5),
+]
+RETRAINED = [
+    retrained("a", "bp", 1),
+    retrained("a", "bp", 2, state=FAILED),
+    retrained("b", "lin-thresh", 1, ode_gap=1e-4, ode_growth=-8.0, ode_reached=1.0),
+    retrained("c", "lin-thresh", 1, ode_gap=1e-2, ode_growth=3.0, ode_reached=0.5, flag=EVIL),
+    retrained("d", "bp", 1, dataset="mnist"),
+]
+CURVES = [
+    (f"{run}", metric, epoch, value * epoch)
+    for run in ("a-1", "a-2", "b-1", "c-1", "d-1")
+    for metric, value in (("valid_accuracy", 20.0), ("train_CL_loss", 0.1))
+    for epoch in (2, 1, 3)
+]
+LABELS = {
+    "a": "bp (trial 0)",
+    "b": "lin-thresh (trial 5)",
+    "c": f"other {EVIL}",
+    "d": "bp on mnist",
+}
+FULL = panels.Material(
+    metric="valid_accuracy",
+    mode="max",
+    space=SPACE,
+    trials=pd.DataFrame(TRIALS),
+    retrained=pd.DataFrame(RETRAINED),
+    curves=pd.DataFrame(CURVES, columns=["run_id", "metric", "epoch", "value"]),
+    labels=LABELS,
+)
+# As `runs` gives them when there is nothing.
+NO_TRIALS = pd.DataFrame(columns=["trial", "rule", "state"])
+NO_RETRAINED = pd.DataFrame(columns=["run_id", "state"])
+NO_CURVES = pd.DataFrame(columns=["run_id", "metric", "epoch", "value"])
+NOT_RETRAINED = FULL._replace(retrained=NO_RETRAINED, curves=NO_CURVES)
+LOSSES = FULL._replace(metric="valid_loss", mode="min")
+
+
+NAMES = [name for name, *_ in panels.PANELS]
+DRAW = {name: draw for name, _, _, draw in panels.PANELS}
+
+
+def rows_in(*states):
+    return FULL.trials[FULL.trials["state"].isin(states)]
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return {panel.id: panel for panel in panels.panels(FULL)}
+
+
+@pytest.fixture(scope="module")
+def of_losses():
+    return {panel.id: panel for panel in panels.panels(LOSSES)}
+
+
+# --- drawings
+
+
+def test_every_panel_is_there(shown):
+    assert list(shown) == NAMES
+    ids = [*shown, *(drawing.id for panel in shown.values() for drawing in panel.figures)]
+    assert len(ids) == len({*ids})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
+    panel = (shown if score == "valid_accuracy" else of_losses)[name]
+    assert panel.title and panel.sentence.endswith(".") and ". " not in panel.sentence
+    for drawing in panel.figures:
+        figure = drawing.figure
+        assert figure.data and all(len(trace.x) and len(trace.y) for trace in figure.data)
+        assert figure.layout.height and figure.layout.width is None
+        if name == "parallel":
+            assert figure.layout.xaxis.ticktext[0] == wrapped(SCORES[score], 14)
+            continue
+        for axis in figure.select_xaxes():
+            assert axis.title.text
+        assert next(figure.select_yaxes()).title.text
+
+
+@pytest.mark.parametrize(
+    ("material", "missing"),
+    [
+        (NOT_RETRAINED, "learning ode"),
+        (NOT_RETRAINED._replace(trials=NO_TRIALS), " ".join(NAMES)),
+        (FULL._replace(space=None), "importances parallel slices failures"),
+        (FULL._replace(curves=NO_CURVES), "learning"),
+        (FULL._replace(retrained=FULL.retrained[FULL.retrained["rule"] == "bp"]), "ode"),
+        (
+            FULL._replace(trials=NO_TRIALS),
+            "history budget importances parallel slices failures",
+        ),
+        (FULL._replace(trials=rows_in(COMPLETE, PRUNED)), "failures"),
+        (FULL._replace(trials=rows_in(PRUNED)), "history importances parallel failures"),
+        (FULL._replace(trials=rows_in(FAILED)), "history budget importances parallel slices"),
+    ],
+)
+def test_a_panel_with_nothing_to_show_is_left_out(material, missing):
+    assert {*NAMES} - {panel.id for panel in panels.panels(material)} == {*missing.split()}
+
+
+def test_learning_has_a_figure_for_each_data_set(shown):
+    captions = [drawing.caption for drawing in shown["learning"].figures]
+    assert captions == [
+        f"{data}, 3 hidden layers: {what}"
+        for data in ("digits", "mnist")
+        for what in ("validation accuracy", "training loss")
+    ]
+    accuracy, loss = (drawing.figure for drawing in shown["learning"].figures[:2])
+    assert loss.layout.yaxis.type == "log" and accuracy.layout.yaxis.type == "linear"
+    entries = [trace.name for trace in accuracy.data if trace.showlegend]
+    assert len(entries) == 4 and "a seed failed after this epoch" in entries
+    dashes = {
+        trace.legendgroup: trace.line.dash for trace in accuracy.data if trace.mode == "lines"
+    }
+    assert dashes == {"a": "solid", "b": "solid", "c": "dash"}
+
+
+def test_history_is_the_best_of_complete_trials(shown, of_losses):
+    traces = {trace.name: trace for trace in shown["history"].figures[0].figure.data}
+    assert list(traces["lin-thresh: a complete trial"].x) == [2, 3, 4, 5]
+    assert list(traces["lin-thresh: a complete trial"].customdata) == [3, 5, 6, 7]
+    assert list(traces["lin-thresh: best so far"].y) == [None, 72, 78, 78, 78, 78]
+    lowest = {trace.name: trace for trace in of_losses["history"].figures[0].figure.data}
+    assert list(lowest["lin-thresh: best so far"].y) == [None, 72, 72, 72, 72, 72]
+    assert {trace.line.color for trace in traces.values() if trace.mode == "lines"} == {
+        COLOURS["bp"],
+        COLOURS["lin-thresh"],
+    }
+
+
+def test_scores_that_are_far_off_are_told_of():
+    rows = [lin(n, COMPLETE, [score], gain=1 + n / 9) for n, score in enumerate([10.0, 80, 84, 88])]
+    history = DRAW["history"](FULL._replace(trials=pd.DataFrame(rows)))
+    layout: Any = history.figures[0][1].layout
+    low, high = layout.yaxis.range
+    assert 10 < low < 80 and high > 88
+    assert "worse than 80 lie outside" in history.note
+
+
+def test_a_rule_that_is_much_worse_is_in_sight():
+    better = [trial(9 + n, "bp", COMPLETE, [90.0 + n / 9], 1e-3) for n in range(9)]
+    rows = [lin(1, COMPLETE, [60.0]), lin(2, COMPLETE, [61.0]), *better]
+    for name in ("history", "budget"):
+        layout: Any = DRAW[name](FULL._replace(trials=pd.DataFrame(rows))).figures[0][1].layout
+        assert layout.yaxis.range is None
+
+
+def test_importances_find_what_the_score_depends_on():
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(40):
+        place, gain = rng.uniform(size=2)
+        made = lin(n, COMPLETE, [80 - 40 * abs(place - 0.3)], 1e-4 * 100**place, 0.5 + 2 * gain)
+        rows.append(made)
+    panel = DRAW["importances"](FULL._replace(trials=pd.DataFrame([*rows, TRIALS[0]])))
+    ((_, figure),) = panel.figures
+    bars: Any = figure.data[0]
+    by_name = dict(zip(bars.y, bars.x, strict=True))
+    assert by_name["optimizer.learning_rate"] > 0.9
+    assert "bp is left out: it has 1 complete trial" in panel.note
+
+
+def test_conditional_parameters_have_no_importance(shown):
+    (bars,) = shown["importances"].figures[0].figure.data
+    assert not any("target_nudge" in name for name in bars.y)
+    assert "not every trial has it: trainer.target_nudge" in shown["importances"].note
+
+
+def test_parallel_coordinates_have_whole_names(shown, of_losses):
+    (drawing,) = shown["parallel"].figures  # bp has one parameter
+    names = [text.replace("<br>", "") for text in drawing.figure.layout.xaxis.ticktext]
+    assert names[1:] == [
+        "model.vf.g_EI",
+        "optimizer.learning_rate",
+        "trainer.strong_fb",
+        "trainer.target_nudge",
+    ]
+    assert len(drawing.figure.data) == 4  # complete trials
+    best = max(drawing.figure.data, key=lambda line: line.opacity)
+    assert best.y[0] == 1 and best.opacity == 1
+    lowest = of_losses["parallel"].figures[0].figure
+    assert max(lowest.data, key=lambda line: line.opacity).y[0] == 0
+    assert drawing.width > 400
+
+
+def vertical_lines(figure):
+    return sorted(shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1)
+
+
+def test_slices_mark_the_edges_and_the_best(shown):
+    figures = {drawing.caption: drawing.figure for drawing in shown["slices"].figures}
+    assert vertical_lines(figures["bp"]) == [1e-4, 1e-2]
+    assert vertical_lines(figures["lin-thresh"]) == [0.0, 1e-4, 1e-2, 0.5, 0.5, 2.5]
+    assert figures["bp"].layout.xaxis.type == "log"
+    assert list(figures["bp"].layout.xaxis.ticktext) == ["0.0001", "0.001", "0.01"]
+    stars = [trace for trace in figures["lin-thresh"].data if trace.name == "best"]
+    assert [list(star.y) for star in stars] == [[78]] * 3
+    assert [list(star.x) for star in stars] == [[2.0], [2e-3], ["True"]]
+    names = {trace.name for trace in figures["lin-thresh"].data}
+    assert names == {COMPLETE, "best", "worse than shown"}  # the pruned one, at 60, is far off
+    shown = [trace.name for trace in figures["lin-thresh"].data if trace.showlegend]
+    assert sorted(shown) == sorted(names)  # each once
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_slices_clip_what_is_far_off(mode, sign):
+    scores = [sign * score for score in (10.0, 80.0, 84.0, 88.0)]
+    rows = [lin(n, COMPLETE, [score], gain=1 + n / 9) for n, score in enumerate(scores)]
+    slices = DRAW["slices"](FULL._replace(trials=pd.DataFrame(rows), mode=mode))
+    marks: Any = slices.figures[0][1].data
+    off = [trace for trace in marks if trace.name == "worse than shown"]
+    assert [list(trace.y) for trace in off] == [[sign * 80]] * 3
+    assert f"{sign * 10}" in off[0].text[0]
+
+
+def test_failures(shown):
+    assert [drawing.caption for drawing in shown["failures"].figures] == [
+        "bp, 1 of 3 trials failed",
+        "lin-thresh, 1 of 6 trials failed",
+    ]
+    others, failed = shown["failures"].figures[0].figure.data
+    assert list(failed.x) == [1.0] and list(others.x) == pytest.approx([0.5, 1.0])
+    assert "&lt;b&gt;" in failed.text[0]
+    assert vertical_lines(shown["failures"].figures[0].figure) == [0, 1]
+
+
+def test_ode(shown):
+    gap, growth = (drawing.figure for drawing in shown["ode"].figures)
+    assert gap.layout.xaxis.type == "log" and growth.layout.xaxis.type == "linear"
+    assert vertical_lines(growth) == [0]
+    sound, flagged = growth.data
+    assert list(sound.x) == [-8] and list(flagged.x) == [3]
+    assert growth.layout.yaxis.ticktext[flagged.y[0]].startswith("other")
+    assert "50 % of the samples" in flagged.text[0]
+
+
+# --- the page
+
+
+def test_html_is_escaped_and_the_same_again(shown):
+    drawing = shown["learning"].figures[0]._replace(caption=EVIL)
+    text = panels.html(drawing)
+    assert text == panels.html(drawing)
+    assert "&lt;/script&gt;&lt;b&gt;&amp;" in text
+    assert "<b>" not in text and text.count("</script>") == text.count("<script")
+    assert (
+        'id="learning-1"' in text
+        and '"responsive": true' in text
+        and '"displaylogo": false' in text
+    )
+    assert len(text) < 100_000  # plotly.js is not in it
+
+
+def page(**context):
+    template = report.TEMPLATE.read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(**context)
+
+
+def test_the_page_escapes_and_links_to_its_sections(shown):
+    table = {"title": EVIL, "note": EVIL, "html": Markup("<table></table>")}
+    text = page(
+        title=EVIL,
+        subtitle=EVIL,
+        summary=[EVIL],
+        tables=[table],
+        search=table,
+        warnings=[EVIL],
+        panels=[
+            panel._asdict() | {"divs": [Markup(panels.html(figure)) for figure in panel.figures]}
+            for panel in shown.values()
+        ],
+        provenance=[("name", EVIL)],
+        provenance_json=EVIL,
+        commands=[EVIL],
+        plotly_js=Markup("var Plotly;"),
+    )
+    assert EVIL not in text and "<b>" not in text
+    assert text.count("<script>var Plotly;</script>") == 1
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)  # nothing is fetched
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len({*ids})
+    linked = re.findall(r'href="#([^"]+)"', text)
+    assert linked == ["results", "search", *shown, "provenance"]
+    assert {*linked} <= {*ids}
+
+
+def test_the_page_of_nothing_has_no_empty_section():
+    text = page(title="nothing", plotly_js=Markup("var Plotly;"))
+    assert not re.search(
+        "<section|<table|<details|<h2|<ul|<nav|Plotly", text.partition("<body>")[2]
+    )

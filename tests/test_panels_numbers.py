@@ -1,0 +1,201 @@
+"""What the figures of hand-made tables are drawn from, exactly."""
+
+import math
+
+import pandas as pd
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from test_panels import FULL, LABELS, LOSSES, TRIALS, lin, trial
+
+from analysis.report.panels import (
+    drawing,
+    importances,
+    parameters,
+    plot_data,
+    retraining,
+    search,
+    studies,
+)
+from analysis.runs import COMPLETE, PRUNED
+from disinhib.tuning import space_tree
+
+
+def test_what_k_trials_give():
+    bp, lin_thresh = search.budgets(FULL)
+    # 80, then 60 where it was pruned, then the worst, 60, as it failed; any two of the three
+    assert bp.expected == pytest.approx([200 / 3, (80 + 80 + 60) / 3, 80])
+    assert bp.best == [80, 80, 80]
+    assert lin_thresh.best == pytest.approx([math.nan, 72, 78, 78, 78, 78], nan_ok=True)
+    assert lin_thresh.expected[0] == pytest.approx((60 + 72 + 78 + 76 + 78 + 60) / 6)
+    assert lin_thresh.expected[-1] == 78
+
+
+def test_what_k_trials_give_of_a_loss():
+    bp, lin_thresh = search.budgets(LOSSES)
+    assert bp.expected == pytest.approx([(80 + 60 + 80) / 3, (60 + 80 + 60) / 3, 60])
+    assert bp.best == [80, 80, 80]  # complete ones only
+    assert lin_thresh.best == pytest.approx([math.nan, 72, 72, 72, 72, 72], nan_ok=True)
+
+
+def test_a_rule_without_any_score_has_no_budget():
+    only_failed = FULL._replace(trials=pd.DataFrame([TRIALS[4]]))
+    assert search.budgets(only_failed) == []
+
+
+def test_the_best_trial_is_complete_and_of_equals_the_first():
+    rows = [row for row in TRIALS if row["rule"] == "lin-thresh"]
+    assert parameters.best_trial(rows, "max") == 5  # and 7 with the same score
+    assert parameters.best_trial(rows, "min") == 3  # 1 was pruned, 8 failed
+    assert parameters.best_trial(rows[:1], "max") is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "worst"),
+    [
+        ([10, 80, 84, 88], 80),  # the median is 82, the best 6 from it: 64 is the farthest drawn
+        ([64, 80, 84, 88], 64),
+        ([70, 70, 70], 70),
+        ([5], 5),
+    ],
+)
+def test_fence(scores, worst):
+    assert plot_data.fence(scores, "max") == worst
+    assert plot_data.fence([-score for score in scores], "min") == -worst
+
+
+def test_studies():
+    made = studies.studies(FULL)
+    assert list(made) == ["bp", "lin-thresh"]
+    bp = made["bp"].trials
+    assert [t.state for t in bp] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+    assert [t.value for t in bp] == [80, None, None]
+    assert [t.user_attrs["trial"] for t in bp] == [0, 2, 4]
+    assert bp[0].intermediate_values == {1: 70, 2: 75, 3: 80}
+    assert bp[1].intermediate_values == {1: 60}
+    assert bp[0].params == {"optimizer.learning_rate": 1e-3}
+    assert bp[0].distributions == {
+        "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True)
+    }
+    assert made["lin-thresh"].trials[0].params == {
+        "model.vf.g_EI": 0.5,
+        "optimizer.learning_rate": 1e-4,
+        "trainer.strong_fb": False,
+        "trainer.target_nudge": 0.5,
+    }
+    assert made["lin-thresh"].best_trial.user_attrs["trial"] == 5
+    assert studies.studies(LOSSES)["lin-thresh"].best_trial.user_attrs["trial"] == 3
+
+
+def test_studies_of_a_study_that_searched_nothing():
+    made = studies.studies(FULL._replace(space=None))
+    assert [t.params for t in made["bp"].trials] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        FloatDistribution(0.1, 10, log=True),
+        FloatDistribution(0, 1, step=0.25),
+        IntDistribution(1, 9, step=2),
+        CategoricalDistribution([None, 1, "x"]),
+    ],
+)
+def test_distribution_is_the_inverse_of_described(kind):
+    assert studies.distribution(space_tree.described(kind)) == kind
+
+
+def test_settings_and_their_places():
+    found = plot_data.settings(FULL)
+    places = {(s.trial["trial"], s.name): s.place for s in found["bp"] + found["lin-thresh"]}
+    assert places[0, "optimizer.learning_rate"] == pytest.approx(0.5)  # log
+    assert places[1, "optimizer.learning_rate"] == 0
+    assert places[4, "optimizer.learning_rate"] == 1
+    assert places[3, "model.vf.g_EI"] == pytest.approx(0.25)
+    assert places[1, "trainer.strong_fb"] == 0 and places[3, "trainer.strong_fb"] == 1
+    assert places[6, "trainer.target_nudge"] == pytest.approx(0.2)
+    assert (3, "trainer.target_nudge") not in places
+    assert not any(name == space_tree.RULE for _, name in places)
+
+
+def test_short_names_where_they_are_unambiguous():
+    assert plot_data.short_names(["bp.optimizer.b1", "x.optimizer.b2", "y.optimizer.b2"]) == {
+        "bp.optimizer.b1": "optimizer.b1",
+        "x.optimizer.b2": "x.optimizer.b2",
+        "y.optimizer.b2": "y.optimizer.b2",
+    }
+
+
+def test_the_same_choices_stand_side_by_side():
+    its = [s for s in plot_data.settings(FULL)["lin-thresh"] if s.name == "trainer.strong_fb"]
+    beside = parameters.side_by_side(its)
+    assert beside == pytest.approx([0, 1, 1 - 0.012, 0.012, 1 - 0.024, 1 - 0.036])
+
+
+def test_logarithms_for_importances():
+    (scaled, *_) = importances.on_search_scale(studies.studies(FULL)["lin-thresh"]).trials
+    assert scaled.params["optimizer.learning_rate"] == math.log(1e-3)
+    assert scaled.distributions["optimizer.learning_rate"] == FloatDistribution(
+        math.log(1e-4), math.log(1e-2)
+    )
+    assert scaled.params["model.vf.g_EI"] == 1.0
+    assert scaled.distributions["model.vf.g_EI"] == FloatDistribution(0.5, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (TRIALS[:1], "1 complete trial, needed are 4"),
+        ([lin(n, COMPLETE, [50.0], gain=1 + n / 9, rate=1e-3 + n / 999) for n in range(5)], "same"),
+        ([lin(n, COMPLETE, [50.0 + n], gain=1 + n / 9) for n in range(5)], "1 parameter that"),
+        ([r for r in TRIALS if r["rule"] != "bp"], None),
+    ],
+)
+def test_when_there_are_no_importances(rows, why):
+    (study,) = studies.studies(FULL._replace(trials=pd.DataFrame(rows))).values()
+    told = importances.cannot_rank(studies.complete_trials(study))
+    assert told is None if why is None else told is not None and why in told
+
+
+def test_seeds_and_their_curves():
+    found = retraining.seeds(FULL)
+    assert [(seed.label, seed.nth) for seed in found] == [
+        (LABELS["a"], 0), (LABELS["a"], 0), (LABELS["b"], 0), (LABELS["c"], 1), (LABELS["d"], 0),
+    ]  # fmt: skip
+    curves = retraining.learning_curves(FULL._replace(curves=FULL.curves[6:]), "valid_accuracy")
+    assert [curve.seed.row["run_id"] for curve in curves] == ["a-2", "b-1", "c-1", "d-1"]
+    assert curves[0].epochs == (1, 2, 3) and curves[0].values == (20, 40, 60)
+    assert retraining.seeds(FULL._replace(labels={}))[0].label == "bp (a)"
+
+
+def test_probes_of_the_seeds_that_have_dynamics():
+    gaps = [(seed.configuration, gap) for seed, gap in retraining.probes(FULL, "ode_gap")]
+    assert gaps == [("b", 1e-4), ("c", 1e-2)]
+    without = FULL._replace(retrained=FULL.retrained.drop(columns=["ode_gap"]))
+    assert retraining.probes(without, "ode_gap") == []
+
+
+def test_every_rule_has_a_colour_of_its_own():
+    other = pd.DataFrame([trial(9, "new", PRUNED, [1.0], 1e-3)])
+    found = drawing.colours(FULL._replace(trials=pd.concat([FULL.trials, other])))
+    assert found["bp"] == drawing.colours(FULL)["bp"]
+    assert len({*found.values()}) == len(found) == len(drawing.COLOURS) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("optimizer.b1", "optimizer.b1"),
+        ("model.vf.controller.k_i", "model.vf.<br>controller.k_i"),
+        ("trainer.average_fb_weights", "trainer.<br>average_fb_<br>weights"),
+        ("a<b", "a&lt;b"),
+    ],
+)
+def test_wrapped_names(name, lines):
+    assert drawing.wrapped_name(name, 14) == lines
+
+
+def test_wrapped_labels_keep_brackets_whole():
+    assert drawing.wrapped("a network <x> (trial 55)", 16) == (
+        "a network &lt;x&gt;<br>(trial\N{NO-BREAK SPACE}55)"
+    )
