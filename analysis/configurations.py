@@ -17,8 +17,8 @@ from analysis import runs, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
-from disinhib.config import COUNT, INDEX, ConfigError, flatten, refusal
-from disinhib.errors import nearest, one_line
+from disinhib.checks import COUNT, INDEX, flatten, refusal
+from disinhib.errors import ConfigError, nearest, one_line
 from disinhib.tuning import options as studies
 from disinhib.tuning.validation import CHECKS
 

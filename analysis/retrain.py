@@ -32,7 +32,7 @@ from analysis import cell as cells, configurations, ledger, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, errors, hydra_config, training
-from disinhib.config import refusal
+from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.tuning import manifest, mlflow_store, provenance, ray_backend
 

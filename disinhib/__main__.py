@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from disinhib import checkpoint, errors, hydra_config, training
-from disinhib.config import ConfigError, RunConfig, flatten, parse, refusal
+from disinhib.checks import flatten, refusal
+from disinhib.config import RunConfig, parse
+from disinhib.errors import ConfigError
 from disinhib.rules import RULES
 
 CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"

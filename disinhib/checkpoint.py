@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from disinhib.config import ConfigError, RunConfig, flatten
+from disinhib.checks import flatten
+from disinhib.config import RunConfig
+from disinhib.errors import ConfigError
 from disinhib.hyperparameters import Architecture
 from disinhib.training import TrainingState, initial_state
 

@@ -6,23 +6,38 @@ is wrong with them is a ConfigError of one line: the option, what was given, wha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from disinhib.activations import ACTIVATIONS, Shape
+from disinhib.checks import (
+    ANY_NUMBER,
+    COUNT,
+    DECAY,
+    FLAG,
+    INDEX,
+    NOT_NEGATIVE,
+    OPTIONAL_TEXT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    TEXT,
+    UNIT,
+    Check,
+    check,
+    flatten,
+    is_number,
+    one_of,
+    refusal,
+)
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
-from disinhib.errors import InputError, nearest
+from disinhib.errors import ConfigError, nearest
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES
-
-
-class ConfigError(InputError):
-    """An option that cannot be, in one line."""
 
 
 @dataclass(frozen=True)
@@ -44,50 +59,6 @@ class RunConfig:
     max_weight: float  # |weight|, dimensionless, above which the run has diverged
 
 
-Check = tuple[Callable[[Any], bool], str]
-
-# What an option may be: a test, and the words for it.
-ANY_NUMBER: Check = (lambda v: _is_number(v), "a finite number")
-POSITIVE: Check = (lambda v: _is_number(v) and v > 0, "a number above 0")
-NOT_NEGATIVE: Check = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
-SHARE: Check = (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
-UNIT: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-DECAY: Check = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
-COUNT: Check = (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
-INDEX: Check = (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")
-SEED: Check = (
-    lambda v: v is None or (_is_whole(v) and 0 <= v < 2**31),
-    "a whole number from 0 to 2147483647, or null",
-)
-TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a text")
-OPTIONAL_TEXT: Check = (lambda v: v is None or TEXT[0](v), "a text or null")
-
-
-def one_of(names: Iterable[str]) -> Check:
-    names = tuple(names)
-    return lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def refusal(option: str, given: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"{option}: given {_shown(given)}, allowed is {allowed}")
-
-
-def _shown(value: Any) -> str:
-    """As Hydra would read it."""
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
 class _Options:
     """Takes options by dotted name, checked, and at the end knows those that nobody took."""
 
@@ -95,31 +66,15 @@ class _Options:
         self.flat = flatten(options)
         self.left = dict.fromkeys(self.flat)
 
-    def take(self, name: str, check: Check) -> Any:
-        test, allowed = check
+    def take(self, name: str, wanted: Check) -> Any:
         if name not in self.flat:
-            raise ConfigError(f"{name}: missing, needed is {allowed}")
+            raise ConfigError(f"{name}: missing, needed is {wanted[1]}")
         self.left.pop(name, None)
-        value = self.flat[name]
-        if not test(value):
-            names = allowed.removeprefix("one of ").split(", ")
-            raise refusal(name, value, allowed + nearest(str(value), names))
-        return value
+        return check(name, self.flat[name], wanted)
 
     def refuse_the_rest(self) -> None:
         for name in self.left:
             raise ConfigError(f"{name}: unknown option{nearest(name, set(self.flat) - {name})}")
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names; lists are values."""
-    flat = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def parse(options: Mapping[str, Any]) -> RunConfig:
@@ -266,6 +221,6 @@ RATE_CHECKS: dict[str, Check] = {
     "softrelu": POSITIVE,
     "relu": POSITIVE,
     "sigmoid": SHARE,
-    "tanh": (lambda v: _is_number(v) and -1 < v < 1, "a number between -1 and 1"),
+    "tanh": (lambda v: is_number(v) and -1 < v < 1, "a number between -1 and 1"),
     "linear": ANY_NUMBER,
 }

@@ -12,6 +12,10 @@ class InputError(ValueError):
     """What somebody gave and cannot be; the message is one line: what, given, allowed."""
 
 
+class ConfigError(InputError):
+    """An option that cannot be, in one line."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ "; did you mean ...?" if one of `names` is like `name`, else nothing."""
     near = difflib.get_close_matches(name, list(names), n=1)

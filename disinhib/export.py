@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import serialization
 from jaxtyping import Array, Float
 
-from disinhib.config import ConfigError, RunConfig, parse
+from disinhib.config import RunConfig, parse
+from disinhib.errors import ConfigError
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.network import Parameters, initial_parameters
 from disinhib.solvers import open_loop

@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from disinhib.config import ConfigError, flatten, refusal
-from disinhib.errors import nearest
+from disinhib.checks import flatten, refusal
+from disinhib.errors import ConfigError, nearest
 
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf"
 TRAINING = "train"  # conf/train.yaml

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from disinhib import data as datasets
-from disinhib.config import RunConfig, refusal
+from disinhib.checks import refusal
+from disinhib.config import RunConfig
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.losses import LOSSES, accuracy, soft_targets
 from disinhib.network import Parameters, initial_parameters

@@ -10,7 +10,8 @@ import pytest
 from flax import serialization
 
 from disinhib import checkpoint, hydra_config, training
-from disinhib.config import ConfigError, parse
+from disinhib.config import parse
+from disinhib.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import manifest as origins, options, ray_backend, study
 from disinhib.tuning.event_log import COMPLETE, EPOCH, Journal
 from disinhib.tuning.worker import TrainingTrial

@@ -6,7 +6,9 @@ from copy import deepcopy
 import pytest
 
 from disinhib import hydra_config
-from disinhib.config import ConfigError, flatten, parse
+from disinhib.checks import flatten
+from disinhib.config import parse
+from disinhib.errors import ConfigError
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.rules import RULES
 

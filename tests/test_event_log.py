@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import event_log as journals
 from disinhib.tuning.event_log import (
     ASKED,
@@ -117,7 +117,7 @@ def test_each_store_has_a_cursor_that_stays(journal, tmp_path):
 OPEN = """
 import sys
 from pathlib import Path
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning.event_log import Journal
 try:
     Journal(Path(sys.argv[1]))

@@ -16,7 +16,8 @@ from flax import serialization
 
 import disinhib
 from disinhib import export, hydra_config, training
-from disinhib.config import ConfigError, parse
+from disinhib.config import parse
+from disinhib.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

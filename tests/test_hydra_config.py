@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from disinhib import __main__ as program, errors, hydra_config
-from disinhib.config import ConfigError, parse
+from disinhib.config import parse
+from disinhib.errors import ConfigError
 
 TINY = ["model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "epochs=2", "device=cpu"]
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import mlflow_store
 from disinhib.tuning.event_log import (
     ASKED,

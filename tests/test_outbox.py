@@ -13,7 +13,7 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import optuna_store, outbox
 from disinhib.tuning.event_log import (
     ASKED,

@@ -3,7 +3,7 @@
 import pytest
 
 from disinhib import config
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import manifest as origins, plan, study
 from disinhib.tuning.options import check_space, compose
 from disinhib.tuning.plan import Cost

@@ -3,7 +3,7 @@
 import optuna
 import pytest
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import options, space_tree
 from search_spaces import SPACES, rules
 

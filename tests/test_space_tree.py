@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from disinhib import hydra_config
-from disinhib.config import ConfigError, flatten
+from disinhib.checks import flatten
+from disinhib.errors import ConfigError
 from disinhib.tuning import space_tree
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from search_spaces import SPACES

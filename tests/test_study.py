@@ -31,7 +31,8 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import config, errors, training
-from disinhib.config import ConfigError
+from disinhib.checks import flatten
+from disinhib.errors import ConfigError
 from disinhib.tuning import (
     manifest as origins,
     options,
@@ -443,7 +444,7 @@ def test_a_study_that_extends_another_is_a_new_one_with_its_options(finished, ex
     first = finished[0].study
     assert extended.study.name == f"{first.name}-2"
     assert extended.study.folder.parent == first.folder.parent
-    flat, before = config.flatten(extended.study.options), config.flatten(first.options)
+    flat, before = flatten(extended.study.options), flatten(first.options)
     assert {name for name in flat if flat[name] != before[name]} == {
         *("study", "warm_start", "trials", "replicates", "points", "seed")
     }

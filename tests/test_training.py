@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from disinhib import hydra_config, training
-from disinhib.config import ConfigError, parse
+from disinhib.config import parse
+from disinhib.errors import ConfigError
 from disinhib.losses import LOSSES, soft_targets
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES

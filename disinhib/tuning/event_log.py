@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 
 FILE = "journal.db"
 ASKED, EPOCH, ENDED = "asked", "epoch", "ended"

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from disinhib.config import ConfigError, flatten, refusal
-from disinhib.errors import nearest
+from disinhib.checks import flatten, refusal
+from disinhib.errors import ConfigError, nearest
 from disinhib.tuning.space_tree import (
     ENDS,
     RULE,

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from disinhib import config
-from disinhib.config import ConfigError, refusal
+from disinhib.checks import flatten, refusal
+from disinhib.errors import ConfigError
 from disinhib.tuning import provenance, retention, space_tree, suggest
 from disinhib.tuning.event_log import Journal
 from disinhib.tuning.options import FILE, Study, check_space, first_points, kept
@@ -53,8 +54,8 @@ def _past(study: Study, name: str) -> list[suggest.Finished]:
     folder = study.out_dir / name
     if not (folder / FILE).exists():
         raise refusal("warm_start", name, f"the name of a study in {study.out_dir}")
-    then = config.flatten(yaml.safe_load((folder / FILE).read_text())["options"])
-    now = config.flatten(study.options)
+    then = flatten(yaml.safe_load((folder / FILE).read_text())["options"])
+    now = flatten(study.options)
     for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
         if then[option] != now[option]:
             raise ConfigError(

@@ -30,8 +30,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 
-from disinhib.config import ConfigError, refusal
-from disinhib.errors import one_line
+from disinhib.checks import refusal
+from disinhib.errors import ConfigError, one_line
 from disinhib.tuning.event_log import ASKED, COMPLETE, EPOCH, FAILED, KILLED, PRUNED, Event, Record
 
 FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}

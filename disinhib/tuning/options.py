@@ -18,8 +18,8 @@ import jax
 import yaml
 
 from disinhib import config, hydra_config, training
-from disinhib.config import ConfigError, refusal
-from disinhib.errors import nearest
+from disinhib.checks import flatten, refusal
+from disinhib.errors import ConfigError, nearest
 from disinhib.tuning import space_tree, suggest
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
@@ -159,7 +159,7 @@ def _on_top_of(
 
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if `now` are not the options `before`: then it were another study."""
-    was, given = config.flatten(before), config.flatten(now)
+    was, given = flatten(before), flatten(now)
     changed = [
         f"{name}={was.get(name)} (now {given.get(name)})"
         for name in sorted({*was, *given})
@@ -227,7 +227,7 @@ def _is_group(name: str) -> bool:
 
 def _set(options: dict[str, Any], name: str, value: Any) -> None:
     """Sets the dotted option `name`; raises ConfigError if there is none."""
-    known = config.flatten(options)
+    known = flatten(options)
     if name not in known:
         raise ConfigError(f"{name}: unknown option{nearest(name, known)}")
     *parents, leaf = name.split(".")
@@ -324,4 +324,4 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
 def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
     """The study's options, flat, under the groups that a branch of its space chooses."""
     groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
-    return config.flatten(_composed("study", (*study.overrides, *groups))[0])
+    return flatten(_composed("study", (*study.overrides, *groups))[0])

@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from disinhib.config import refusal
+from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.tuning.event_log import ASKED, COMPLETE, EPOCH, Event, Record
 from disinhib.tuning.suggest import DIRECTIONS, STATES

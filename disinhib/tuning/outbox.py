@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from disinhib.config import refusal
+from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.tuning.event_log import ASKED, Event, Journal, Record
 

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from disinhib import config
-from disinhib.config import flatten
+from disinhib.checks import flatten
 from disinhib.tuning import manifest as origins, progress, ray_backend, space_tree, worker
 from disinhib.tuning.early_stopping import Stopping
 from disinhib.tuning.options import Study, check_space, configure

@@ -27,7 +27,8 @@ from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from disinhib.config import ConfigError, refusal
+from disinhib.checks import refusal
+from disinhib.errors import ConfigError
 from disinhib.tuning import provenance
 from disinhib.tuning.early_stopping import SCORE
 from disinhib.tuning.event_log import FAILED, RUNNING, Record

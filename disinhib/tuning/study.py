@@ -24,7 +24,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import hydra_config
-from disinhib.config import ConfigError
+from disinhib.errors import ConfigError
 from disinhib.tuning import (
     manifest as origins,
     plan,

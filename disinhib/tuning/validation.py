@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from disinhib import config
-from disinhib.config import (
+from disinhib.checks import (
     COUNT,
     FLAG,
     INDEX,
@@ -17,11 +16,11 @@ from disinhib.config import (
     POSITIVE,
     TEXT,
     Check,
-    ConfigError,
+    flatten,
     one_of,
     refusal,
 )
-from disinhib.errors import nearest
+from disinhib.errors import ConfigError, nearest
 from disinhib.tuning import early_stopping, suggest
 from search_spaces import SPACES
 
@@ -98,7 +97,7 @@ def check(options: Mapping[str, Any]) -> None:
             "experiment: given one with a grid, which has nothing to tune; needed is"
             " python -m analysis.retrain experiment=..."
         )
-    for name, value in config.flatten(_own(options)).items():
+    for name, value in flatten(_own(options)).items():
         if name not in CHECKS:
             raise ConfigError(f"{name}: unknown option{nearest(name, CHECKS)}")
         test, allowed = CHECKS[name]
