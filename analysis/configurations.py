@@ -9,23 +9,59 @@ import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from analysis import runs, store as stores
-from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
-from disinhib.checks import COUNT, INDEX, flatten, refusal
+from disinhib.checks import COUNT, INDEX, check, flatten
 from disinhib.errors import ConfigError, nearest, one_line
-from disinhib.tuning import options as studies
+from disinhib.tuning import mlflow_store, options as studies
 from disinhib.tuning.validation import CHECKS
 
 CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
 # What of training may be other than it was for a trial: where, and from which files.
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
+
+
+class Configuration(NamedTuple):
+    """What is trained over fresh seeds."""
+
+    options: dict[str, Any]  # of training, resolved
+    command: str  # that trains it, but for the seed
+    rule: str
+    searched: Mapping[str, str]  # params to show
+    trial: int | None = None  # that was selected, if one was
+    of_run: str | None = None  # the trial's
+
+    @property
+    def key(self) -> str:
+        """By which it is known again."""
+        return self.of_run or self.id
+
+    @property
+    def id(self) -> str:
+        """The same for all seeds."""
+        return runs.configuration_id(flatten(self.options))
+
+    @property
+    def words(self) -> str:
+        depth, averaged, dataset = self.depth, self.averaged, self.options["dataset"]["name"]
+        return runs.called(self.rule, averaged == "true", depth, dataset, self.trial)
+
+    @property
+    def depth(self) -> int:
+        """Hidden layers."""
+        return config.parse(self.options).architecture.hidden_layers
+
+    @property
+    def averaged(self) -> str:
+        """Feedback weights: true or false, none without feedback."""
+        averaged = self.options["trainer"].get("average_fb_weights")
+        return "none" if averaged is None else str(averaged).lower()
 
 
 def checked_settings(given: Sequence[str]) -> dict[str, Any]:
@@ -35,9 +71,7 @@ def checked_settings(given: Sequence[str]) -> dict[str, Any]:
         for option, value in flatten({name: settings[name]}).items():
             if option not in checked:
                 raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
-            test, allowed = checked[option]
-            if not test(value):
-                raise refusal(option, value, allowed)
+            check(option, value, checked[option])
     return settings
 
 
@@ -61,19 +95,30 @@ def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int
     return list(asked)
 
 
-def used_seeds(store: Store, study: StudyRun) -> dict[int, str]:
-    """Every seed of every search in the study's MLflow experiment, and whose it was: also those
-    of studies that this one may have learnt from."""
+def used_seeds(store: Store, experiment: str) -> dict[int, str]:
+    """Every seed of every search in an MLflow experiment (its id), and whose it was: also those of
+    studies that another one may have learnt from."""
     return {
         seed: f"trial {run.data.tags['trial']} of {run.data.tags['study']}"
-        for run in stores.every_trial(store, study)
+        for run in stores.searched_trials(store, experiment)
         for seed in runs.seeds_of(run)
     }
 
 
+def used_in_experiment(settings: Mapping[str, Any]) -> dict[int, str]:
+    """Those of the experiment where a grid is recorded, made if it is not there yet."""
+    out_dir = Path(settings["out_dir"]).absolute()
+    hydra_config.check_folder(out_dir)
+    uri = mlflow_store.absolute(settings["tracking"]["uri"], out_dir)
+    experiment = mlflow_store.open_store(
+        uri, settings["tracking"]["experiment"], out_dir / "mlflow-artifacts"
+    )
+    return used_seeds(stores.connect(uri), experiment.id)
+
+
 def of_selection(
     file: Path, settings: Mapping[str, Any], names: set[str]
-) -> tuple[Store, StudyRun, list[Cell]]:
+) -> tuple[Store, StudyRun, list[Configuration]]:
     """What `analysis.selection` wrote into `file`, as MLflow has it.
 
     Raises Refused if it is not what selection writes, or if a trial is not a complete one.
@@ -102,7 +147,9 @@ def of_selection(
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
 
-def _of_trial(store: Store, study: StudyRun, run_id: str, settings: Mapping[str, Any]) -> Cell:
+def _of_trial(
+    store: Store, study: StudyRun, run_id: str, settings: Mapping[str, Any]
+) -> Configuration:
     run = stores.run(store, run_id)
     tags = run.data.tags
     if tags.get("study_id") != study.id or "trial" not in tags:
@@ -124,32 +171,7 @@ def _of_trial(store: Store, study: StudyRun, run_id: str, settings: Mapping[str,
     _, _, program, *words = shlex.split(tags["command"])
     words = [word for word in words if word != "-m" and not word.startswith("seed=")]
     command = shlex.join(["python", "-m", program, *words])
-    return _cell(f"{number:04d}", kept, command, tags["rule"], run.data.params, number, run_id)
-
-
-def _cell(
-    name: str,
-    options: dict[str, Any],
-    command: str,
-    rule: str,
-    searched: Mapping[str, str],
-    trial: int | None = None,
-    of_run: str | None = None,
-) -> Cell:
-    run = config.parse(options)
-    averaged = options["trainer"].get("average_fb_weights")
-    return Cell(
-        name=name,
-        options=options,
-        command=command,
-        rule=rule,
-        depth=run.architecture.hidden_layers,
-        averaged="none" if averaged is None else str(averaged).lower(),
-        configuration=runs.configuration_id(flatten(options)),
-        searched=dict(searched),
-        trial=trial,
-        of_run=of_run,
-    )
+    return Configuration(kept, command, tags["rule"], run.data.params, number, run_id)
 
 
 def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -179,7 +201,7 @@ def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 def of_grid(
     settings: Mapping[str, Any], given: Sequence[str], axes: Mapping[str, Sequence[str]]
-) -> list[Cell]:
+) -> list[Configuration]:
     """Every combination of the `axes` of the experiment's grid that are asked for."""
     grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
     planned = []
@@ -193,5 +215,5 @@ def of_grid(
         options["seed"], options["resume"] = 0, None
         choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
         command = hydra_config.command(options, choices)
-        planned.append(_cell("-".join(names), options, command, studies.rule_name(choices), place))
+        planned.append(Configuration(options, command, studies.rule_name(choices), place))
     return planned

@@ -21,16 +21,18 @@ from analysis import store as stores
 from analysis.store import Refused
 from disinhib import errors
 from disinhib.errors import InputError, one_line
-from disinhib.tuning import provenance
-from disinhib.tuning.worker import environment, over_lanes
+from disinhib.tuning import environment, mlflow_settings, provenance
+from disinhib.tuning.event_log import ENDED, over_seeds
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
 USAGE = "python -m analysis.replay RUN_ID [tracking.uri=URI]"
 # Of the machine, not of the training.
-MACHINE_METRICS = ("epoch_seconds", "epoch_seconds_sd", "compilations", "peak_memory_mb")
-STATES = ("complete", "pruned", "failed")
+MACHINE_METRICS = (
+    *("epoch_seconds", "epoch_seconds_sd", "compilations", "compilation_seconds"),
+    "peak_memory_mb",
+)
 SHOWN = 10  # differences
 
 Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
@@ -68,6 +70,7 @@ class Comparison(NamedTuple):
     only_now: list[str]
 
 
+@mlflow_settings.requests()
 def main(arguments: Sequence[str]) -> int:
     """Replays one trial and prints what came of it; the exit code. Raises Refused."""
     run_id, uri = _parsed(arguments)
@@ -127,8 +130,8 @@ def read(run_id: str, uri: str) -> Trial:
     for name in ("study", "trial", "rule", "seeds", "trial_state", "epochs"):
         if name not in tags:
             raise Refused(f"{run_id}: no trial of a study, or not over (it has no tag {name})")
-    if tags["trial_state"] not in STATES:
-        raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(STATES)}")
+    if tags["trial_state"] not in ENDED:
+        raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(ENDED)}")
     try:
         options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
         about = json.loads(stores.text(store, run_id, "provenance.json"))
@@ -156,7 +159,7 @@ def read(run_id: str, uri: str) -> Trial:
 
 def set_environment(threads: int, on_cpu: bool) -> None:
     """As in the trial's worker: the number of threads may change the bits."""
-    os.environ.update(environment(threads, gpus=0 if on_cpu else 1))
+    os.environ.update(environment.of_worker(threads, gpus=0 if on_cpu else 1))
 
 
 def _prepared(trial: Trial) -> tuple[RunConfig, str]:
@@ -184,7 +187,10 @@ def train_again(trial: Trial, config: RunConfig) -> Outcome:
         state = training.initial_state(config, trial.seeds)
         for epoch in range(1, trial.epochs + 1):
             state, lanes = training.run_epoch(config, data, state)
-            metrics |= {(epoch, name): value for name, value in over_lanes(lanes).items()}
+            metrics |= {
+                (epoch, name): value
+                for name, value in over_seeds({n: v.tolist() for n, v in lanes.items()}).items()
+            }
         if trial.state == "failed":
             training.run_epoch(config, data, state)
     except training.Diverged as error:

@@ -3,282 +3,259 @@
     python -m analysis.retrain selected.yaml [seeds=10]            what was selected of a study
     python -m analysis.retrain experiment=table1 [AXIS=NAME,...]   the grid of an experiment
 
-`seeds` is how many, of those that no search has seen, or a list. Options: conf/retrain.yaml. All
-seeds of a configuration are lanes of one program, configurations are Ray tasks (`cluster.*`), and
-every seed is a run in MLflow (`tracking.*`), beside its study. The same command again goes on where
-it was: a seed that is done stays as it is.
+`seeds` is how many, of those that no search has seen, or a list. Options: conf/retrain.yaml. A
+retraining is a study whose search is a list: all seeds of a configuration are lanes of one trial,
+and every seed is a run in MLflow. If interrupted, run the same command again: finished seeds are
+skipped, so the parts of a grid add up.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import ray
-import yaml
-from filelock import FileLock, Timeout
-from flax import serialization
-from ray.exceptions import RayError
+from rich.console import Console
 
-from analysis import cell as cells, configurations, ledger, store as stores
-from analysis.ledger import Cell
-from analysis.store import Refused, Store, StudyRun
+from analysis import configurations, runs
+from analysis.configurations import Configuration
+from analysis.store import Refused, StudyRun
 from disinhib import config, errors, hydra_config, training
 from disinhib.checks import refusal
-from disinhib.errors import one_line
-from disinhib.tuning import manifest, mlflow_store, provenance, ray_backend
+from disinhib.tuning import engine, mlflow_settings, mlflow_store, provenance
+from disinhib.tuning.engine import Finished, Job
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    Asked,
+    EpochDone,
+    EventLog,
+    Point,
+    Record,
+    TrialConfig,
+)
+from disinhib.tuning.loop import Source
+from disinhib.tuning.manifest import Manifest, read
+from disinhib.tuning.resume import FILE
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
-FOLDER = "retraining"  # in out_dir
-KEPT = {"config.yaml", "provenance.json"}  # of a grid, beside its run
-PROGRESS_SECONDS = 15.0  # between two lines
+SUFFIX = "-retrained"  # of the study's name
 
 
-class Task(NamedTuple):
-    """A configuration, and the seeds of it that are trained now."""
-
-    cell: Cell
-    lanes: list[int]
-    missing: list[int]  # those of them that MLflow lacks
-    file: Path  # its checkpoint
-    provenance: dict[str, Any]
-
-
+@mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0, or 1 if a configuration could not be trained."""
+    """Returns the exit code: 0, 1 if a configuration could not be trained, 130 if interrupted."""
     files = [text for text in arguments if "=" not in text]
     given = [text for text in arguments if "=" in text]
     names = {text.partition("=")[0] for text in given}
-    if len(files) > 1 or any(f.startswith("-") for f in files) or (not files) == (
-        "experiment" not in names
-    ):  # fmt: skip
+    has_file, has_grid = len(files) == 1, "experiment" in names
+    if len(files) > 1 or any(f.startswith("-") for f in files) or has_file == has_grid:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
-    jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
-    if files:
+    command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
+    if has_file:
         settings = configurations.checked_settings(given)
         store, study, planned = configurations.of_selection(Path(files[0]), settings, names)
-        _check_data(planned)
+        experiment = store.client.get_experiment(study.run.info.experiment_id).name
+        settings["tracking"] = {"uri": store.uri, "experiment": experiment}
+        settings["study"] = settings["study"] or study.name + SUFFIX
+        used = configurations.used_seeds(store, study.run.info.experiment_id)
     else:
         axes, given = configurations.chosen_axes(given)
         settings = configurations.checked_settings(given)
-        planned = configurations.of_grid(settings, given, axes)
-        _check_data(planned)
-        command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
-        store, study = _recorded(settings, command, planned[0])
-    seeds = configurations.fresh_seeds(settings["seeds"], configurations.used_seeds(store, study))
-    folder = Path(settings["out_dir"]).absolute() / FOLDER / study.id[:8]
-    hydra_config.check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, study):
-        code = _retrain(store, study, planned, seeds, folder, settings)
-    if not files:  # that of a search has its own end
-        store.client.set_terminated(study.run.info.run_id, "FAILED" if code else "FINISHED")
-    return code
+        study, planned = None, configurations.of_grid(settings, given, axes)
+        if not settings["study"]:
+            raise refusal("study", settings["study"], "the name under which the grid is recorded")
+        used = configurations.used_in_experiment(settings)
+    for configuration in planned:
+        training.check_data(config.parse(configuration.options))
+    seeds = configurations.fresh_seeds(settings["seeds"], used)
+    wanted = len(planned) * len(seeds)
+    print(f"{len(planned)} configurations of {len(seeds)} seeds ({_listed(seeds)})", flush=True)
+    finished = engine.run(job(settings, study, planned, seeds, command), Console())
+    lines, done = summary(finished, planned, seeds)
+    print("\n".join(lines))
+    for name, count in finished.undelivered.items():
+        print(f"{name} has not taken {count} records: give the command again when it answers")
+    if not finished.whole:
+        return 130
+    if done < wanted:
+        print(f"{done} of {wanted} seeds are done: give the command again")
+    return 0 if done == wanted and not finished.undelivered else 1
 
 
-def _check_data(planned: Sequence[Cell]) -> None:
-    """Raises data.DataError, or ConfigError, before anything is written."""
-    for one in planned:
-        training.prepare(config.parse(one.options))
-
-
-def _recorded(settings: Mapping[str, Any], command: str, first: Cell) -> tuple[Store, StudyRun]:
-    """The run under which the grid's seeds are, made if it is not there yet."""
-    out_dir = Path(settings["out_dir"]).absolute()
-    name = settings["study"]
-    if not name:
-        raise refusal("study", name, "the name under which the grid is recorded")
-    hydra_config.check_folder(out_dir)
-    uri = mlflow_store.absolute(settings["tracking"]["uri"], out_dir)
-    place = settings["tracking"]["experiment"]
-    experiment = mlflow_store.open_store(uri, place, out_dir / "mlflow-artifacts")
-    store = stores.connect(uri)
-    found = [
-        run
-        for run in store.client.search_runs([experiment.id], f"run_name = '{name}'")
-        if run.info.run_name == name
-    ]
-    if found:
-        run_id = found[0].info.run_id
-    else:
-        tags = {"study": name, "study_id": uuid.uuid4().hex, "command": provenance.masked(command)}
-        run_id = store.client.create_run(experiment.id, None, tags, name).info.run_id
-    # A kill may have come between its run and what belongs to it.
-    if KEPT - {file.path for file in store.client.list_artifacts(run_id)}:
-        about = {"metric": "valid_accuracy", "mode": "max"}
-        kept = yaml.safe_dump({**settings, **about})
-        store.client.log_text(run_id, provenance.masked(kept), "config.yaml")
-        threads = settings["cluster"]["cpus_per_trial"]
-        collected = provenance.collect(config.parse(first.options), threads)
-        store.client.log_text(run_id, json.dumps(collected, indent=1), "provenance.json")
-    study = stores.find_study(store, run_id)
-    if study.space is not None:
-        raise refusal("study", name, f"another name: in {uri} that is a search")
-    return store, study
-
-
-@contextmanager
-def _alone(folder: Path, study: StudyRun) -> Iterator[None]:
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise Refused(f"study {study.name}: is being retrained by another process") from error
-
-
-def _retrain(
-    store: Store,
-    study: StudyRun,
-    planned: Sequence[Cell],
+def job(
+    settings: Mapping[str, Any],
+    study: StudyRun | None,
+    planned: Sequence[Configuration],
     seeds: Sequence[int],
-    folder: Path,
-    settings: Mapping[str, Any],
-) -> int:
-    written = ledger.read(store, study)
-    code = provenance.code(provenance.ROOT)
-    hashed = _code_hash(code)
-    tasks = []
-    for one in planned:
-        done = [seed for seed in seeds if (one.key, seed) in written.finished]
-        missing = [seed for seed in seeds if seed not in done]
-        if any(written.codes[one.key, seed] != hashed for seed in done):
-            print(f"warning: {one.called}: seeds that are done were trained by other code")
-        file = cells.checkpoint_file(folder, one.key, hashed)
-        kept = _lanes(file)
-        lanes = kept if {*missing} <= {*kept} else missing
-        if lanes is missing or not missing:
-            cells.forget(folder, one.key)
-        if missing:
-            run = config.parse(one.options)
-            made = provenance.collect(run, settings["cluster"]["cpus_per_trial"])
-            tasks.append(Task(one, lanes, missing, file, made))
-    total = len(planned) * len(seeds)
-    left = sum(len(task.missing) for task in tasks)
-    print(
-        f"study {study.name}: {len(planned)} configurations of {len(seeds)} seeds"
-        f" ({_listed(seeds)}); {total - left} of {total} are done",
-        flush=True,
+    command: str,
+) -> Job:
+    """The retraining as a study: of `study`'s trials, or a grid of its own.
+
+    Raises ConfigError if it cannot be written, or if there is a study of its name that is none.
+    """
+    name, out_dir = settings["study"], Path(settings["out_dir"]).absolute()
+    hydra_config.check_folder(out_dir)
+    threads = settings["cluster"]["cpus_per_trial"]
+    first = config.parse(planned[0].options)
+    folder = out_dir / name
+    resume = (folder / FILE).exists()
+    manifest = (
+        read(folder, name)
+        if resume
+        else Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
     )
-    if not tasks:
-        return 0
-    here = folder / manifest.ORIGIN
-    here.write_text(json.dumps({"id": study.id}))
-    with ray_backend.cluster(settings["cluster"]):
-        ray_backend.check_machines(here, study.id, code["files"])
-        failed = _run(store, study, tasks, written, settings)
-    if failed:
-        print(f"{len(failed)} of {len(tasks)} configurations are not done: give the command again")
-    return 1 if failed else 0
+    if manifest.space is not None:
+        raise refusal("study", name, f"another name: {folder} is a search")
+    origin = manifest.id if study is None else study.id
+    about = _about(planned, threads, origin)
+    options = {**settings, "metric": runs.DEFAULT_METRIC}
+    return Job(
+        name=name,
+        out_dir=out_dir,
+        resume=resume,
+        manifest=manifest,
+        kept={"options": options},
+        command=command,
+        metric=runs.DEFAULT_METRIC,
+        source=_source(planned, seeds, about),
+        trials=lambda records: len(records) + len(_missing(planned, seeds, records)),
+        cluster=settings["cluster"],
+        checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
+        tracking=settings["tracking"],
+        tags={} if study is None else {mlflow_store.OF_STUDY: study.id},
+    )
 
 
-def _run(
-    store: Store,
-    study: StudyRun,
-    tasks: Sequence[Task],
-    written: ledger.Written,
-    settings: Mapping[str, Any],
-) -> list[Task]:
-    """Trains all tasks and writes what comes of them; returns those that could not be trained."""
-    share = settings["cluster"]
-    train = ray.remote(
-        num_cpus=share["cpus_per_trial"],
-        num_gpus=share["gpus_per_trial"],
-        max_calls=1,  # a process each: XLA keeps its first device, and its memory
-        max_retries=ray_backend.WORKERS_LOST,  # of those that died; it goes on from its checkpoint
-    )(cells.train)
-    every = settings["checkpoints"]["every_seconds"]
-    pending = {
-        train.remote(task.cell.options, task.lanes, str(task.file), every): task for task in tasks
-    }
-    failed: list[Task] = []
-    began = shown = time.monotonic()
-    while pending:
-        ready, _ = ray.wait(list(pending), timeout=1)
-        for reference in ready:
-            task = pending.pop(reference)
-            try:
-                outcome = ray.get(reference)
-            except RayError as error:  # its training raised, or its workers died
-                print(
-                    f"{task.cell.called}: failed: {ray_backend.reason(error)}",
-                    flush=True,
+About = Callable[[Configuration], tuple[dict[str, str], dict[str, str]]]
+
+
+def _about(planned: Sequence[Configuration], threads: int, study_id: str) -> About:
+    """(tags, files) of a configuration's runs in MLflow."""
+    collected = {one.key: provenance.collect(config.parse(one.options), threads) for one in planned}
+
+    def about(one: Configuration) -> tuple[dict[str, str], dict[str, str]]:
+        its = collected[one.key]
+        tags = {
+            mlflow_store.OF_STUDY: study_id,
+            **({} if one.trial is None else {mlflow_store.OF_TRIAL: str(one.trial)}),
+            **({} if one.of_run is None else {mlflow_store.OF_RUN: one.of_run}),
+            runs.CONFIGURATION: one.id,
+            "dataset": one.options["dataset"]["name"],
+            "depth": str(one.depth),
+            "averaged": one.averaged,
+            "budget": str(one.options["epochs"]),
+            "code_sha256": code_hash(its["code"]),
+            "code_version": its["code"]["version"] or "unknown",
+            "data_sha256": its["data"]["sha256"],
+        }
+        return tags, {"provenance.json": json.dumps(its, indent=1)}
+
+    return about
+
+
+def _source(planned: Sequence[Configuration], seeds: Sequence[int], about: About) -> Source:
+    """The configurations whose seeds are neither done nor being trained, one after the other."""
+    checked: list[str] = []
+
+    def source(records: Mapping[int, Record]) -> list[Asked]:
+        if not checked:
+            checked.append("once")
+            _refuse_other_code(records, about(planned[0])[0]["code_sha256"])
+        for one, missing in _missing(planned, seeds, records):
+            number = len(records)
+            tags, files = about(one)
+            trial = TrialConfig(
+                number=number,
+                rule=one.rule,
+                searched=dict(one.searched),
+                command=one.command,
+                options={**one.options, "test_at_end": True, "seed": missing[0]},
+                seeds=missing,
+                epochs=one.options["epochs"],
+                final=True,
+            )
+            point = Point(params=dict(one.searched), distributions={}, system_attrs={})
+            return [Asked(number, trial, point, tags, files)]
+        return []
+
+    return source
+
+
+def _missing(
+    planned: Sequence[Configuration], seeds: Sequence[int], records: Mapping[int, Record]
+) -> list[tuple[Configuration, list[int]]]:
+    """The seeds of each configuration that no record has, or whose training could not end."""
+    left = []
+    for one in planned:
+        known = {
+            seed
+            for record in records.values()
+            if _key(record) == one.key and not _could_not_end(record)
+            for seed in record.config["seeds"]
+        }
+        missing = [seed for seed in seeds if seed not in known]
+        if missing:
+            left.append((one, missing))
+    return left
+
+
+def _key(record: Record) -> str:
+    return record.tags.get(mlflow_store.OF_RUN) or record.tags[runs.CONFIGURATION]
+
+
+def _could_not_end(record: Record) -> bool:
+    """Whether it raised or lost its workers: not that its seeds diverged, which is a result."""
+    return record.state == "failed" and len(record.diverged) < len(record.config["seeds"])
+
+
+def _refuse_other_code(records: Mapping[int, Record], code: str) -> None:
+    """What other code has begun cannot go on; what it has finished stands, and is named."""
+    for record in records.values():
+        if record.tags["code_sha256"] != code:
+            if not record.ended:
+                raise refusal(
+                    "study",
+                    "one that other code has begun",
+                    "another name (study=NAME), or that code",
                 )
-                failed.append(task)
-                continue
-            try:
-                _write(store, study, task, outcome, written)
-            except Exception as error:  # drivers, sockets and MLflow itself: each has its own kind
-                print(
-                    f"{task.cell.called}: MLflow did not take it: {one_line(error)}",
-                    flush=True,
-                )
-                failed.append(task)  # its checkpoint stays
-                continue
-            cells.forget(task.file.parent, task.cell.key)
-            seconds = time.monotonic() - began
-            print(f"{task.cell.called}: {_told(outcome)}; {seconds:.0f} s", flush=True)
-        if time.monotonic() - shown > PROGRESS_SECONDS and pending:
-            shown = time.monotonic()
-            print(f"{shown - began:.0f} s: {_progress(list(pending.values()))}", flush=True)
-    return failed
+            print(f"warning: trial {record.number} was trained by other code")
 
 
-def _write(
-    store: Store, study: StudyRun, task: Task, outcome: cells.Outcome, written: ledger.Written
-) -> None:
-    made = task.provenance
-    about = {
-        **outcome.place,
-        "code_sha256": _code_hash(made["code"]),
-        "code_version": made["code"]["version"] or "unknown",
-        "data_sha256": made["data"]["sha256"],
-    }
-    files = {"provenance.json": json.dumps(made, indent=1)}
-    for seed in outcome.seeds:
-        if seed.seed in task.missing:
-            begun = written.begun.get((task.cell.key, seed.seed))
-            ledger.write(store, study, task.cell, seed, about, files, begun)
-
-
-def _code_hash(code: Mapping[str, Any]) -> str:
+def code_hash(code: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(code["files"], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _lanes(file: Path) -> list[int]:
-    """The seeds of a checkpoint; none if there is no such file."""
-    if not file.exists():
-        return []
-    content: Any = serialization.msgpack_restore(file.read_bytes())
-    return content["state"]["seed"].tolist()
-
-
-def _told(outcome: cells.Outcome) -> str:
-    done = [seed for seed in outcome.seeds if seed.state == cells.COMPLETE]
-    scores = [seed.epochs[-1][1]["test_accuracy"] for seed in done]
-    parts = [f"{len(done)} of {len(outcome.seeds)} seeds complete"]
-    if scores:
-        parts.append(f"test accuracy {sum(scores) / len(scores):.2f} %")
-    parts += [f"seed {seed.seed} {seed.reason}" for seed in outcome.seeds if seed.reason]
-    parts += [f"seed {seed.seed} flagged: {seed.flag}" for seed in outcome.seeds if seed.flag]
-    return ", ".join(parts)
-
-
-def _progress(tasks: Sequence[Task]) -> str:
-    told = []
-    for task in tasks:
-        done, budget = cells.epochs_done(task.file), task.cell.options["epochs"]
-        if done:
-            checking = ", checking its dynamics" if done == budget else ""
-            told.append(f"{task.cell.called} {done}/{budget}{checking}")
-    return f"{'; '.join(told) or 'starting'} ({len(tasks)} configurations to go)"
+def summary(
+    finished: Finished, planned: Sequence[Configuration], seeds: Sequence[int]
+) -> tuple[list[str], int]:
+    """(a line for each configuration, how many of the seeds have an end)."""
+    with closing(EventLog(finished.job.folder)) as log:
+        last = {e.event.trial: e.event for e in log.events() if isinstance(e.event, EpochDone)}
+    lines, done = [], 0
+    for one in planned:
+        ends, tests, reasons = 0, [], []
+        for record in finished.records:
+            if _key(record) != one.key or not record.ended or _could_not_end(record):
+                reasons += [record.reason] * (_key(record) == one.key and _could_not_end(record))
+                continue
+            for lane, end in enumerate(record.seed_ends(record.state, record.reason)):
+                if end["seed"] in seeds:
+                    ends += 1
+                    if end["state"] == COMPLETE:
+                        tests.append(last[record.number].metrics["test_accuracy"][lane])
+                    reasons += [f"seed {end['seed']} {end['reason']}"] * bool(end["reason"])
+                    reasons += [f"seed {end['seed']} flagged: {end['flag']}"] * bool(end["flag"])
+        done += ends
+        accuracy = [f"test accuracy {sum(tests) / len(tests):.2f} %"] if tests else []
+        parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *filter(None, reasons)]
+        lines.append(f"{one.words}: {', '.join(parts)}")
+    return lines, done
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -20,14 +20,14 @@ from mlflow.entities import Run
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
 from disinhib import errors
+from disinhib.tuning import mlflow_settings
+from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
+from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
 
 USAGE = "python -m analysis.runs [study=NAME] [tracking.uri=URI] [out=FILE.csv]"
-COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"  # as `tuning.journal` has them
-SEARCHED = "searched."  # begins the columns of what was searched
-# Tags of a run that trains a configuration over again, one seed; `analysis.retrain` writes them.
-RETRAINED = "retraining_state"  # complete or failed; a run that has not ended has none
-OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
-CONFIGURATION = "configuration"  # the same for all seeds of one
+DEFAULT_METRIC = "valid_accuracy"
+SEARCHED = "searched."  # begins the columns of what was searched, by Optuna's names
+CONFIGURATION = "configuration"  # a retrained seed's tag: the same for all seeds of one
 NOT_CONFIGURED = {  # where and how a run is made, not what it learns
     *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
     *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
@@ -45,28 +45,27 @@ def trials(store: Store, study: StudyRun) -> Table:
     """The study's trials, in the order of their numbers.
 
     Columns: trial, run_id, rule, state, reason, epochs (done), budget (epochs), score (the study's
-    metric at its last epoch; NaN if it has none), scores (by epoch, a tuple), seeds (a tuple),
-    seconds, command, saw_test (its run has a metric of the test set), and `searched.<option>`.
+    metric at its last epoch; NaN if it has none), seeds (a tuple), seconds, command, saw_test (its
+    run has a metric of the test set), and `searched.<parameter>`, by Optuna's names.
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
     for run in stores.children(store, study):
         tags = run.data.tags
-        if "trial" not in tags:
-            continue  # a retrained seed
+        if "trial" not in tags or OF_STUDY in tags:
+            continue
         name = f"trial {tags['trial']}"
         state = tags.get("trial_state")
-        if state not in (COMPLETE, PRUNED, FAILED):
+        if state not in ENDED:
             dropped.append(f"{name}: {'it has not ended' if state is None else f'it was {state}'}")
             continue
         epochs = int(tags["epochs"])
-        told = {m.step: m.value for m in stores.history(store, run.info.run_id, metric)}
-        scores = tuple(told.get(epoch, math.nan) for epoch in range(1, epochs + 1))
+        score = run.data.metrics.get(metric, math.nan)  # the last one; metrics arrive in order
         if state == COMPLETE and epochs != budget:
             dropped.append(f"{name}: complete after {epochs} epochs of {budget}")
             continue
-        if state != FAILED and not (scores and all(map(math.isfinite, scores))):
-            dropped.append(f"{name}: {state}, but not every epoch has a {metric}")
+        if state != FAILED and not math.isfinite(score):
+            dropped.append(f"{name}: {state}, but it has no {metric}")
             continue
         rows.append(
             {
@@ -77,8 +76,7 @@ def trials(store: Store, study: StudyRun) -> Table:
                 "reason": tags.get("reason"),
                 "epochs": epochs,
                 "budget": budget,
-                "score": scores[-1] if scores else math.nan,
-                "scores": scores,
+                "score": score,
                 "seeds": seeds_of(run),
                 "seconds": seconds(run),
                 "command": tags["command"],
@@ -102,12 +100,10 @@ def retrained(store: Store, study: StudyRun) -> Table:
     code and data (hashes), and every metric as it was after the last epoch.
     """
     rows, dropped = [], []
-    for run in stores.children(store, study):
+    for run in stores.retrained(store, study):
         tags = run.data.tags
-        if OF_STUDY not in tags:
-            continue
         name = f"{tags['rule']}, seed {tags['seed']}"
-        if RETRAINED not in tags:
+        if tags.get("trial_state") not in ENDED:
             dropped.append(f"{name}: its retraining has not ended")
             continue
         rows.append(
@@ -122,7 +118,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 "averaged": tags["averaged"] == "true",
                 "feedback": tags["averaged"] != "none",
                 "seed": int(tags["seed"]),
-                "state": tags[RETRAINED],
+                "state": tags["trial_state"],
                 "reason": tags.get("reason"),
                 "epochs": int(tags["epochs"]),
                 "budget": int(tags["budget"]),
@@ -176,43 +172,21 @@ def configuration_id(flat: Mapping[str, Any]) -> str:
 
 
 def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters of `space` (definition) that were searched in a trial, by their full names,
-    each with `value` beside what it may be; empty if the trial is in no branch of the space."""
-    searched = {
-        name.removeprefix(SEARCHED): value
-        for name, value in row.items()
-        if name.startswith(SEARCHED) and isinstance(value, str)
-    }
-    described = space["parameters"]
-    for branch in space["branches"]:
-        choices = {name: (option, searched.get(option)) for name in branch["choices"]
-                   if (option := option_name(name, searched)) is not None}  # fmt: skip
-        if len(choices) < len(branch["choices"]) or any(
-            text != str(branch["choices"][name]) for name, (_, text) in choices.items()
-        ):
-            continue
-        found = {
-            name: {**described[name], "value": chosen} for name, chosen in branch["choices"].items()
-        }
-        for name in branch["parameters"]:
-            option = option_name(name, searched)
-            if option is None:
-                break
-            number = int if described[name]["kind"] == "int" else float
-            found[name] = {**described[name], "value": number(searched[option])}
-        else:
-            return found
-    return {}
+    """The parameters of `space` (definition) that a trial has, by their names, each with `value`
+    beside what it may be."""
+    parameters = {}
+    for name, described in space["parameters"].items():
+        text = row.get(SEARCHED + name)
+        if isinstance(text, str):
+            parameters[name] = {**described, "value": _value(described, text)}
+    return parameters
 
 
-def option_name(parameter: str, options: Mapping[str, Any]) -> str | None:
-    """The option among `options` that a parameter of a space moves: its own name, or what follows
-    the branch in it; as MLflow has it (`model.vf` for the group `model/vf`)."""
-    for name in (parameter, parameter.partition(".")[2]):
-        plain = name.rpartition("@")[2].replace("/", ".")
-        if plain in options:
-            return plain
-    return None
+def _value(described: Mapping[str, Any], text: str) -> Any:
+    """A parameter's value, of which MLflow has the text."""
+    if described["kind"] == "categorical":
+        return next(choice for choice in described["choices"] if str(choice) == text)
+    return int(text) if described["kind"] == "int" else float(text)
 
 
 def position(parameter: Mapping[str, Any]) -> float:
@@ -226,6 +200,7 @@ def position(parameter: Mapping[str, Any]) -> float:
     return (value - low) / (high - low)
 
 
+@mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
     alone, options = stores.arguments(
         arguments, USAGE, {"study": None, "tracking.uri": None, "out": None}
@@ -245,7 +220,7 @@ def main(arguments: list[str]) -> int:
         for why in unfinished:
             print(f"left out: {why}")
     if options["out"] is None:
-        shown = rows.drop(columns=["scores", "command", "run_id", "reason", "saw_test", "seeds"],
+        shown = rows.drop(columns=["command", "run_id", "reason", "saw_test", "seeds"],
                           errors="ignore")  # fmt: skip
         short = {name: name.removeprefix(SEARCHED) for name in shown.columns}
         print(shown.rename(columns=short).to_string(index=False, max_colwidth=24))

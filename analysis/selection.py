@@ -18,11 +18,14 @@ import pandas as pd
 import yaml
 
 from analysis import runs, store as stores
-from analysis.runs import COMPLETE, FAILED, SEARCHED
+from analysis.runs import SEARCHED
 from analysis.store import Refused, StudyRun
 from disinhib import errors
 from disinhib.errors import nearest
+from disinhib.tuning import mlflow_settings
+from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.provenance import masked
+from disinhib.tuning.space_tree import option_of, parameters_for
 
 USAGE = (
     "python -m analysis.selection [study=NAME] [top=1] [per=trainer] [metric=valid_accuracy]"
@@ -78,22 +81,24 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, mode: str) -> lis
 
 def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], pd.DataFrame]]:
     """The trials by the values of `per`, in the order in which they were first tried."""
-    columns = {}
-    known = {name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)}
+    parameters = [name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)]
+    columns: dict[str, list[str]] = {}
     for name in per:
-        plain = name.replace("/", ".")
-        if name != TRAINER and plain not in known:
-            allowed = ", ".join(sorted(known | {TRAINER}))
-            raise Refused(f"per: given {name}, allowed is one of {allowed}{nearest(plain, known)}")
         # By rule, as back-propagation through the E-I network is another one than through the MLP.
-        columns[name] = "rule" if name == TRAINER else SEARCHED + plain
-    found: dict[tuple[str, ...], list[int]] = {}
-    for place, row in enumerate(trials.to_dict("records")):
-        values = (row[column] for column in columns.values())
-        key = tuple(value if isinstance(value, str) else "none" for value in values)
-        found.setdefault(key, []).append(place)
+        searched = [SEARCHED + parameter for parameter in parameters_for(name, parameters)]
+        columns[name] = ["rule"] if name == TRAINER else searched
+        if not columns[name]:
+            known = {option_of(parameter) for parameter in parameters}
+            allowed = ", ".join(sorted(known | {TRAINER}))
+            raise Refused(f"per: given {name}, allowed is one of {allowed}{nearest(name, known)}")
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for index, row in enumerate(trials.to_dict("records")):
+        values = ([row[n] for n in names if isinstance(row[n], str)] for names in columns.values())
+        rows_of.setdefault(tuple(value[0] if value else "none" for value in values), []).append(
+            index
+        )
     return [
-        (dict(zip(columns, key, strict=True)), trials.iloc[places]) for key, places in found.items()
+        (dict(zip(columns, key, strict=True)), trials.iloc[rows]) for key, rows in rows_of.items()
     ]
 
 
@@ -237,6 +242,7 @@ def content(
     }
 
 
+@mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
     alone, options = stores.arguments(
         arguments,

@@ -15,12 +15,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from disinhib.tuning import mlflow_settings  # noqa: F401  # isort: skip (before MLflow)
+
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, ViewType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from disinhib.errors import InputError, nearest, one_line
+from disinhib.tuning.mlflow_store import OF_STUDY
 
 DEFAULT = Path("out/mlflow.db")
 PAGE = 1000  # runs a request
@@ -157,7 +160,9 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
 
 
 def _is_study(run: Run) -> bool:
-    return "study_id" in run.data.tags and MLFLOW_PARENT_RUN_ID not in run.data.tags
+    """Whether it is a study's own run, and no retraining of another study."""
+    tags = run.data.tags
+    return "study_id" in tags and MLFLOW_PARENT_RUN_ID not in tags and OF_STUDY not in tags
 
 
 def _study_of(store: Store, run: Run) -> StudyRun:
@@ -178,9 +183,18 @@ def _study_of(store: Store, run: Run) -> StudyRun:
 
 def children(store: Store, study: StudyRun) -> list[Run]:
     """Runs of which the study's is the parent, the oldest first."""
-    where = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study.run.info.run_id}'"
-    found = list(_search(store, [study.run.info.experiment_id], where))
-    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    return _oldest_first(store, study, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study.run.info.run_id}'")
+
+
+def retrained(store: Store, study: StudyRun) -> list[Run]:
+    """Runs of seeds that were trained over again for the study, the oldest first."""
+    runs = _oldest_first(store, study, f"tags.`{OF_STUDY}` = '{study.id}'")
+    return [run for run in runs if MLFLOW_PARENT_RUN_ID in run.data.tags]
+
+
+def _oldest_first(store: Store, study: StudyRun, where: str) -> list[Run]:
+    runs = _search(store, [study.run.info.experiment_id], where)
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def history(store: Store, run_id: str, metric: str) -> list[Metric]:
@@ -204,6 +218,7 @@ def _search(
             return
 
 
-def every_trial(store: Store, study: StudyRun) -> list[Run]:
-    """All trials of all studies beside this one, in its MLflow experiment."""
-    return list(_search(store, [study.run.info.experiment_id], "tags.trial != ''"))
+def searched_trials(store: Store, experiment: str) -> list[Run]:
+    """All trials of all searches in an MLflow experiment, by its id."""
+    trials = _search(store, [experiment], "tags.trial != ''")
+    return [run for run in trials if OF_STUDY not in run.data.tags]

@@ -28,6 +28,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's kind and first line, whole: `Diverged: kernel_0 has non-finite values ...`."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
 def run(main: Callable[[list[str]], int | None], help: str | None = None) -> None:
     """Runs `main` on the command line's arguments and exits with its code.
 

@@ -189,6 +189,16 @@ def _written(value: Any) -> str:
     return repr(value)
 
 
+def is_group(name: str) -> bool:
+    """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
+    return (CONFIGURATIONS / name.partition("@")[0]).is_dir()
+
+
+def option_of(override: str) -> str:
+    """What an override sets: `optimizer.b1` of `+optimizer.b1=0.5`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def check_folder(folder: Path) -> None:
     """Raises ConfigError if nothing can be written there, or in the nearest parent that exists."""
     try:

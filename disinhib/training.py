@@ -65,34 +65,39 @@ class TrainingState(NamedTuple):
     seed: Int[Array, ""]
 
 
-def prepare(config: RunConfig) -> Data:
-    """Loads the data set and puts it on the device, once a process.
+def check_data(config: RunConfig) -> None:
+    """Loads the data set on the host, once a process, and checks that the run fits it.
 
-    Raises data.DataError (files), ConfigError (a batch larger than the training set).
+    Raises data.DataError (files), ConfigError (a batch larger than the training set, sizes that
+    are not the data's).
     """
-    data = _on_device(
+    splits = _on_host(config.dataset, config.dataset_path, config.valid_split)
+    samples, features = splits.train.images.shape
+    sizes, batch = config.architecture.sizes, config.architecture.batch_size
+    if batch > samples:
+        raise refusal("batchsize", batch, f"1 to {samples} ({config.dataset})")
+    for option, size, needed in (
+        ("dataset.dim_output", sizes[-1], splits.classes),
+        ("dataset.dim_input", sizes[0], features),
+    ):
+        if size != needed:
+            raise refusal(option, size, f"{needed} ({config.dataset})")
+
+
+def prepare(config: RunConfig) -> Data:
+    """The data set on the device, once a process. Raises as `check_data`."""
+    check_data(config)
+    return _on_device(
         config.dataset, config.dataset_path, config.valid_split, config.evaluated_share_of_train
     )
-    samples, features = data.train.images.shape
-    if config.architecture.batch_size > samples:
-        raise refusal(
-            "batchsize", config.architecture.batch_size, f"1 to {samples} ({config.dataset})"
-        )
-    classes = datasets.DATASETS[config.dataset].classes
-    if config.architecture.sizes[-1] != classes:
-        raise refusal(
-            "dataset.dim_output", config.architecture.sizes[-1], f"{classes} ({config.dataset})"
-        )
-    if config.architecture.sizes[0] != features:
-        raise refusal(
-            "dataset.dim_input", config.architecture.sizes[0], f"{features} ({config.dataset})"
-        )
-    return data
+
+
+_on_host = lru_cache(maxsize=4)(datasets.load)
 
 
 @lru_cache(maxsize=4)
 def _on_device(name: str, path: str | None, valid_split: float, subset_share: float) -> Data:
-    splits = datasets.load(name, path, valid_split)
+    splits = _on_host(name, path, valid_split)
     put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
     subset = math.ceil(subset_share * len(splits.train.labels))
     return Data(

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from analysis import report, runs
 from analysis.report import panels
 from analysis.report.panels.drawing import COLOURS, SCORES, wrapped
-from analysis.runs import COMPLETE, FAILED, PRUNED
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 from disinhib.tuning import space_tree
 
 EVIL = "</script><b>&"

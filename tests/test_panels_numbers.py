@@ -17,7 +17,7 @@ from analysis.report.panels import (
     search,
     studies,
 )
-from analysis.runs import COMPLETE, PRUNED
+from disinhib.tuning.event_log import COMPLETE, PRUNED
 from disinhib.tuning import space_tree
 
 

@@ -24,11 +24,11 @@ from markupsafe import Markup
 from analysis import runs, selection, stats, store as stores
 from analysis.report import panels, tables
 from analysis.report.panels import retraining
-from analysis.runs import COMPLETE, FAILED
 from analysis.selection import METRICS, Choice
 from analysis.store import Refused, Store, StudyRun
 from disinhib import errors
 from disinhib.errors import one_line
+from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.provenance import masked
 
 USAGE = "python -m analysis.report [study=NAME] [out=FOLDER] [tracking.uri=URI]"

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from analysis import stats
-from analysis.runs import COMPLETE, FAILED, PRUNED
 from analysis.selection import spent
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 REFERENCE = "bp"  # what every rule is compared with
 TEST, VALID = "test_accuracy", "valid_accuracy"

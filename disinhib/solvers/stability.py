@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
 from disinhib.config import RunConfig
 from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Hyperparameters, Newton, Ode
-from disinhib.losses import LOSSES
+from disinhib.losses import LOSSES, soft_targets
 from disinhib.network import Parameters, feedforward_input
 from disinhib.rules import RULES, feedback_and_aim
 from disinhib.solvers import newton, ode
@@ -100,6 +100,35 @@ def probe(
         reached=float(np.mean((largest <= REACHED) & np.all(converged, axis=0))),
         growth=float(np.max([_growth(jacobian) for jacobian in jacobians])),
     )
+
+
+def check(
+    config: RunConfig,
+    parameters: Parameters,
+    x: Float[Array, "batch in"],
+    labels: Int[Array, " batch"],
+) -> tuple[dict[str, float], str]:
+    """(metrics of `probe` under their names in MLflow, why the dynamics are not to be trusted: ""
+    if they are); no metrics for the plain MLP."""
+    classes = config.architecture.sizes[-1]
+    target = soft_targets(labels, classes, config.hyperparameters.soft_target)
+    measured = probe(config, parameters, x, target)
+    if measured is None:
+        return {}, ""
+    reasons = []
+    if measured.reached != 1:
+        reasons.append(
+            f"the ODE reaches Newton's steady state in {100 * measured.reached:.0f} % of {len(x)}"
+            f" samples only (gap {measured.gap:.2g})"
+        )
+    if not measured.growth < 0:
+        reasons.append(f"the steady state is unstable (eigenvalue {measured.growth:+.2g} /s)")
+    metrics = {
+        "ode_gap": measured.gap,
+        "ode_reached": measured.reached,
+        "ode_growth": measured.growth,
+    }
+    return metrics, "; ".join(reasons)
 
 
 def _integration(hyper: Hyperparameters, control: Control | None) -> Ode:

@@ -1,160 +1,171 @@
-"""Which trials are stopped before their budget is spent: Ray's early stopping, asked directly.
+"""Early stopping: which trials end before their budget is spent.
 
-A decision follows from the scores so far and nothing else, so a resumed study makes the decisions
-that the uninterrupted one made. A rule is to be tuned as carefully as the others, so by default a
-trial is compared with trials of its own rule only (`within_rule`): early on, slow but good rules
-would lose to fast ones.
+An entry of EARLY_STOPPING is a pure function of the scores so far,
+
+    stops(scores, peers, budget, options) -> bool
+
+where `scores` are a trial's by epoch (signed: more is better), `peers` those of the trials that it
+is compared with (read only where a decision is made), `budget` its epochs, and `options` its own. A
+rule is to be tuned as carefully as the others, so by default a trial's peers are trials of its own
+rule (`within_rule`): early on, slow but good rules would lose to fast ones.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from ray.air.constants import TRAINING_ITERATION
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
 
-SCORE = "score"
+from disinhib.checks import COUNT, FLAG, Check, Option, is_number, or_null
+from disinhib.tuning.event_log import Record
+
 Options = Mapping[str, Any]
+Scores = Sequence[float]
+
+ABOVE_1: Check = (lambda v: is_number(v) and v > 1, "a number above 1")
+WITHIN_RULE = Option("within_rule", True, FLAG, "compare a trial with trials of its own rule only")
+GRACE = Option(
+    "grace_period",
+    None,
+    or_null(COUNT),
+    "epochs before a trial can be stopped; null: a quarter of its budget",
+)
+FACTOR = Option("reduction_factor", 2, ABOVE_1, "of the trials at a rung, one in so many goes on")
 
 
-def _grace(options: Options, epochs: int) -> int:
-    """Epochs before a trial can be stopped."""
-    return options["grace_period"] or max(1, epochs // 4)
+def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
+    """Asynchronous successive halving (Li et al. 2020, MLSys), with the percentile of Ray Tune's
+    AsyncHyperBandScheduler: at a rung, grace x factor^k epochs below the budget, a trial goes on if
+    its score is at least the (1 - 1/factor) percentile of the scores that its peers had there."""
+    epoch = len(scores)
+    if epoch not in _rungs(grace_period(options, budget), budget, options["reduction_factor"]):
+        return False
+    there = [peer[epoch - 1] for peer in peers if len(peer) >= epoch]
+    share = 100 * (1 - 1 / options["reduction_factor"])
+    return bool(there) and bool(scores[-1] < np.percentile(there, share))
 
 
-def asha(options: Options, epochs: int, mode: str, bracket: int) -> TrialScheduler:
-    """Asynchronous successive halving; `epochs` is a trial's whole budget."""
-    factor = options["reduction_factor"]
-    grace = min(epochs, int(_grace(options, epochs) * factor**bracket))
-    return AsyncHyperBandScheduler(
-        metric=SCORE, mode=mode, max_t=epochs, grace_period=grace, reduction_factor=factor
-    )
+def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
+    """Median stopping (Golovin et al. 2017): a trial whose best score is worse than the median of
+    its peers' running means, from the grace period to its own epoch, ends."""
+    epoch, grace = len(scores), grace_period(options, budget)
+    if epoch < grace:
+        return False
+    means = [np.mean(peer[grace - 1 : epoch]) for peer in peers if len(peer) >= epoch]
+    if len(means) < options["min_samples_required"]:
+        return False
+    return bool(max(scores) < np.median(means))
 
 
-def hyperband_brackets(options: Options, epochs: int) -> list[float]:
-    """Shares of the trials that start in each bracket; a bracket's first decision is a reduction
-    factor later than that of the one before (Li et al. 2018, eq. of n in algorithm 1)."""
-    factor = options["reduction_factor"]
-    most = int(math.log(epochs / _grace(options, epochs), factor) + 1e-9)
-    sizes = [(most + 1) / (most - k + 1) * factor ** (most - k) for k in range(most + 1)]
-    return [size / sum(sizes) for size in sizes]
-
-
-def median(options: Options, epochs: int, mode: str, bracket: int) -> TrialScheduler:
-    """Stops a trial whose best score is worse than the median of the others' running means."""
-    return MedianStoppingRule(
-        time_attr=TRAINING_ITERATION,
-        metric=SCORE,
-        mode=mode,
-        grace_period=_grace(options, epochs),
-        min_samples_required=options["min_samples_required"],
-        min_time_slice=math.inf,  # pyright: ignore[reportArgumentType]  (never pauses a trial)
-    )
-
-
-def none(options: Options, epochs: int, mode: str, bracket: int) -> TrialScheduler:
+def never(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
     """Every trial runs its whole budget."""
-    return FIFOScheduler()
+    return False
 
 
-def _one_bracket(options: Options, epochs: int) -> list[float]:
+def grace_period(options: Options, budget: int) -> int:
+    """Epochs before a trial can be stopped; a bracket's are a factor more than those of the one
+    before it."""
+    grace = options["grace_period"] or max(1, budget // 4)
+    return min(budget, int(grace * options.get("reduction_factor", 1) ** options.get("bracket", 0)))
+
+
+def _rungs(grace: int, budget: int, factor: float) -> set[int]:
+    count = int(math.log(budget / grace, factor)) + 1
+    rungs = (math.ceil(grace * factor**k) for k in range(count))
+    return {rung for rung in rungs if rung < budget}
+
+
+def _one_bracket(options: Options, budget: int) -> list[float]:
     return [1.0]
 
 
-class Scheduler(NamedTuple):
-    """`make(options, epochs, mode, bracket)` gives Ray's; `brackets` the shares of the trials;
-    `remember`, a method of Ray's, adds a result of a trial that it does not judge."""
+def hyperband_brackets(options: Options, budget: int) -> list[float]:
+    """Shares of the trials that start in each bracket (Li et al. 2018, JMLR: n of algorithm 1)."""
+    factor = options["reduction_factor"]
+    last = int(math.log(budget / grace_period(options, budget), factor) + 1e-9)
+    sizes = [(last + 1) / (last - k + 1) * factor ** (last - k) for k in range(last + 1)]
+    return [size / sum(sizes) for size in sizes]
 
-    make: Callable[[Options, int, str, int], TrialScheduler]
+
+class EarlyStopping(NamedTuple):
+    """`stops` as above; `brackets(options, budget)` are the shares of the trials whose grace period
+    is a factor longer each time."""
+
+    stops: Callable[[Scores, Iterable[Scores], int, Options], bool]
+    options: tuple[Option, ...]
+    words: str
     brackets: Callable[[Options, int], list[float]] = _one_bracket
-    remember: Callable[..., Any] = FIFOScheduler.on_trial_result
 
 
-SCHEDULERS: dict[str, Scheduler] = {
-    "asha": Scheduler(asha, remember=AsyncHyperBandScheduler.on_trial_result),
-    "hyperband": Scheduler(
-        asha, hyperband_brackets, remember=AsyncHyperBandScheduler.on_trial_result
+EARLY_STOPPING: dict[str, EarlyStopping] = {
+    "asha": EarlyStopping(
+        asha,
+        (WITHIN_RULE, GRACE, FACTOR),
+        "asynchronous successive halving: at 1, 2, 4 ... times the grace period only the better"
+        " half of the trials that got that far go on",
     ),
-    "median": Scheduler(median, remember=MedianStoppingRule.on_trial_complete),
-    "none": Scheduler(none),
+    "hyperband": EarlyStopping(
+        asha,
+        (WITHIN_RULE, GRACE, FACTOR),
+        "asynchronous HyperBand: successive halving in several brackets, each of which first"
+        " decides later than the one before, as insurance against slow starters",
+        hyperband_brackets,
+    ),
+    "median": EarlyStopping(
+        median,
+        (
+            WITHIN_RULE,
+            GRACE,
+            Option(
+                "min_samples_required", 3, COUNT, "peers that got as far, before a trial is stopped"
+            ),
+        ),
+        "a trial whose best score is worse than the median of the others' running means ends",
+    ),
+    "none": EarlyStopping(
+        never, (WITHIN_RULE._replace(default=False),), "every trial runs its whole budget"
+    ),
 }
 
 
-class _Name(NamedTuple):
-    """All that Ray's early stopping asks of a trial."""
+def bracket(number: int, seed: int, options: Options, budget: int) -> int:
+    """The bracket of trial `number`, drawn by the study's seed."""
+    shares = EARLY_STOPPING[options["name"]].brackets(options, budget)
+    return 0 if len(shares) == 1 else _drawn(number, seed, tuple(shares))
 
-    trial_id: str
+
+@lru_cache(maxsize=100_000)
+def _drawn(number: int, seed: int, shares: tuple[float, ...]) -> int:
+    return int(np.random.default_rng((seed, number)).choice(len(shares), p=shares))
 
 
-class Stopping:
-    """The early stopping of a study whose trials have a budget of `epochs`.
+def decide(
+    records: Mapping[int, Record],
+    number: int,
+    score: float,
+    options: Options,
+    seed: int,
+    batch: int | None = None,
+) -> bool:
+    """Whether trial `number`, whose newest `score` is not among its record's yet, ends here.
 
-    With `batch`, a trial is compared with those of earlier batches only, `batch` consecutive
-    numbers each: no decision then depends on which trial was faster.
+    With `batch`, peers are the trials of earlier batches only, `batch` consecutive numbers each: no
+    decision then depends on which trial was faster.
     """
-
-    def __init__(self, options: Options, epochs: int, mode: str, batch: int | None = None):
-        self.options, self.epochs, self.mode, self.batch = options, epochs, mode, batch
-        self.scheduler = SCHEDULERS[options["name"]]
-        self.shares = self.scheduler.brackets(options, epochs)
-        self.heard: dict[int, tuple[Hashable, list[float]]] = {}  # number -> (group, scores)
-        self.judges: dict[Hashable, TrialScheduler] = {}  # by group, or by number in batches
-        self.first = 0  # number of the batch
-
-    def stops(self, config: Mapping[str, Any], epoch: int, score: float) -> bool:
-        """Whether the trial ends here; to be asked once for each of its epochs, in order."""
-        number = config["number"]
-        group, scores = self.heard.setdefault(number, (self._group(config), []))
-        judge = self._judge(number, group)
-        if not scores:
-            judge.on_trial_add(None, _Name(str(number)))  # pyright: ignore[reportArgumentType]
-        scores.append(score)
-        decision = judge.on_trial_result(*_told(number, epoch, score))
-        return decision == TrialScheduler.STOP
-
-    def heard_of(self, number: int) -> int:
-        """How many epochs of a trial it has been asked about."""
-        return len(self.heard[number][1]) if number in self.heard else 0
-
-    def _group(self, config: Mapping[str, Any]) -> Hashable:
-        """Trials are compared within their group."""
-        drawn = np.random.default_rng(config["number"])
-        bracket = int(drawn.choice(len(self.shares), p=self.shares))
-        return config["rule"] if self.options["within_rule"] else None, bracket
-
-    def _judge(self, number: int, group: Any) -> TrialScheduler:
-        if self.batch is None:
-            if group not in self.judges:
-                self.judges[group] = self._fresh(group)
-            return self.judges[group]
-        first = number // self.batch * self.batch
-        if first != self.first:  # of these judges nothing will be asked any more
-            self.first, self.judges = first, {}
-        if group not in self.judges:
-            judge = self.judges[group] = self._fresh(group)
-            for other, (theirs, scores) in sorted(self.heard.items()):
-                if other < first and theirs == group:
-                    judge.on_trial_add(None, _Name(str(other)))  # pyright: ignore
-                    for epoch, score in enumerate(scores, start=1):
-                        self.scheduler.remember(judge, *_told(other, epoch, score))
-        if number not in self.judges:
-            self.judges[number] = copy.deepcopy(self.judges[group])
-        return self.judges[number]
-
-    def _fresh(self, group: Any) -> TrialScheduler:
-        _, bracket = group
-        return self.scheduler.make(self.options, self.epochs, self.mode, bracket)
-
-
-def _told(number: int, epoch: int, score: float) -> Any:
-    """Arguments of Ray's methods: its controller, which they do not use, trial and result."""
-    return None, _Name(str(number)), {SCORE: score, TRAINING_ITERATION: epoch}
+    record = records[number]
+    own = bracket(number, seed, options, record.budget)
+    first = None if batch is None else number // batch * batch
+    peers = (
+        other.scores
+        for other in records.values()
+        if other.number != number
+        and (first is None or other.number < first)
+        and (not options["within_rule"] or other.rule == record.rule)
+        and bracket(other.number, seed, options, record.budget) == own
+    )
+    scores = [*record.scores, score]
+    stops = EARLY_STOPPING[options["name"]].stops
+    return stops(scores, peers, record.budget, {**options, "bracket": own})

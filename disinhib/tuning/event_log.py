@@ -1,31 +1,37 @@
-"""What happened in a study, in order: the truth that Ray, Optuna and MLflow are given copies of.
+"""The event log of a study: all that happened, in order. It is the study's only state.
 
-One SQLite file in the study's folder. An event is written, and on disk, before anyone acts on it,
-so a study that is killed at any moment is what its journal says. (trial, kind, epoch) is unique:
-what is heard twice, because a trial went on from a checkpoint, happened once.
+One SQLite file in the study's folder. An event is on disk before anyone acts on it, so a study that
+is killed at any moment is what its log says, and going on is replaying it. (trial, kind, epoch) is
+unique: what is reported twice, because a trial went on from a checkpoint, happened once. Ray,
+Optuna and MLflow are given copies (`outbox`).
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from disinhib.errors import ConfigError
 
-FILE = "journal.db"
-ASKED, EPOCH, ENDED = "asked", "epoch", "ended"
+FILE = "events.db"
 
-WAITING, RUNNING = "waiting", "running"  # of trials that have not ended
-COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
-KILLED = "killed"  # its study was interrupted and not resumed since
+# The states of a trial; they mean the same in Ray, Optuna, MLflow and every report.
+WAITING, RUNNING = "waiting", "running"  # it has not ended
+COMPLETE = "complete"  # it ran its whole budget
+PRUNED = "pruned"  # early stopping ended it
+FAILED = "failed"  # it diverged or raised
+KILLED = "killed"  # its study was interrupted, and has not been resumed since
+ENDED = (COMPLETE, PRUNED, FAILED)
+STATES = (*ENDED, RUNNING, KILLED)
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS events (
@@ -41,27 +47,96 @@ CREATE TABLE IF NOT EXISTS delivered (store TEXT PRIMARY KEY, event INTEGER NOT 
 """
 
 
-class Event(NamedTuple):
-    """`asked`: a trial was proposed (body: `config`, and `point`, what Optuna chose).
-    `epoch`: it reported `score` and `metrics` after epoch `epoch`.
-    `ended`: `state` is complete, pruned or failed; `reason` is set if failed."""
+class TrialConfig(TypedDict):
+    """What a worker needs of a trial. (Plain values: it crosses processes and is kept as JSON.)"""
+
+    number: int  # from 0, the same in the log, Ray, Optuna and MLflow
+    rule: str
+    searched: dict[str, Any]  # the Hydra overrides that its space or grid chose
+    command: str  # runs the same training by hand
+    options: dict[str, Any]  # resolved training options
+    seeds: list[int]  # a lane each
+    epochs: int  # its whole budget
+    final: bool  # a retraining: it opens the test set, its seeds are reported one by one, and one
+    # that diverges ends alone; else one diverged seed fails the trial
+
+
+class Point(TypedDict):
+    """What Optuna chose, in plain values: parameters, their distributions as JSON, and what its
+    sampler keeps with a trial."""
+
+    params: dict[str, Any]
+    distributions: dict[str, str]
+    system_attrs: dict[str, Any]
+
+
+NO_POINT = Point(params={}, distributions={}, system_attrs={})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial was proposed. `tags` and `files` (name -> text) are for its runs in MLflow."""
+
+    kind: ClassVar = "asked"
+    trial: int
+    config: TrialConfig
+    point: Point = field(default_factory=lambda: NO_POINT)
+    tags: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    epoch: ClassVar = 0
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """A trial reported an epoch."""
+
+    kind: ClassVar = "epoch"
+    trial: int
+    epoch: int  # from 1
+    score: float  # the study's metric, mean over seeds; signed: more is better
+    metrics: dict[str, list[float]]  # a value for each seed; NaN after it has diverged
+    place: dict[str, str]  # host and device
+    diverged: dict[str, str] = field(default_factory=dict)  # seed -> reason, of those that did now
+    flags: dict[str, str] = field(default_factory=dict)  # seed -> why its dynamics are not trusted
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial ended: complete, pruned or failed, for a `reason` if failed."""
+
+    kind: ClassVar = "ended"
+    trial: int
+    state: str
+    epochs: int  # reported
+    reason: str | None = None
+    seeds: list[dict[str, Any]] = field(default_factory=list)  # `Seed`s of a final trial
+    epoch: ClassVar = 0
+
+
+Event = Asked | EpochDone | Ended
+KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended)}
+
+
+class Logged(NamedTuple):
+    """An event and where it stands in the log."""
 
     id: int
     time: float  # s since 1970
-    trial: int
-    kind: str
-    epoch: int  # 0 but for an epoch's
-    body: dict[str, Any]
+    event: Event
 
 
 @dataclass
 class Record:
-    """A trial as the journal has it."""
+    """A trial as the log has it."""
 
-    config: Mapping[str, Any]  # trial.TrialConfig
-    scores: list[float] = field(default_factory=list)  # by epoch
-    state: str = WAITING  # until it has ended
+    config: TrialConfig
+    point: Point = field(default_factory=lambda: NO_POINT)
+    scores: list[float] = field(default_factory=list)  # by epoch; signed: more is better
+    state: str = WAITING
     reason: str | None = None
+    diverged: dict[str, tuple[int, str]] = field(default_factory=dict)  # seed -> (epoch, reason)
+    flags: dict[str, str] = field(default_factory=dict)  # seed -> reason
+    tags: Mapping[str, str] = field(default_factory=dict)  # of its runs in MLflow
 
     @property
     def number(self) -> int:
@@ -73,6 +148,7 @@ class Record:
 
     @property
     def epochs(self) -> int:
+        """Reported so far."""
         return len(self.scores)
 
     @property
@@ -81,27 +157,65 @@ class Record:
 
     @property
     def score(self) -> float | None:
-        """That of the last epoch."""
+        """That of the last epoch; signed: more is better."""
         return self.scores[-1] if self.scores else None
 
     @property
     def ended(self) -> bool:
-        return self.state in (COMPLETE, PRUNED, FAILED)
+        return self.state in ENDED
+
+    def seed_ends(self, state: str, reason: str | None) -> list[dict[str, Any]]:
+        """How each seed of a final trial ended, if the trial ends in `state` now."""
+        ends = []
+        for seed in map(str, self.config["seeds"]):
+            if seed in self.diverged:
+                epoch, why = self.diverged[seed]
+                ends.append({"seed": int(seed), "state": FAILED, "epochs": epoch - 1,
+                             "reason": why, "flag": ""})  # fmt: skip
+            else:
+                ends.append({"seed": int(seed), "state": state, "epochs": self.epochs,
+                             "reason": reason, "flag": self.flags.get(seed, "")})  # fmt: skip
+        return ends
 
 
 def follow(records: dict[int, Record], event: Event) -> None:
     """Brings `records`, trials by number, up to `event`."""
-    if event.kind == ASKED:
-        records[event.trial] = Record(event.body["config"])
-    elif event.kind == EPOCH:
-        records[event.trial].scores.append(event.body["score"])
-    else:
-        records[event.trial].state = event.body["state"]
-        records[event.trial].reason = event.body["reason"]
+    match event:
+        case Asked():
+            records[event.trial] = Record(event.config, event.point, tags=event.tags)
+        case EpochDone():
+            record = records[event.trial]
+            record.scores.append(event.score)
+            record.diverged |= {s: (event.epoch, why) for s, why in event.diverged.items()}
+            record.flags |= event.flags
+        case Ended():
+            records[event.trial].state = event.state
+            records[event.trial].reason = event.reason
 
 
-class Journal:
-    """An open journal; nobody else can open it until it is closed, or its process has ended.
+def replay(events: Iterable[Logged]) -> dict[int, Record]:
+    """The trials of a log, by number."""
+    records: dict[int, Record] = {}
+    for logged in events:
+        follow(records, logged.event)
+    return records
+
+
+def over_seeds(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean over seeds of each metric and, of several, its standard deviation (n - 1) as
+    `<name>_sd`; of finite values, if there are any."""
+    summary = {}
+    for name, values in metrics.items():
+        finite = [value for value in values if math.isfinite(value)] or [math.nan]
+        mean = summary[name] = sum(finite) / len(finite)
+        if len(values) > 1:
+            spread = sum((value - mean) ** 2 for value in finite)
+            summary[f"{name}_sd"] = math.sqrt(spread / max(1, len(finite) - 1))
+    return summary
+
+
+class EventLog:
+    """An open log; nobody else can open it until it is closed, or its process has ended.
 
     Raises ConfigError if another process has it open, OSError(ENOSPC) if the disk is full: then
     nothing of that call was written.
@@ -127,34 +241,29 @@ class Journal:
     def close(self) -> None:
         self._connection.close()
 
-    def append(self, events: Iterable[tuple[int, str, int, Mapping[str, Any]]]) -> list[Event]:
-        """Writes (trial, kind, epoch, body) of all `events` or of none; returns those that are
-        news."""
+    def append(self, events: Iterable[Event]) -> list[Event]:
+        """Writes all `events` or none; returns those that are new, as they will be read again."""
         new = []
         with self._lock, self._transaction() as execute:
-            for trial, kind, epoch, body in events:
-                now, text = time.time(), json.dumps(body)
+            for event in events:
+                text = json.dumps(asdict(event))
                 cursor = execute(
                     "INSERT OR IGNORE INTO events (time, trial, kind, epoch, body)"
                     " VALUES (?, ?, ?, ?, ?)",
-                    (now, trial, kind, epoch, text),
+                    (time.time(), event.trial, event.kind, event.epoch, text),
                 )
                 if cursor.rowcount:
-                    # From its text, so that it is the same now and when it is read again.
-                    new.append(
-                        Event(cursor.lastrowid or 0, now, trial, kind, epoch, json.loads(text))
-                    )
+                    new.append(_parsed(event.kind, text))
         return new
 
-    def events(self, after: int = 0, limit: int = -1) -> list[Event]:
+    def events(self, after: int = 0, limit: int = -1) -> list[Logged]:
         """Those after event `after`, the oldest first."""
         with self._lock:
             rows = self._connection.execute(
-                "SELECT id, time, trial, kind, epoch, body FROM events WHERE id > ?"
-                " ORDER BY id LIMIT ?",
+                "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?",
                 (after, limit),
             ).fetchall()
-        return [Event._make((*row[:5], json.loads(row[5]))) for row in rows]
+        return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
 
     def last(self) -> int:
         """Id of the newest event, 0 if there is none."""
@@ -169,7 +278,7 @@ class Journal:
             ).fetchone()
         return row[0] if row else 0
 
-    def deliver(self, store: str, event: int) -> None:
+    def set_delivered(self, store: str, event: int) -> None:
         with self._lock, self._transaction() as execute:
             execute("INSERT OR REPLACE INTO delivered VALUES (?, ?)", (store, event))
 
@@ -184,13 +293,9 @@ class Journal:
                 self._connection.execute("ROLLBACK")
             full = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
             if getattr(error, "sqlite_errorname", None) in full:
-                raise OSError(errno.ENOSPC, "no space left for the journal") from error
+                raise OSError(errno.ENOSPC, "no space left for the event log") from error
             raise
 
 
-def records(events: Iterable[Event]) -> dict[int, Record]:
-    """The trials of `events`, by number."""
-    found: dict[int, Record] = {}
-    for event in events:
-        follow(found, event)
-    return found
+def _parsed(kind: str, text: str) -> Event:
+    return KINDS[kind](**json.loads(text))

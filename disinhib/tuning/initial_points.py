@@ -21,18 +21,18 @@ from disinhib.tuning.space_tree import (
     RULE,
     Distribution,
     Params,
-    Way,
+    Path,
     allows,
     at_ends,
     described,
-    moving,
-    offered,
+    ends_of,
     option_of,
+    parameters_for,
+    paths,
     rules_of,
     same,
     shown,
-    walk,
-    ways,
+    trace,
     words,
 )
 from search_spaces import Space
@@ -59,11 +59,11 @@ def _default(space: Space, rule: str | None, configured) -> Params | None:
     while groups not in tried:
         tried.append(groups)
         known = {**configured(groups), **({} if rule is None else {RULE: rule})}
-        way = walk(space, lambda name, kind, known=known: _configured_value(name, kind, known)[0])
-        chosen = _groups(way)
+        path = trace(space, lambda name, kind, known=known: _configured_value(name, kind, known)[0])
+        chosen = _groups(path)
         if chosen == groups:
-            within = (_configured_value(n, k, known)[1] for n, k in way.distributions.items())
-            return way.params if all(within) else None
+            within = (_configured_value(n, k, known)[1] for n, k in path.distributions.items())
+            return path.params if all(within) else None
         groups = chosen
     return None
 
@@ -73,16 +73,16 @@ def _configured_value(name: str, kind: Distribution, known: Mapping[str, Any]) -
     for option in (name, option_of(name)):
         if option in known and allows(kind, known[option]):
             return _converted(kind, known[option]), True
-    return offered(kind, "low")[0], False
+    return ends_of(kind, "low")[0], False
 
 
-def _groups(way: Way) -> dict[str, str]:
-    """The texts that a way sets, among them its groups, but for those that it searches: their
+def _groups(path: Path) -> dict[str, str]:
+    """The texts that a path sets, among them its groups, but for those that it searches: their
     default is what stands when they are left alone. The rule is a choice, and no default."""
     return {
         option: value
-        for option, value in way.overrides.items()
-        if isinstance(value, str) and (option == RULE or not moving(option, way.params))
+        for option, value in path.overrides.items()
+        if isinstance(value, str) and (option == RULE or not parameters_for(option, path.params))
     }
 
 
@@ -92,7 +92,7 @@ def grid(space: Space, points: int) -> list[Params]:
 
     A range with fewer values gives them all; one value of a range is its middle.
     """
-    return [way.params for way in ways(space, lambda _, kind: _grid_values(kind, points))]
+    return [path.params for path in paths(space, lambda _, kind: _grid_values(kind, points))]
 
 
 def _grid_values(distribution: Distribution, points: int) -> list[Any]:
@@ -156,7 +156,7 @@ def _read_point(given: Any, space: Space) -> Params:
     named = {name: _read_number(value) for name, value in flatten(given).items()}
     rule = _read_rule(named, space)
     reached = list(at_ends(space, rule))
-    kinds = {name: kind for way in reached for name, kind in way.distributions.items()}
+    kinds = {name: kind for path in reached for name, kind in path.distributions.items()}
     point: Params = {}
     for name, value in named.items():
         parameter = _parameter(name, kinds)
@@ -166,7 +166,7 @@ def _read_point(given: Any, space: Space) -> Params:
             raise ConfigError(f"{parameter}: given twice")
         else:
             point[parameter] = _read_value(name, value, kinds[parameter])
-    left = {name for way in at_ends(space, point) for name in way.params}
+    left = {name for path in at_ends(space, point) for name in path.params}
     for name in point:
         if name not in left:
             raise ConfigError(f"{name}: not searched with this point's other choices")
@@ -201,18 +201,18 @@ def _read_value(name: str, value: Any, distribution: Distribution) -> Any:
 
 def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
     """The parameter that is called `name`, or searched for the option `name`; None if none is."""
-    found = [name] if name in kinds else moving(name, kinds)
+    found = [name] if name in kinds else parameters_for(name, kinds)
     if len(found) > 1:
         raise ConfigError(f"{name}: could be {' or '.join(found)}; give the full name")
     return found[0] if found else None
 
 
-def _check_group(name: str, value: Any, reached: Sequence[Way]) -> None:
+def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
     """A point may repeat the groups that its branch chooses: the points of a study of several
     rules then suit a study of one."""
-    chosen = {way.overrides.get(name) for way in reached}
+    chosen = {path.overrides.get(name) for path in reached}
     if name not in _groups(reached[0]) or len(chosen) > 1:
-        known = {known for way in reached for p in way.params for known in (p, option_of(p))}
+        known = {known for path in reached for p in path.params for known in (p, option_of(p))}
         raise ConfigError(f"{name}: not searched in this branch{nearest(name, sorted(known))}")
     (group,) = chosen
     if value != group:

@@ -1,151 +1,228 @@
-"""The course of a study: who is next, who has been heard, who ends. Knows no Ray.
+"""The study loop: it asks for trials, starts them, hears of them, and ends them. Knows no Ray.
 
-Whatever happens is written to the journal first and then followed, by the same code that follows
-the journal of a study that goes on. So a resumed study is where it was.
+The log is the only state: every step is written before it is acted upon, and going on after a kill
+is replaying the log and entering the same loop. An epoch and what it leads to (the trial is
+complete, or stopped early) are one transaction, so there is nothing to be mended.
+
+Ray Tune turns control around, it asks and tells. So the loop is a coroutine: each `yield` is where
+it waits for the next outcome, and gives back whether the trial that spoke last has ended.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from disinhib.tuning import event_log as journals
-from disinhib.tuning.early_stopping import Stopping
 from disinhib.tuning.event_log import (
-    ASKED,
     COMPLETE,
-    ENDED,
-    EPOCH,
     FAILED,
     PRUNED,
+    RUNNING,
+    Asked,
+    Ended,
+    EpochDone,
     Event,
-    Journal,
+    EventLog,
     Record,
+    TrialConfig,
+    follow,
 )
-from disinhib.tuning.suggest import Search
-from search_spaces import Overrides
 
 
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps what goes wrong in `fatal`, for whoever ends the study, and does nothing after it:
-    Ray takes an error in some of its hooks for the trial's own."""
-
-    @wraps(method)
-    def guarded(self: Conductor, *arguments: Any) -> Any:
-        if self.fatal is not None:
-            return None
-        try:
-            return method(self, *arguments)
-        except Exception as error:
-            self.fatal = error
-
-    return guarded
+class StudyStopped(RuntimeError):
+    """The study cannot go on now, and can be resumed; the message says what to do first."""
 
 
-class Conductor:
-    """`configure(number, overrides)` makes a trial's configuration of what was proposed; at most
-    `at_once` trials are out at a time, until `trials` were."""
+@dataclass(frozen=True)
+class Started:
+    """A worker has taken up the trial."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        search: Search,
-        stopping: Stopping,
-        configure: Callable[[int, Overrides], Mapping[str, Any]],
-        trials: int,
-        at_once: int,
-    ):
-        self.journal, self.search, self.stopping = journal, search, stopping
-        self.configure, self.trials, self.at_once = configure, trials, at_once
-        self.records: dict[int, Record] = {}
-        self.stopped: set[int] = set()  # trials whose stopping is decided
-        self.out: set[int] = set()  # handed out, and not ended
-        self.fatal: Exception | None = None  # why the study cannot go on
-        for event in journal.events():
-            self._follow(event)
-        self.mended = self._settle()
-        # To be handed out: those that have ended first, as they only have to be known, then those
-        # that go on.
-        unfinished = lambda number: not self.records[number].ended
-        self.queue = deque(sorted(self.records, key=lambda number: (unfinished(number), number)))
+    trial: int
 
-    def __getstate__(self) -> dict:
-        return {}  # Ray keeps a copy of all that it is given; ours is the journal
 
-    def _settle(self) -> list[str]:
-        """Ends trials that had done all they had to do when the study was killed; says which."""
-        ends = []
-        for number, record in self.records.items():
-            if not record.ended and record.epochs >= record.budget:
-                ends.append((number, COMPLETE))
-            elif not record.ended and number in self.stopped:
-                ends.append((number, PRUNED))
-        for number, state in ends:
-            self._end(number, state, None)
-        return [f"trial {number} had ended as {state}" for number, state in ends]
+@dataclass(frozen=True)
+class Epoch:
+    """What a worker reports after an epoch."""
 
-    @_guarded
-    def next(self) -> Record | None:
-        """The trial to hand out now, if there is one; ended ones do not count as out."""
-        free = len(self.out) < self.at_once
-        if not self.queue and free and len(self.records) < self.trials:
-            self._propose()
-        if self.queue and (free or self.records[self.queue[0]].ended):
-            record = self.records[self.queue.popleft()]
-            if not record.ended:
-                self.out.add(record.number)
-            return record
-        return None
+    trial: int
+    epoch: int  # from 1
+    metrics: Mapping[str, list[float]]  # a value for each seed
+    place: Mapping[str, str]
+    diverged: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
+    flags: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
+    obstacle: str | None = None  # why the study has to stop: no checkpoint can be written
 
-    def _propose(self) -> None:
-        """Proposes the next trial, or the next batch once all others have ended."""
-        first, batch = len(self.records), self.search.batch
-        if batch is not None and not all(record.ended for record in self.records.values()):
+
+@dataclass(frozen=True)
+class Raised:
+    """The trial's training raised."""
+
+    trial: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The trial's workers died, again and again."""
+
+    trial: int
+    reason: str
+
+
+Outcome = Started | Epoch | Raised | Lost
+Loop = Generator[bool, Outcome, None]
+
+
+class Backend(Protocol):
+    """What runs the trials."""
+
+    def start(self, config: TrialConfig) -> None:
+        """Hands over a trial, to be run as soon as there is room for it."""
+        ...
+
+
+# What may be asked for next, given the records: nothing now, or a trial, or a batch of them.
+Source = Callable[[Mapping[int, Record]], Iterable[Asked]]
+Stops = Callable[[Mapping[int, Record], int, float], bool]  # (records, trial, its newest score)
+
+
+def study_loop(
+    log: EventLog,
+    records: dict[int, Record],
+    source: Source,
+    stops: Stops,
+    score: Callable[[Mapping[str, list[float]]], float],
+    backend: Backend,
+    at_once: int,
+    observe: Callable[[Event], None],
+) -> Loop:
+    """Runs the trials that are left of `records` and those of `source` to their end, `at_once` at a
+    time; `observe` is called with every event that has happened.
+
+    `score` of an epoch's metrics is signed: more is better. Raises what the log raises, and
+    StudyStopped.
+    """
+
+    def write(events: Iterable[Event]) -> None:
+        for event in log.append(events):
+            follow(records, event)
+            observe(event)
+
+    waiting = deque(number for number in sorted(records) if not records[number].ended)
+    running: set[int] = set()
+    ended = False  # the trial that spoke last
+    while True:
+        while len(running) < at_once:
+            if not waiting:
+                asked = list(source(records))
+                write(asked)
+                waiting.extend(event.trial for event in asked)
+            if not waiting:
+                break
+            number = waiting.popleft()
+            running.add(number)
+            backend.start(records[number].config)
+        if not running:
             return
-        asked = []
-        for number in range(first, min(self.trials, first + (batch or 1))):
-            proposal = self.search.propose(number)
-            config = self.configure(number, proposal.overrides)
-            asked.append((number, ASKED, 0, {"config": config, "point": proposal.point}))
-        self._write(asked)
-        self.queue.extend(number for number, *_ in asked)
+        outcome = yield ended
+        record = records[outcome.trial]
+        if not record.ended:
+            if isinstance(outcome, Started):
+                record.state = RUNNING
+            else:
+                write(events_of(outcome, records, stops, score))
+        ended = record.ended
+        if ended:
+            running.discard(outcome.trial)
+        if isinstance(outcome, Epoch) and outcome.obstacle is not None:
+            raise StudyStopped(outcome.obstacle)
 
-    def stops(self, number: int, epoch: int, score: float) -> bool:
-        """Whether the trial is to end after `epoch`; decided once."""
-        if epoch > self.stopping.heard_of(number) and self.stopping.stops(
-            self.records[number].config, epoch, score
-        ):
-            self.stopped.add(number)
-        # One that goes on from a checkpoint tells of earlier epochs again.
-        return number in self.stopped and epoch == self.stopping.heard_of(number)
 
-    @_guarded
-    def heard(self, number: int, epoch: int, body: Mapping[str, Any]) -> None:
-        """A trial reported `body` (score, metrics, ...) after `epoch`."""
-        if epoch > self.records[number].epochs:
-            self._write([(number, EPOCH, epoch, body)])
+def events_of(
+    outcome: Epoch | Raised | Lost,
+    records: Mapping[int, Record],
+    stops: Stops,
+    score: Callable[[Mapping[str, list[float]]], float],
+) -> list[Event]:
+    """What follows from an outcome; nothing if it is known already, as a trial that goes on from a
+    checkpoint reports earlier epochs again."""
+    record = records[outcome.trial]
+    if isinstance(outcome, Raised | Lost):
+        return [_end(record, FAILED, outcome.reason)]
+    if outcome.epoch != record.epochs + 1:
+        return []
+    value = score(outcome.metrics)
+    done = EpochDone(
+        outcome.trial,
+        outcome.epoch,
+        value,
+        dict(outcome.metrics),
+        dict(outcome.place),
+        dict(outcome.diverged),
+        dict(outcome.flags),
+    )
+    after = Record(**{**vars(record), "scores": [*record.scores, value]})
+    after.diverged = record.diverged | {s: (done.epoch, why) for s, why in done.diverged.items()}
+    after.flags = record.flags | done.flags
+    if len(after.diverged) == len(record.config["seeds"]):
+        return [done, _end(after, FAILED, next(iter(after.diverged.values()))[1])]
+    if done.epoch >= record.budget:
+        return [done, _end(after, COMPLETE)]
+    if stops(records, outcome.trial, value):
+        return [done, _end(after, PRUNED)]
+    return [done]
 
-    @_guarded
-    def ended(self, number: int, reason: str | None = None) -> None:
-        """A trial ended by itself, or was stopped, or failed for a `reason`."""
-        record = self.records[number]
-        whole = record.epochs >= record.budget
-        state = FAILED if reason is not None else COMPLETE if whole else PRUNED
-        self._end(number, state, reason)
-        self.out.discard(number)
 
-    def _end(self, number: int, state: str, reason: str | None) -> None:
-        body = {"state": state, "epochs": self.records[number].epochs, "reason": reason}
-        self._write([(number, ENDED, 0, body)])
+def _end(record: Record, state: str, reason: str | None = None) -> Ended:
+    seeds = record.seed_ends(state, reason) if record.config["final"] else []
+    return Ended(record.number, state, record.epochs, reason, seeds)
 
-    def _write(self, events: list[tuple[int, str, int, Mapping[str, Any]]]) -> None:
-        for event in self.journal.append(events):
-            self._follow(event)
 
-    def _follow(self, event: Event) -> None:
-        journals.follow(self.records, event)
-        self.search.follow(event)
-        if event.kind == EPOCH:
-            self.stops(event.trial, event.epoch, event.body["score"])
+def never(records: Mapping[int, Record], trial: int, score: float) -> bool:
+    """Of a study whose trials all run their whole budget."""
+    return False
+
+
+def mean_score(metric: str, sign: int) -> Callable[[Mapping[str, list[float]]], float]:
+    """The mean over seeds of `metric`, those that have diverged apart; more is better."""
+
+    def score(metrics: Mapping[str, list[float]]) -> float:
+        values = [value for value in metrics[metric] if math.isfinite(value)]
+        return sign * sum(values) / len(values) if values else math.nan
+
+    return score
+
+
+def from_list(trials: Iterable[Asked]) -> Source:
+    """The `trials`, one after the other, in the order in which they are listed."""
+    listed = list(trials)
+
+    def source(records: Mapping[int, Record]) -> list[Asked]:
+        return [asked for asked in listed if asked.trial not in records][:1]
+
+    return source
+
+
+Proposer = Callable[[int, Mapping[int, Record]], Asked]
+
+
+def from_search(propose: Proposer, trials: int, batch: int | None = None) -> Source:
+    """The trials that `propose(number, records)` gives, `trials` in all: one after the other, or
+    with `batch` so many together as soon as all earlier ones have ended."""
+
+    def source(records: Mapping[int, Record]) -> list[Asked]:
+        first = len(records)
+        if batch is not None and not all(record.ended for record in records.values()):
+            return []
+        asked: dict[int, Record] = {**records}
+        events: list[Any] = []
+        for number in range(first, min(trials, first + (batch or 1))):
+            event = propose(number, asked)
+            events.append(event)
+            asked[number] = Record(event.config, event.point)
+        return events
+
+    return source

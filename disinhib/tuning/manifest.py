@@ -1,14 +1,16 @@
-"""What a study starts from: made once, kept in its folder, and compared when it goes on."""
+"""What is pinned when a study starts: kept in its folder, and compared when it goes on."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shlex
 import tempfile
 import uuid
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +20,61 @@ from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError
 from disinhib.tuning import provenance, retention, space_tree, suggest
-from disinhib.tuning.event_log import Journal
-from disinhib.tuning.options import FILE, Study, check_space, first_points, kept
+from disinhib.tuning.event_log import Asked, EventLog, Record, replay
+from disinhib.tuning.loop import Proposer
+from disinhib.tuning.options import Study, check_space, configure, first_points
+from disinhib.tuning.resume import FILE
 from search_spaces import SPACES
 
-ORIGIN = "origin.json"  # in the study's folder
+MANIFEST = "manifest.json"  # in the study's folder
 
 
-def begin(study: Study) -> dict[str, Any]:
-    """What a new study starts from and what its trials will be compared with, in plain values.
+@dataclass(frozen=True)
+class Manifest:
+    """What a study starts from, in plain values."""
+
+    id: str  # the study's own, wherever it goes
+    provenance: dict[str, Any]  # code, packages, machine, data of its first trial
+    space: dict[str, Any] | None = None  # space_tree.definition; None if nothing is searched
+    points: list[dict[str, Any]] = field(default_factory=list)  # parameters to be tried first
+    past: list[suggest.Tried] = field(default_factory=list)  # trials that it learns from
+
+    def tags(self, command: str) -> dict[str, str]:
+        """What MLflow shows of where a study, started by `command`, and its trials come from."""
+        code = self.provenance["code"]
+        space = {} if self.space is None else {"space_sha256": space_tree.fingerprint(self.space)}
+        commit = {} if code["commit"] is None else {"mlflow.source.git.commit": code["commit"]}
+        return {
+            "command": provenance.masked(command),
+            "code_version": code["version"],
+            "code_dirty": "unknown" if code["commit"] is None else str(bool(code["diff"])).lower(),
+            "data_sha256": self.provenance["data"]["sha256"],
+            **space,
+            **commit,
+        }
+
+    def files(self) -> dict[str, str]:
+        """Artifacts of the study and of each of its trials: name -> text."""
+        files = {"provenance.json": json.dumps(self.provenance, indent=1)}
+        if self.space is not None:
+            files["space.json"] = json.dumps(self.space, indent=1)
+        return files
+
+
+def of_search(study: Study) -> Manifest:
+    """What a new search starts from.
 
     Raises ConfigError if the space, a point or the study to learn from does not fit.
     """
     space = SPACES[study.space]
     past = [] if study.warm_start is None else _past(study, study.warm_start)
-    return {
-        "id": uuid.uuid4().hex,
-        "provenance": _provenance(study),
-        "space": space_tree.definition(space),
-        "points": first_points(study, [trial["point"]["params"] for trial in past]),
-        "past": past,
-    }
+    return Manifest(
+        id=uuid.uuid4().hex,
+        provenance=_provenance(study),
+        space=space_tree.definition(space),
+        points=first_points(study, [trial["point"]["params"] for trial in past]),
+        past=past,
+    )
 
 
 def _provenance(study: Study) -> dict[str, Any]:
@@ -46,10 +82,11 @@ def _provenance(study: Study) -> dict[str, Any]:
     return provenance.collect(first, study.cluster["cpus_per_trial"])
 
 
-def _past(study: Study, name: str) -> list[suggest.Finished]:
-    """The finished trials of the earlier study `name`, and those that it had learnt from itself.
+def _past(study: Study, name: str) -> list[suggest.Tried]:
+    """The trials of the earlier study `name` that ended, and those that it had learnt from itself.
 
-    Raises ConfigError if there is none, or if its scores are not to be compared with this study's.
+    Raises ConfigError if there is no such study, if its scores are not to be compared with this
+    study's, or if none of its trials lies in this study's space.
     """
     folder = study.out_dir / name
     if not (folder / FILE).exists():
@@ -57,94 +94,94 @@ def _past(study: Study, name: str) -> list[suggest.Finished]:
     then = flatten(yaml.safe_load((folder / FILE).read_text())["options"])
     now = flatten(study.options)
     for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
-        if then[option] != now[option]:
+        if then.get(option) != now[option]:
             raise ConfigError(
-                f"warm_start: {name} had {option}={then[option]}, and this study has"
+                f"warm_start: {name} had {option}={then.get(option)}, and this study has"
                 f" {now[option]}: their scores are not to be compared"
             )
+    earlier = read(folder, name).past
+    with closing(EventLog(folder)) as log:
+        records = replay(log.events()).values()
     space = SPACES[study.space]
-    earlier = json.loads((folder / ORIGIN).read_text())["past"]
-    with closing(Journal(folder)) as journal:
-        return [*suggest.within(earlier, space), *suggest.finished(journal.events(), space)]
+    past = [*suggest.within(earlier, space), *suggest.as_tried(records, space)]
+    if records and not past:
+        raise refusal(
+            "warm_start", name, f"a study with trials that lie in space={study.space} (it has none)"
+        )
+    return past
 
 
-def write(study: Study, origin: dict[str, Any]) -> None:
-    """Makes the study's folder, whole or not at all."""
-    study.out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=study.out_dir, prefix=f".{study.name}.") as part:
-        made = Path(part, "study")
-        retention.folder(made, origin["id"]).mkdir(parents=True)
-        for file, text in ((FILE, yaml.safe_dump(kept(study))), (ORIGIN, json.dumps(origin))):
-            with (made / file).open("w") as opened:
+def read(folder: Path, name: str) -> Manifest:
+    """Raises ConfigError if there is none that this version can read."""
+    try:
+        return Manifest(**json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"study: {name} in {folder.parent} has no {MANIFEST} that this version can read"
+            " (another version made it): start a new study"
+        ) from error
+
+
+def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any]) -> None:
+    """Makes the study's folder, with what is `kept` of its options, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
+        whole = Path(part, "study")
+        retention.folder(whole, manifest.id).mkdir(parents=True)
+        texts = {FILE: yaml.safe_dump(dict(kept)), MANIFEST: json.dumps(asdict(manifest))}
+        for file, text in texts.items():
+            with (whole / file).open("w") as opened:
                 opened.write(text)
                 opened.flush()
                 os.fsync(opened.fileno())
-        Journal(made).close()
+        EventLog(whole).close()
         try:
-            made.rename(study.folder)
+            whole.rename(folder)
         except OSError as error:  # another study has taken the name meanwhile
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            raise refusal("study", study.name, "a new name: it has just been taken") from error
-    folder = os.open(study.out_dir, os.O_RDONLY)
-    os.fsync(folder)  # the name, too
-    os.close(folder)
+            allowed = "a new name: it has just been taken"
+            raise refusal("study", folder.name, allowed) from error
+    parent = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(parent)  # the name, too
+    os.close(parent)
 
 
-def go_on(study: Study) -> dict[str, Any]:
-    """What `begin` gave when the study was new.
+def of_resumed(study: Study) -> Manifest:
+    """The manifest of the search that goes on.
 
     Raises ConfigError with the differences if the search space, the code, the packages or the
     data are not what they were.
     """
-    origin = json.loads((study.folder / ORIGIN).read_text())
+    manifest = read(study.folder, study.name)
     changed = [
-        *space_tree.differences(origin["space"], space_tree.definition(SPACES[study.space])),
-        *provenance.differences(origin["provenance"], _provenance(study)),
+        *space_tree.differences(manifest.space or {}, space_tree.definition(SPACES[study.space])),
+        *provenance.differences(manifest.provenance, _provenance(study)),
     ]
     if changed:
         raise ConfigError(
             f"resume: {study.name} is not what it was: {'; '.join(changed)}; undo that, or start"
             f" another study from it: study={study.name} extend=true"
         )
-    return origin
+    return manifest
 
 
-def searcher(study: Study, origin: dict[str, Any]) -> suggest.Search:
+def proposer(study: Study, manifest: Manifest) -> Proposer:
+    """How the study's search proposes a trial, given its number and the records so far."""
     space = SPACES[study.space]
-    return suggest.Search(
-        space,
-        suggest.sampler(study.searcher),
-        study.mode,
-        study.seed,
-        space_tree.rules_of(space) if study.searcher["balanced"] else (),
-        origin["points"],
-        origin["past"],
-        study.batch,
-    )
+    rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
+    make = suggest.sampler(study.searcher)
+    configured = partial(configure, study)
 
+    def propose(number: int, records: Mapping[int, Record]) -> Asked:
+        proposal = suggest.suggest(
+            space,
+            make,
+            suggest.history(records, manifest.past, number, rules, study.batch),
+            suggest.sampler_seed(study.seed, number),
+            number,
+            suggest.fixed_params(number, manifest.points, rules),
+        )
+        return Asked(number, configured(number, proposal.overrides), proposal.point)
 
-def tags(study: Study, origin: dict[str, Any]) -> dict[str, str]:
-    """What MLflow shows of where a study and each of its trials come from."""
-    made = origin["provenance"]
-    code = made["code"]
-    return {
-        "command": provenance.masked(command(study)),
-        "code_version": code["version"],
-        "code_dirty": "unknown" if code["commit"] is None else str(bool(code["diff"])).lower(),
-        "data_sha256": made["data"]["sha256"],
-        "space_sha256": space_tree.fingerprint(origin["space"]),
-        **({} if code["commit"] is None else {"mlflow.source.git.commit": code["commit"]}),
-    }
-
-
-def files(origin: dict[str, Any]) -> dict[str, str]:
-    return {
-        "provenance.json": json.dumps(origin["provenance"], indent=1),
-        "space.json": json.dumps(origin["space"], indent=1),
-    }
-
-
-def command(study: Study) -> str:
-    """The study's own command line."""
-    return shlex.join(["python", "tune_main.py", *study.overrides])
+    return propose

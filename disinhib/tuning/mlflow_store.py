@@ -1,29 +1,24 @@
 """A study in MLflow, written by the driver alone.
 
-A study is a parent run, each trial a child run of it (tag `mlflow.parentRunId`). The child has
-what was searched as params, every epoch's metrics with the epoch as step, and, as tags and
-artifacts, the command, the options and the provenance that run the same training again.
+A study is a parent run, each trial a child run of it (tag `mlflow.parentRunId`); of a retraining,
+each seed of each trial is one. The child has what Optuna chose as params, under Optuna's names,
+every epoch's metrics with the epoch as step, and, as tags and artifacts, the command, the options
+and the provenance that run the same training again.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-# Before MLflow is imported: it reads these once.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# A server that does not answer is asked again by `delivery`, which loses nothing meanwhile.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+from disinhib.tuning import mlflow_settings  # isort: skip (before MLflow is imported)
 
 import yaml
 from mlflow import MlflowClient
@@ -32,12 +27,27 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 
 from disinhib.checks import refusal
 from disinhib.errors import ConfigError, one_line
-from disinhib.tuning.event_log import ASKED, COMPLETE, EPOCH, FAILED, KILLED, PRUNED, Event, Record
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    FAILED,
+    KILLED,
+    PRUNED,
+    Asked,
+    Ended,
+    EpochDone,
+    Logged,
+    Record,
+    TrialConfig,
+    over_seeds,
+)
 
-FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED"}
-KILLED_RUN = "KILLED"
+FIRST_CONTACT = "5"  # s; whoever waits at the terminal
+RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
 MOST_METRICS = 800  # in one request; MLflow takes 1000 items of all kinds
+# Tags of a retrained seed's run, beside those of every trial.
+OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
+SEED, FLAG = "seed", "flag"
+MODEL = "model.msgpack"  # its artifact, which `disinhib.load` reads
 
 
 class Experiment(NamedTuple):
@@ -68,27 +78,23 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
 
     Raises ConfigError if there is no such store or it does not answer.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         if uri.startswith("sqlite:///"):
             _make_sqlite(Path(uri.removeprefix("sqlite:///")))
-        with _environment(FIRST_CONTACT):
+        with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT=FIRST_CONTACT):
             client = _client(uri)
-            found = client.get_experiment_by_name(experiment)
-            location = None if "http" in uri.split("://")[0] else artifacts.as_uri()
-            if found is None:
-                experiment_id = client.create_experiment(experiment, artifact_location=location)
-            else:
-                experiment_id = found.experiment_id
-            if found is not None and found.lifecycle_stage == "deleted":
+            there = client.get_experiment_by_name(experiment)
+            if there is not None and there.lifecycle_stage == "deleted":
                 allowed = "one that is not deleted (mlflow gc, or mlflow experiments restore)"
                 raise refusal("tracking.experiment", experiment, allowed)
+            location = None if "http" in uri.split("://")[0] else artifacts.as_uri()
+            id = there.experiment_id if there else client.create_experiment(experiment, location)
     except ConfigError:
         raise
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
         allowed = f"the address of an MLflow store that answers ({one_line(error)})"
         raise refusal("tracking.uri", uri, allowed) from error
-    return Experiment(uri, experiment_id)
+    return Experiment(uri, id)
 
 
 def _make_sqlite(file: Path) -> None:
@@ -97,49 +103,33 @@ def _make_sqlite(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as part:
-            made = Path(part, file.name)
-            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+            whole = Path(part, file.name)
+            with _quiet_migration():
+                MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments()
             with suppress(FileExistsError):  # another study has made it meanwhile
-                os.link(made, file)
+                os.link(whole, file)
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _quiet_migration() -> Iterator[None]:
+    logger = logging.getLogger("alembic")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        logger.setLevel(level)
 
 
-def params(searched: Mapping[str, Any]) -> list[Param]:
-    """What was searched, flat and dotted: group `model/vf` is param `model.vf`, and a group with
-    a package (`model/vf/activation@model.vf.actI`) goes by the package."""
-    return [
-        Param(key.rpartition("@")[2].replace("/", "."), str(value))
-        for key, value in searched.items()
-    ]
+RunKey = tuple[int, int | None]  # a trial's number and, of a retraining, the seed
 
 
-def epoch_metrics(event: Event) -> list[Metric]:
-    """An epoch's metrics, with the time at which they were heard: told again, they are the same."""
-    return [
-        Metric(name, value, _milliseconds(event.time), event.epoch)
-        for name, value in event.body["metrics"].items()
-    ]
+class MlflowStore:
+    """Writes a study into MLflow: a parent run, and under it a run for each trial or seed.
 
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-class Tracker:
-    """Writes a study into MLflow: a parent run, and under it a run for each trial.
-
-    `tags` and `files` (name -> text) belong to the study's run, `trial_files` to every trial's.
-    `id` is the study's own; by it and a trial's number its runs are found again.
+    `tags` and `files` (name -> text) belong to the study's run; `trial_files` to every trial's, and
+    so do `tags`. Models are read from `models(number, seed)`. The study's `id` and a trial's number
+    (and seed) find its runs again.
     """
 
     name, option = "mlflow", "tracking.uri"
@@ -152,124 +142,181 @@ class Tracker:
         tags: Mapping[str, str],
         files: Mapping[str, str],
         trial_files: Mapping[str, str],
+        models: Callable[[int, int], Path],
     ):
         self.experiment, self.study, self.id = experiment, study, id
         self.tags, self.files, self.trial_files = tags, files, trial_files
+        self.models = models
         self.address = experiment.uri
         self.study_run: str | None = None  # as soon as the store is loaded
+        self.runs: dict[RunKey, str] = {}
+        self.configs: dict[int, TrialConfig] = {}
 
     @property
     def client(self) -> MlflowClient:
         return _client(self.experiment.uri)
 
-    def load(self) -> set[int]:
+    def load(self, records: Mapping[int, Record]) -> set[int]:
+        self.configs = {number: record.config for number, record in records.items()}
+        by_key: dict[RunKey | None, Run] = {}
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
-        found: dict[str | None, Run] = {}
         for run in sorted(runs, key=lambda run: run.info.start_time):
-            if found.setdefault(run.data.tags.get("trial"), run) is not run:
+            if by_key.setdefault(_key(run), run) is not run:
                 # A request that nobody answered in time was carried out none the less.
                 self.client.delete_run(run.info.run_id)
-        parents = [run for trial, run in found.items() if trial is None]
-        trials = {int(trial): run for trial, run in found.items() if trial is not None}
+        parent = by_key.pop(None, None)
         tags = {**self.tags, "study": self.study, "study_id": self.id}
-        self.study_run = parents[0].info.run_id if parents else self._create(self.study, tags)
+        self.study_run = parent.info.run_id if parent else self._create(self.study, tags)
         self._put(self.study_run, self.files)
-        for run in (*parents, *trials.values()):
-            if run.info.status in (KILLED_RUN, "RUNNING"):  # it goes on, if it was interrupted
-                for tag in ending(KILLED, 0, "").keys() & run.data.tags.keys():
+        if parent:
+            self.client.update_run(self.study_run, "RUNNING")
+        for run in by_key.values():
+            if run.info.status in ("KILLED", "RUNNING"):  # it goes on, if it was interrupted
+                for tag in _ending(KILLED, 0, "").keys() & run.data.tags.keys():
                     self.client.delete_tag(run.info.run_id, tag)
                 self.client.update_run(run.info.run_id, "RUNNING")
-        self.runs = {number: run.info.run_id for number, run in trials.items()}
-        return set(self.runs)
+        self.runs = {key: run.info.run_id for key, run in by_key.items() if key is not None}
+        return {
+            number
+            for number, config in self.configs.items()
+            if all((number, seed) in self.runs for seed in _seeds(config))
+        }
 
-    def deliver(self, events: Sequence[Event]) -> None:
-        for number in dict.fromkeys(event.trial for event in events):
-            self._deliver(number, [event for event in events if event.trial == number])
+    def deliver(self, events: Sequence[Logged]) -> None:
+        for number in dict.fromkeys(logged.event.trial for logged in events):
+            own = [logged for logged in events if logged.event.trial == number]
+            for logged in own:
+                if isinstance(logged.event, Asked):
+                    self._begin(logged.event, logged.time)
+            for lane, seed in enumerate(_seeds(self.configs[number])):
+                self._deliver(number, lane, seed, own)
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
-        interrupted = [record for record in records.values() if not record.ended]
-        for record in interrupted:
-            run, why = self.runs[record.number], "the study was interrupted"
-            tags = ending(KILLED, record.epochs, why)
-            self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
-            self.client.set_terminated(run, KILLED_RUN)
+        for record in (record for record in records.values() if not record.ended):
+            tags = _ending(KILLED, record.epochs, "the study was interrupted")
+            for seed in _seeds(record.config):
+                run = self.runs[record.number, seed]
+                self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
+                self.client.set_terminated(run, RUN_STATUS[KILLED])
         assert self.study_run is not None  # nothing was delivered before it was there
-        self.client.set_terminated(self.study_run, "FINISHED" if whole else KILLED_RUN)
+        self.client.set_terminated(self.study_run, RUN_STATUS[COMPLETE if whole else KILLED])
 
-    def _deliver(self, number: int, events: Sequence[Event]) -> None:
-        """A trial's news, in as few requests as there can be."""
+    def _deliver(self, number: int, lane: int, seed: int | None, events: Sequence[Logged]) -> None:
+        """A run's news, in as few requests as there can be."""
+        run = self.runs[number, seed]
         metrics: list[Metric] = []
-        searched: list[Param] = []
+        params: list[Param] = []
         tags: dict[str, str] = {}
-        end = None
-        for event in events:
-            if event.kind == ASKED:
-                config = event.body["config"]
-                searched = params(config["searched"])
-                self._begin(config, event.time)
-            elif event.kind == EPOCH:
-                metrics += epoch_metrics(event)
-                tags |= event.body["place"]
-            else:
-                end = event
-                body = event.body
-                tags |= ending(body["state"], body["epochs"], body["reason"])
-        run = self.runs[number]
+        status, ended_at = None, 0.0
+        for logged in events:
+            match logged.event:
+                case Asked() as asked:
+                    params = [Param(n, str(v)) for n, v in asked.point["params"].items()]
+                case EpochDone() as done:
+                    tags |= done.place
+                    metrics += _metrics(done, None if seed is None else lane, logged.time)
+                case Ended() as ended:
+                    end = vars(ended) if seed is None else ended.seeds[lane]
+                    tags |= _ending(end["state"], end["epochs"], end["reason"])
+                    tags |= {FLAG: end["flag"]} if "flag" in end else {}
+                    status, ended_at = RUN_STATUS[end["state"]], logged.time
         for first in range(0, max(1, len(metrics)), MOST_METRICS):
             self.client.log_batch(
                 run,
                 metrics=metrics[first : first + MOST_METRICS],
-                params=[] if first else searched,
+                params=[] if first else params,
                 tags=[] if first else [RunTag(*tag) for tag in tags.items()],
             )
-        if end is not None:
-            status = RUN_STATUS[end.body["state"]]
-            self.client.set_terminated(run, status, _milliseconds(end.time))
+        if status is not None:
+            if seed is not None and (model := self.models(number, seed)).exists():
+                self._put(run, {MODEL: model.read_bytes()})
+            self.client.set_terminated(run, status, _milliseconds(ended_at))
 
-    def _begin(self, config: Mapping[str, Any], began: float) -> None:
-        """Makes the trial's run, if a delivery that failed has not made it."""
-        number = config["number"]
-        if number not in self.runs:
-            tags = {
-                **self.tags,
-                MLFLOW_PARENT_RUN_ID: self.study_run,
-                "study": self.study,
-                "study_id": self.id,
-                "trial": str(number),
-                "rule": config["rule"],
-                "seeds": ",".join(map(str, config["seeds"])),
-                "command": config["command"],
+    def _begin(self, asked: Asked, began: float) -> None:
+        """Makes the trial's runs, those that a delivery which failed has not made."""
+        config = self.configs[asked.trial] = asked.config
+        for seed in _seeds(config):
+            one = config if seed is None else _of_seed(config, seed)
+            if (asked.trial, seed) not in self.runs:
+                tags = {
+                    **self.tags,
+                    MLFLOW_PARENT_RUN_ID: self.study_run,
+                    "study": self.study,
+                    "study_id": self.id,
+                    "trial": str(asked.trial),
+                    "rule": config["rule"],
+                    "seeds": ",".join(map(str, one["seeds"])),
+                    "command": one["command"],
+                    **asked.tags,
+                    **({} if seed is None else {SEED: str(seed)}),
+                }
+                name = f"{self.study}-{asked.trial:04d}" + ("" if seed is None else f"-seed{seed}")
+                self.runs[asked.trial, seed] = self._create(name, tags, _milliseconds(began))
+            files = {
+                **self.trial_files,
+                **asked.files,
+                "config.yaml": yaml.safe_dump(one["options"]),
+                "command.txt": one["command"] + "\n",
             }
-            name = f"{self.study}-{number:04d}"
-            self.runs[number] = self._create(name, tags, _milliseconds(began))
-        options = yaml.safe_dump(config["options"])
-        command = config["command"] + "\n"
-        files = {**self.trial_files, "config.yaml": options, "command.txt": command}
-        self._put(self.runs[number], files)
+            self._put(self.runs[asked.trial, seed], files)
 
     def _create(self, name: str, tags: Mapping[str, str], began: int | None = None) -> str:
-        tags = {MLFLOW_SOURCE_NAME: "tune_main.py", **tags}
+        tags = {MLFLOW_SOURCE_NAME: "disinhib", **tags}
         run = self.client.create_run(self.experiment.id, began, tags, name)
         return run.info.run_id
 
-    def _put(self, run: str, files: Mapping[str, str]) -> None:
+    def _put(self, run: str, files: Mapping[str, str | bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for file, text in files.items():
-                Path(folder, file).write_text(text)
+            for file, content in files.items():
+                content = content.encode() if isinstance(content, str) else content
+                Path(folder, file).write_bytes(content)
             self.client.log_artifacts(run, folder)
 
 
-def ending(state: str, epochs: int, reason: str | None) -> dict[str, str]:
+def _key(run: Run) -> RunKey | None:
+    """None of the study's own run."""
+    tags = run.data.tags
+    if "trial" not in tags:
+        return None
+    return int(tags["trial"]), int(tags[SEED]) if SEED in tags else None
+
+
+def _seeds(config: TrialConfig) -> list[int | None]:
+    """The seeds that have a run each; [None] where the trial has one."""
+    return [*config["seeds"]] if config["final"] else [None]
+
+
+def _of_seed(config: TrialConfig, seed: int) -> TrialConfig:
+    """What trains one seed of a retraining by itself."""
+    command = f"{config['command']} seed={seed} test_at_end=true"
+    options = {**config["options"], "seed": seed}
+    return TrialConfig(**{**config, "command": command, "options": options, "seeds": [seed]})
+
+
+def _metrics(done: EpochDone, lane: int | None, when: float) -> list[Metric]:
+    """An epoch's, with the time at which they were heard: told again, they are the same."""
+    if lane is None:
+        values = over_seeds(done.metrics)
+    else:
+        own = {n: each[lane if len(each) > 1 else 0] for n, each in done.metrics.items()}
+        values = {name: value for name, value in own.items() if not math.isnan(value)}
+    return [Metric(name, v, _milliseconds(when), done.epoch) for name, v in values.items()]
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _ending(state: str, epochs: int, reason: str | None) -> dict[str, str]:
     """Tags that say how a trial ended."""
-    why = {} if reason is None else {"reason": reason}
-    return {"trial_state": state, "epochs": str(epochs), **why}
+    return {"trial_state": state, "epochs": str(epochs), **({"reason": reason} if reason else {})}
 
 
 def _all_runs(experiment: Experiment, criterion: str) -> list[Run]:
-    found, token = [], None
+    runs, token = [], None
     while True:
         page = _client(experiment.uri).search_runs([experiment.id], criterion, page_token=token)
-        found += page
+        runs += page
         token = page.token
         if not token:
-            return found
+            return runs

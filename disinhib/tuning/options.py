@@ -14,24 +14,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import yaml
-
 from disinhib import config, hydra_config, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
-from disinhib.tuning import space_tree, suggest
+from disinhib.metrics import SELECTION
+from disinhib.tuning import early_stopping, resume, space_tree, suggest
+from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
-from disinhib.tuning.worker import TrialConfig
 from search_spaces import SPACES, Overrides
-
-FILE = "study.yaml"  # in a study's folder
-# What may differ from the study that is resumed: where it runs and writes, not what it does.
-RESUMED_WITH = (
-    *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
-    *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path"),
-)
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,6 @@ class Study:
     replicates: int
     seed: int
     metric: str
-    mode: str
     points: str | None  # a file
     warm_start: str | None  # an earlier study's name
     checkpoints: Mapping[str, Any]
@@ -62,6 +52,20 @@ class Study:
     @property
     def folder(self) -> Path:
         return self.out_dir / self.name
+
+    @property
+    def sign(self) -> int:
+        """1 if more of the metric is better, -1 if less is."""
+        return SELECTION[self.metric].sign
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of a trial."""
+        return {"cpu": self.cluster["cpus_per_trial"], "gpu": self.cluster["gpus_per_trial"]}
+
+    def stops(self, records: Mapping[int, Record], number: int, score: float) -> bool:
+        """Whether early stopping ends a trial that reports this score."""
+        return early_stopping.decide(records, number, score, self.scheduler, self.seed, self.batch)
 
     @property
     def batch(self) -> int | None:
@@ -82,13 +86,13 @@ def compose(overrides: Sequence[str]) -> Study:
     check(own)
     earlier = None
     if own["resume"] or own["extend"]:
-        earlier = read_kept(own)
-        overrides = _on_top_of(earlier, overrides, own)
+        earlier = resume.read_kept(own)
+        overrides = resume.on_top_of(earlier, overrides, own)
     settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(space_tree.branches(SPACES[settings["space"]])).overrides
-    groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
     with _blaming(settings["space"]):
         hydra_config.compose("study", groups)
     options, _ = hydra_config.compose("study", [*overrides, *groups])
@@ -96,16 +100,18 @@ def compose(overrides: Sequence[str]) -> Study:
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
     if options["resume"] and earlier is not None:
-        _refuse_changes(earlier["options"], options)
+        resume.refuse_changes(earlier["options"], options)
     default = f"{options['space']}-{options['dataset']['name']}"
     plain = {
-        *("space", "trials", "epochs", "replicates", "seed", "metric", "mode", "resume", "plan"),
+        *("space", "trials", "epochs", "replicates", "seed", "metric", "resume", "plan"),
         *("points", "warm_start", "checkpoints"),
         *("scheduler", "searcher", "cluster", "tracking"),
     }
     return Study(
         **{name: options[name] for name in plain},
-        name=options["study"] if options["resume"] else _name(options["study"], default, out_dir),
+        name=options["study"]
+        if options["resume"]
+        else resume.free_name(options["study"], default, out_dir),
         out_dir=out_dir,
         overrides=tuple(overrides),
         options=options,
@@ -117,68 +123,9 @@ def kept(study: Study) -> dict[str, Any]:
     return {"overrides": list(study.overrides), "options": dict(study.options)}
 
 
-def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `kept` gave of the study that `options` name. Raises ConfigError if there is none."""
-    flag = "resume" if options["resume"] else "extend"
-    if options["study"] is None:
-        raise refusal(flag, True, "false without the name of a study (study=NAME)")
-    folder = Path(options["out_dir"]).absolute() / options["study"]
-    try:
-        kept = yaml.safe_load((folder / FILE).read_text())
-        return {name: kept[name] for name in ("overrides", "options")}
-    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        names = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
-        allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
-        raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
-
-
-def _on_top_of(
-    earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
-) -> list[str]:
-    """Overrides of a study that goes on from an earlier one."""
-    # Its place is where it was found; what it started from is no concern of one that extends it.
-    left = {_name_of(override) for override in overrides} | {"study", "out_dir"}
-    if own["extend"]:
-        left |= {"warm_start", "points"}
-    # What was given for the searcher, say, goes with the searcher.
-    groups = tuple(name.replace("/", ".") + "." for name in left if _is_group(name))
-    before = [
-        o
-        for o in earlier["overrides"]
-        if _name_of(o) not in left and not _name_of(o).startswith(groups)
-    ]
-    if own["resume"]:
-        return [*before, *overrides]
-    new = _name(None, own["study"], Path(own["out_dir"]).absolute())
-    given = [o for o in overrides if _name_of(o) not in ("study", "extend")]
-    if "seed" not in left:  # or the same trials were proposed once more
-        before = [o for o in before if _name_of(o) != "seed"]
-        given.append(f"seed={earlier['options']['seed'] + 1}")
-    return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
-
-
-def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if `now` are not the options `before`: then it were another study."""
-    was, given = flatten(before), flatten(now)
-    changed = [
-        f"{name}={was.get(name)} (now {given.get(name)})"
-        for name in sorted({*was, *given})
-        if was.get(name) != given.get(name) and not name.startswith(RESUMED_WITH)
-    ]
-    if changed:
-        raise ConfigError(
-            f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was, or start"
-            f" another from it: study={now['study']} extend=true"
-        )
-
-
 def _is_for_study(override: str) -> bool:
-    root = _name_of(override).partition(".")[0].partition("@")[0]
+    root = hydra_config.option_of(override).partition(".")[0].partition("@")[0]
     return root in (*STUDY_OPTIONS, *STUDY_GROUPS, "out_dir")
-
-
-def _name_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
 
 
 def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,11 +141,11 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
     seeds = suggest.trial_seeds(study.seed, number, study.replicates)
-    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
     options = training_options(options)
     for name, value in overrides.items():
-        if not _is_group(name):
+        if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
     # A trial writes no folder of its own, so where it would do so is no part of its command.
@@ -212,17 +159,12 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         options=options,
         seeds=seeds,
         epochs=config.parse(options).epochs,
-        metric=study.metric,
+        final=False,
     )
 
 
 # Hydra takes 90 ms for what every trial of a structure has in common.
 _composed = lru_cache(maxsize=64)(hydra_config.compose)
-
-
-def _is_group(name: str) -> bool:
-    """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
-    return (hydra_config.CONFIGURATIONS / name.partition("@")[0]).is_dir()
 
 
 def _set(options: dict[str, Any], name: str, value: Any) -> None:
@@ -250,8 +192,9 @@ def check_space(study: Study) -> list[TrialConfig]:
     data.DataError if there is no such data.
     """
     checked = []
-    jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
-    given = {_name_of(override): override.partition("=")[2] for override in study.overrides}
+    given = {
+        hydra_config.option_of(override): override.partition("=")[2] for override in study.overrides
+    }
     for branch in space_tree.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
             if given.get(name, str(value)) != str(value):
@@ -261,7 +204,7 @@ def check_space(study: Study) -> list[TrialConfig]:
                 )
         with _blaming(study.space):
             trial = configure(study, 0, branch.overrides)
-            training.prepare(config.parse(trial["options"]))
+            training.check_data(config.parse(trial["options"]))
         checked.append(trial)
     return checked
 
@@ -273,17 +216,6 @@ def _blaming(space: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{error} (in space={space})") from error
-
-
-def _name(given: str | None, default: str, out_dir: Path) -> str:
-    """The study's name: its own folder must not be there yet."""
-    if given is None:
-        names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
-        return next(name for name in names if not (out_dir / name).exists())
-    if (out_dir / given).exists():
-        there = f"a new name, or resume=true ({out_dir / given} is there already)"
-        raise refusal("study", given, there)
-    return given
 
 
 def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
@@ -323,5 +255,5 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
 
 def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
     """The study's options, flat, under the groups that a branch of its space chooses."""
-    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     return flatten(_composed("study", (*study.overrides, *groups))[0])

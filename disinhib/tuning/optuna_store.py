@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -13,8 +14,8 @@ from optuna.trial import TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.event_log import ASKED, COMPLETE, EPOCH, Event, Record
-from disinhib.tuning.suggest import DIRECTIONS, STATES
+from disinhib.tuning.event_log import COMPLETE, Asked, Ended, EpochDone, Logged, Record
+from disinhib.tuning.suggest import STATES
 
 FILE = "optuna.log"  # in the study's folder
 ID = "study_id"  # the attribute by which a study there is known as ours
@@ -58,76 +59,84 @@ def _mended(file: Path) -> Path:
 
 
 class OptunaStore:
-    """Writes the study `name` into the storage at `url`, or into its `folder`."""
+    """Writes the study `name` into the storage at `url`, or into its `folder`.
+
+    `sign` is that of its metric: the scores there are as they were measured."""
 
     name, option = "optuna", "searcher.storage"
 
-    def __init__(self, study: str, id: str, mode: str, url: str | None, folder: Path):
-        self.study_name, self.id, self.mode = study, id, mode
+    def __init__(self, study: str, id: str, sign: int, url: str | None, folder: Path):
+        self.study_name, self.id, self.sign = study, id, sign
         self.url, self.folder = url, folder
         self.address = url or str(folder)
 
-    def load(self) -> set[int]:
+    def load(self, records: Mapping[int, Record]) -> set[int]:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(
-            storage=open_storage(self.url, self.folder),
+        self.storage, self.ids = open_storage(self.url, self.folder), {}
+        study = optuna.create_study(
+            storage=self.storage,
             study_name=self.study_name,
-            direction=DIRECTIONS[self.mode],
+            direction="maximize" if self.sign > 0 else "minimize",
             load_if_exists=True,
         )
-        if self.study.user_attrs.get(ID, self.id) != self.id:
+        if study.user_attrs.get(ID, self.id) != self.id:
             raise refusal("study", self.study_name, "a name that no other study there has")
-        self.study.set_user_attr(ID, self.id)
-        trials = self.study.get_trials(deepcopy=False)
-        self.ids = {trial.number: trial._trial_id for trial in trials}
-        self.epochs = {trial.number: set(trial.intermediate_values) for trial in trials}
-        self.ended = {trial.number for trial in trials if trial.state.is_finished()}
-        return set(self.ids)
+        study.set_user_attr(ID, self.id)
+        self.study_id = self.storage.get_study_id_from_name(self.study_name)
+        return {trial.number for trial in study.get_trials(deepcopy=False)}
 
-    def deliver(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if event.kind == ASKED:
-                self._ask(event)
-            elif event.kind == EPOCH:
-                self._report(event)
-            else:
-                self._end(event)
+    def deliver(self, events: Sequence[Logged]) -> None:
+        for logged in events:
+            match logged.event:
+                case Asked() as asked:
+                    self._ask(asked)
+                case EpochDone() as done:
+                    self._report(done)
+                case Ended() as ended:
+                    self._end(ended)
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         """Nothing: an interrupted trial is as unfinished as one that runs."""
 
-    def _ask(self, event: Event) -> None:
-        if event.trial in self.ids:
+    def _ask(self, asked: Asked) -> None:
+        if self._id(asked.trial) is not None:
             return
-        point, config = event.body["point"], event.body["config"]
         distributions = {
-            name: json_to_distribution(text) for name, text in point["distributions"].items()
+            name: json_to_distribution(text) for name, text in asked.point["distributions"].items()
         }
-        self.study.add_trial(
+        about = {"rule": asked.config["rule"], "command": asked.config["command"]}
+        self.storage.create_new_trial(
+            self.study_id,
             create_trial(
                 state=TrialState.RUNNING,
-                params=point["params"],
+                params=asked.point["params"],
                 distributions=distributions,
-                user_attrs={name: config[name] for name in ("rule", "command", "seeds")},
-            )
+                user_attrs={**about, "seeds": asked.config["seeds"]},
+            ),
         )
-        self.ids[event.trial] = self.study.get_trials(deepcopy=False)[event.trial]._trial_id
-        self.epochs[event.trial] = set()
 
-    def _report(self, event: Event) -> None:
-        if event.epoch not in self.epochs[event.trial]:
-            trial = optuna.Trial(self.study, self.ids[event.trial])
-            trial.report(event.body["score"], event.epoch)
-            self.epochs[event.trial].add(event.epoch)
+    def _report(self, done: EpochDone) -> None:
+        trial = self._id(done.trial)
+        if trial is not None and not self.storage.get_trial(trial).state.is_finished():
+            self.storage.set_trial_intermediate_value(trial, done.epoch, self.sign * done.score)
 
-    def _end(self, event: Event) -> None:
-        if event.trial in self.ended:
+    def _end(self, ended: Ended) -> None:
+        trial = self._id(ended.trial)
+        assert trial is not None  # it was asked for before
+        there = self.storage.get_trial(trial)
+        if there.state.is_finished():
             return
-        state, reason = event.body["state"], event.body["reason"]
-        if reason is not None:
-            trial = optuna.Trial(self.study, self.ids[event.trial])
-            trial.set_user_attr("reason", reason)
-        scores = self.study.get_trials(deepcopy=False)[event.trial].intermediate_values
-        value = scores[max(scores)] if state == COMPLETE else None
-        self.study.tell(event.trial, value, state=STATES[state])
-        self.ended.add(event.trial)
+        if ended.reason is not None:
+            self.storage.set_trial_user_attr(trial, "reason", ended.reason)
+        scores = there.intermediate_values
+        values = [scores[max(scores)]] if ended.state == COMPLETE else None
+        self.storage.set_trial_state_values(trial, STATES[ended.state], values)
+
+    def _id(self, number: int) -> int | None:
+        """The id of a trial in this storage; None if it is not there."""
+        if number not in self.ids:
+            with suppress(KeyError):
+                self.ids[number] = self.storage.get_trial_id_from_study_id_trial_number(
+                    self.study_id, number
+                )
+        return self.ids.get(number)

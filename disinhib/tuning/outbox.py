@@ -1,7 +1,8 @@
-"""From the journal to the stores that people look at: in order, everything, nothing twice.
+"""The outbox: from the event log to the stores that people look at, in order, everything, nothing
+twice.
 
-Each store has a thread of its own and a cursor in the journal, so a store that does not answer
-holds up nothing: the journal is its queue. A delivery that may or may not have arrived is made
+Each store has a thread of its own and a cursor in the log, so a store that does not answer holds up
+nothing: the log is its queue. A delivery that may or may not have arrived is made
 again, and stores take twice what is the same twice.
 """
 
@@ -15,7 +16,7 @@ from typing import Protocol
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.event_log import ASKED, Event, Journal, Record
+from disinhib.tuning.event_log import Asked, EventLog, Logged, Record, replay
 
 BATCH = 200  # events in one delivery
 PAUSE = 1.0  # s between deliveries: what comes in the meantime goes together
@@ -24,17 +25,17 @@ RETRY = (1.0, 15.0)  # s between attempts: the first, and the longest
 
 
 class Store(Protocol):
-    """A place that is given copies of the journal's events."""
+    """A place that is given copies of the log's events."""
 
     name: str
     address: str  # where it is: another place is another store
     option: str  # that gives its address
 
-    def load(self) -> set[int]:
-        """Connects, mends what a kill left half-done; the trials that are there already."""
+    def load(self, records: Mapping[int, Record]) -> set[int]:
+        """Connects, mends what a kill left half-done; which of `records` are there already."""
         ...
 
-    def deliver(self, events: Sequence[Event]) -> None:
+    def deliver(self, events: Sequence[Logged]) -> None:
         """Takes events, in their order; again, perhaps, what it has taken before."""
         ...
 
@@ -44,11 +45,11 @@ class Store(Protocol):
         ...
 
 
-class Delivery:
-    """Brings `store` up to `journal`, now and then for as long as it runs; `say` prints a line."""
+class Outbox:
+    """Brings `store` up to the `log`, now and then for as long as it runs; `say` prints a line."""
 
-    def __init__(self, journal: Journal, store: Store, say: Callable[[str], None]):
-        self.journal, self.store, self.say = journal, store, say
+    def __init__(self, log: EventLog, store: Store, say: Callable[[str], None]):
+        self.log, self.store, self.say = log, store, say
         self.loaded = False
         self.failed: str | None = None  # why the last attempt failed
         self.stopping = threading.Event()
@@ -126,25 +127,26 @@ class Delivery:
                 self.stopping.wait(PAUSE)
 
     def _behind(self) -> int:
-        return self.journal.last() - self.journal.delivered(self.cursor)
+        return self.log.last() - self.log.delivered(self.cursor)
 
     def _load(self) -> int:
         """How many events the store lacks."""
-        there = self.store.load()
-        cursor = self.journal.delivered(self.cursor)
-        told = {e.trial for e in self.journal.events() if e.kind == ASKED and e.id <= cursor}
-        if told - there:  # the store itself lost something: all of it again
+        events = self.log.events()
+        there = self.store.load(replay(events))
+        cursor = self.log.delivered(self.cursor)
+        delivered = {e.event.trial for e in events if isinstance(e.event, Asked) and e.id <= cursor}
+        if delivered - there:  # the store itself lost something: all of it again
             cursor = 0
-            self.journal.deliver(self.cursor, cursor)
+            self.log.set_delivered(self.cursor, cursor)
         self.loaded = True
-        return self.journal.last() - cursor
+        return self.log.last() - cursor
 
     def _deliver(self) -> bool:
         """Delivers what there is; whether there may be more."""
-        events = self.journal.events(self.journal.delivered(self.cursor), BATCH)
+        events = self.log.events(self.log.delivered(self.cursor), BATCH)
         if events:
             self.store.deliver(events)
-            self.journal.deliver(self.cursor, events[-1].id)
+            self.log.set_delivered(self.cursor, events[-1].id)
         return len(events) == BATCH
 
     def _failed(self, error: Exception) -> None:
@@ -152,6 +154,6 @@ class Delivery:
         if self.failed is None:
             self.say(
                 f"{self.store.name} does not take records ({one_line(error)}); they wait in the"
-                " journal until it does"
+                " event log until it does"
             )
         self.failed = one_line(error)

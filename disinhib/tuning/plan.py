@@ -9,33 +9,37 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from heapq import heappop, heappush
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 import ray
-from ray.exceptions import RayError
 from rich.console import Console
 
 from disinhib import config
-from disinhib.checks import flatten
-from disinhib.tuning import manifest as origins, progress, ray_backend, space_tree, worker
-from disinhib.tuning.early_stopping import Stopping
+from disinhib.checks import flatten, in_hydra
+from disinhib.tuning import cluster, engine, manifest, progress, retention
+from disinhib.tuning.engine import Job
+from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Logged, Record, TrialConfig
+from disinhib.tuning.loop import Proposer, Stops, from_list, never
+from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
-from disinhib.tuning.suggest import SAMPLERS, Search
-from disinhib.tuning.worker import TrialConfig
+from disinhib.tuning.suggest import SAMPLERS
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
 # Epochs of made-up trials: enough for a mean of SEEDS studies that are small; a large study
 # varies less, and asking about each of its epochs takes a while.
 SEEDS, EPOCHS_ASKED = 5, 50_000
-
+TIMED = 2  # epochs of each structure: the first, which compiles, and one that does not
 
 PUBLISHED, GIVEN, SAMPLED = "published default", "given point", "sampled"
 
@@ -70,45 +74,47 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def previews(study: Study, search: Search, points: Sequence[Mapping[str, Any]]) -> list[Preview]:
-    """The first trial of each rule and kind, given are those of `points`.
+def previews(
+    study: Study, propose: Proposer, points: Sequence[Mapping[str, Any]], rules: int
+) -> list[Preview]:
+    """The first trial of each of so many `rules` and of each kind, given are those of `points`.
 
     Looks as far as ten trials a rule beyond `points`, and not beyond those of the study.
     """
-    rules = max(1, len(space_tree.rules_of(search.space)))
     shown: dict[tuple[str, str], Preview] = {}
+    records: dict[int, Record] = {}
     for number in range(min(study.trials, (len(points) + 10) * rules)):
-        proposal = search.propose(number)
-        made = configure(study, number, proposal.overrides)
-        kind = GIVEN if proposal.point["params"] in points else SAMPLED
-        kind = PUBLISHED if _is_published(study, made) else kind
-        shown.setdefault((made["rule"], kind), Preview(made, kind))
+        asked = propose(number, records)
+        records[number] = Record(asked.config, asked.point)
+        kind = GIVEN if asked.point["params"] in points else SAMPLED
+        kind = PUBLISHED if _is_published(study, asked.config) else kind
+        shown.setdefault((asked.config["rule"], kind), Preview(asked.config, kind))
         if sum(kind == SAMPLED for _, kind in shown) == rules:
             break
     return list(shown.values())
 
 
-def _is_published(study: Study, made: TrialConfig) -> bool:
-    groups = {name: value for name, value in made["searched"].items() if isinstance(value, str)}
-    return configure(study, made["number"], groups)["options"] == made["options"]
+def _is_published(study: Study, trial: TrialConfig) -> bool:
+    groups = {name: value for name, value in trial["searched"].items() if isinstance(value, str)}
+    return configure(study, trial["number"], groups)["options"] == trial["options"]
 
 
 def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]:
     """The distinct structures of the space, with the published default of every number that does
     not decide them; those that take longest to compile and run come first."""
-    found = {config.parse(branch["options"]).architecture: branch for branch in branches}
-    by_cost = sorted(found, key=lambda made: (made.circuit != "dale", -sum(made.sizes)))
-    described = {made: flatten(asdict(made)) for made in found}
+    by_structure = {config.parse(branch["options"]).architecture: branch for branch in branches}
+    by_cost = sorted(by_structure, key=lambda each: (each.circuit != "dale", -sum(each.sizes)))
+    described = {each: flatten(asdict(each)) for each in by_structure}
     named = []
-    for made in by_cost:
-        rule = found[made]["rule"]
-        family = [described[other] for other in found if found[other]["rule"] == rule]
+    for each in by_cost:
+        rule = by_structure[each]["rule"]
+        family = [described[other] for other, it in by_structure.items() if it["rule"] == rule]
         own = [
             f"{name}={value}"
-            for name, value in described[made].items()
+            for name, value in described[each].items()
             if any(other.get(name) != value for other in family)
         ]
-        named.append(Structure(" ".join([rule, *own]), _at_defaults(study, found[made])))
+        named.append(Structure(" ".join([rule, *own]), _at_defaults(study, by_structure[each])))
     return named
 
 
@@ -116,31 +122,35 @@ def _at_defaults(study: Study, branch: TrialConfig) -> TrialConfig:
     """`branch` without the numbers that its space chose, unless they decide its structure."""
     chosen = {n: value for n, value in branch["searched"].items() if not isinstance(value, float)}
     bare = configure(study, branch["number"], chosen)
-    made, wanted = (config.parse(one["options"]).architecture for one in (bare, branch))
-    return bare if made == wanted else branch
+    structure, wanted = (config.parse(one["options"]).architecture for one in (bare, branch))
+    return bare if structure == wanted else branch
 
 
 def simulate(
     study: Study,
     costs: Mapping[str, Sequence[Cost]],
     at_once: int,
-    stops: Callable[[Mapping[str, Any], int, float], bool],
+    stops: Stops,
     seed: int,
 ) -> Estimate:
     """A study of made-up trials, `at_once` at a time. Rules, the keys of `costs`, take turns, and a
     trial has one of its rule's structures at random; trials of a rule without any fail at once.
 
     A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget for half of
-    the way. `stops(trial, epoch, score)` decides who ends early.
+    the way. `stops(records, trial, score)` decides who ends early.
     """
     draw = np.random.default_rng(seed)
-    quality = draw.uniform(size=study.trials) * {"max": 1, "min": -1}[study.mode]
+    quality = draw.uniform(size=study.trials)
     half_way = study.epochs * 2.0 ** draw.uniform(-4, -2, study.trials)
     rules, batch = list(costs), study.batch or study.trials
     rule_of = lambda number: rules[number % len(rules)]
     waiting = deque(number for number in range(study.trials) if costs[rule_of(number)])
     free, running = list(range(at_once)), []
     known: set[tuple[int, Cost]] = set()  # structures that a worker has traced
+    records = {
+        number: Record(TrialConfig(number=number, rule=rule_of(number), epochs=study.epochs))  # pyright: ignore
+        for number in range(study.trials)
+    }
     clock, epochs, begun = 0.0, 0, 0
     while waiting or running:
         while waiting and free and (not running or waiting[0] // batch == begun):
@@ -154,7 +164,8 @@ def simulate(
         clock, number, epoch, worker, cost = heappop(running)
         epochs += 1
         score = quality[number] * (1 - 2 ** (-epoch / half_way[number]))
-        stopped = stops({"number": number, "rule": rule_of(number)}, epoch, float(score))
+        stopped = stops(records, number, float(score))
+        records[number].scores.append(float(score))
         if stopped or epoch == study.epochs:
             free.append(worker)
         else:
@@ -163,14 +174,13 @@ def simulate(
 
 
 def without_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int) -> Estimate:
-    return simulate(study, costs, at_once, lambda *_: False, 0)
+    return simulate(study, costs, at_once, never, 0)
 
 
 def with_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int) -> Estimate:
     """The mean over some studies, each with early stopping of its own."""
     seeds = max(1, min(SEEDS, EPOCHS_ASKED // (study.trials * study.epochs)))
-    stopping = lambda: Stopping(study.scheduler, study.epochs, study.mode, study.batch)
-    each = [simulate(study, costs, at_once, stopping().stops, seed) for seed in range(seeds)]
+    each = [simulate(study, costs, at_once, study.stops, seed) for seed in range(seeds)]
     return Estimate(*(statistics.mean(values) for values in zip(*each, strict=True)))
 
 
@@ -181,67 +191,56 @@ def disk_mb(costs: Mapping[str, Sequence[Cost]], at_once: int, keep_best: int) -
 
 
 def measure(
-    found: Sequence[Structure], resources: Mapping[str, float], at_once: int
-) -> Iterator[tuple[Structure, Cost | str]]:
-    """What each structure costs, or why it failed, in the order in which they are done; each has
-    a worker of its own, `at_once` at a time. Ray must be running."""
-    worker = _worker(resources)
-    waiting, running = deque(found), {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            structure = waiting.popleft()
-            actor = worker.remote(structure.trial)
-            running[actor.measure.remote()] = structure, actor
-        (done,), _ = ray.wait(list(running))
-        structure, actor = running.pop(done)
-        try:
-            yield structure, Cost(**ray.get(done))
-        except RayError as error:
-            yield structure, ray_backend.reason(error)
-        ray.kill(actor)
+    study: Study, manifest: Manifest, structures: Sequence[Structure]
+) -> dict[str, Cost | str]:
+    """What each structure costs, by its name, or why it failed: two epochs of each are a study of
+    their own, in a folder that goes when they are done."""
+    trials = [
+        Asked(number, TrialConfig(**{**structure.trial, "number": number, "epochs": TIMED}))
+        for number, structure in enumerate(structures)
+    ]
+    existing = next(path for path in (study.out_dir, *study.out_dir.parents) if path.exists())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".plan.") as folder:
+        job = Job(
+            name="plan",
+            out_dir=Path(folder),
+            resume=False,
+            manifest=replace(manifest, past=[]),
+            kept={"options": {}},
+            command="",
+            metric=study.metric,
+            source=from_list(trials),
+            trials=lambda records: len(trials),
+            cluster=study.cluster,
+            checkpoints={"every_seconds": math.inf, "cap_gb": math.inf},
+            tracking=None,
+            keep_best=len(trials),
+        )
+        finished = engine.run(job, Console(quiet=True))
+        with closing(EventLog(job.folder)) as log:
+            epochs = [logged for logged in log.events() if isinstance(logged.event, EpochDone)]
+        costs: dict[str, Cost | str] = {}
+        for structure, record in zip(structures, finished.records, strict=True):
+            own = [logged for logged in epochs if logged.event.trial == record.number]
+            if len(own) < TIMED:
+                costs[structure.name] = record.reason or record.state
+                continue
+            file = retention.checkpoint_file(job.checkpoint_folder, record.number)
+            costs[structure.name] = _cost(own, file.stat().st_size / 1e6 if file.exists() else 0.0)
+    return costs
 
 
-def _worker(resources: Mapping[str, float]) -> Any:
-    # A class within a function is sent whole: a worker need not import this module, and so holds
-    # what a trial's worker holds and no more.
-    class Measuring(worker.TrainingTrial):
-        def __init__(self, given: TrialConfig):
-            # Tune's own would make a folder in ~/ray_results.
-            nowhere = worker.Checkpoints(
-                folder="/nonexistent", every_seconds=math.inf, at_end=False, cap_bytes=0
-            )
-            self.setup({**given, "checkpoints": nowhere})
-
-        def measure(self) -> dict[str, float]:
-            import tempfile
-            from pathlib import Path
-
-            from disinhib import checkpoint, config, training
-
-            training.prepare(config.parse(self._trial["options"]))
-            ready_at, before = time.time(), len(self._compilations)
-            start = time.perf_counter()
-            self.step()
-            middle, compiled = time.perf_counter(), sum(self._compilations[before:])
-            result = self.step()
-            first_epoch, epoch = middle - start, time.perf_counter() - middle
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "checkpoint")
-                checkpoint.save(file, self._run, self._state, self._results)
-                checkpoint_mb = file.stat().st_size / 1e6
-            return {
-                "first_epoch": first_epoch,
-                "epoch": epoch,
-                "tracing": max(0.0, first_epoch - epoch - compiled),
-                "memory_mb": result[worker.METRICS]["peak_memory_mb"],
-                "checkpoint_mb": checkpoint_mb,
-                "ready_at": ready_at,
-            }
-
-    share = ray.remote(
-        num_cpus=resources["cpu"], num_gpus=resources["gpu"], scheduling_strategy="SPREAD"
+def _cost(epochs: Sequence[Logged], checkpoint_mb: float) -> Cost:
+    first, last = ({n: v[0] for n, v in epoch.event.metrics.items()} for epoch in epochs)  # pyright: ignore
+    seconds, compiled = first["epoch_seconds"], first["compilation_seconds"]
+    return Cost(
+        first_epoch=seconds,
+        epoch=last["epoch_seconds"],
+        tracing=max(0.0, seconds - last["epoch_seconds"] - compiled),
+        memory_mb=last["peak_memory_mb"],
+        checkpoint_mb=checkpoint_mb,
+        ready_at=epochs[0].time - seconds,
     )
-    return share(Measuring)
 
 
 def run(study: Study, console: Console) -> None:
@@ -256,32 +255,29 @@ def run(study: Study, console: Console) -> None:
         for line in lines:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    origin = origins.go_on(study) if study.resume else origins.begin(study)
+    begun = manifest.of_resumed(study) if study.resume else manifest.of_search(study)
     branches = check_space(study)
-    found = structures(study, branches)
-    # Of a grid, all points are given.
-    given = [] if SAMPLERS[study.searcher["name"]].grid else origin["points"]
-    shown = previews(study, origins.searcher(study, origin), given)
-    with ray_backend.cluster(study.cluster):
-        resources = {
-            "cpu": study.cluster["cpus_per_trial"],
-            "gpu": study.cluster["gpus_per_trial"],
-        }
-        fitting = ray_backend.trials_at_once(resources)
-        at_once = min(fitting, study.cluster["max_concurrent"] or fitting)
+    distinct = structures(study, branches)
+    points = [] if SAMPLERS[study.searcher["name"]].grid else begun.points  # a grid is all points
+    rules = len({branch["rule"] for branch in branches})
+    shown = previews(study, manifest.proposer(study, begun), points, rules)
+    whole = "; for all of its trials, also those that ended" if study.resume else ""
+    say(f"plan of study {study.name}: runs no trial and writes nothing{whole}\n")
+    say(*_preview_lines(shown, len(branches)), "")
+    with cluster.cluster(study.cluster):
+        fitting = cluster.trials_at_once(study.resources)
         total = ray.cluster_resources()
-        whole = "; for all of its trials, also those that ended" if study.resume else ""
-        say(f"plan of study {study.name}: runs no trial and writes nothing{whole}\n")
-        say(*_preview_lines(shown, len(branches)), "")
-        wide = max(len(structure.name) for structure in found)
-        say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
-        costs: dict[str, list[Cost]] = {structure.trial["rule"]: [] for structure in found}
-        ready_at = math.inf
-        for structure, cost in measure(found, resources, at_once):
-            say(_structure_line(structure, cost, wide))
-            if isinstance(cost, Cost):
-                costs[structure.trial["rule"]].append(cost)
-                ready_at = min(ready_at, cost.ready_at)
+        measured = measure(study, begun, distinct)
+    at_once = min(fitting, study.cluster["max_concurrent"] or fitting)
+    wide = max(len(structure.name) for structure in distinct)
+    say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
+    costs: dict[str, list[Cost]] = {structure.trial["rule"]: [] for structure in distinct}
+    for structure in distinct:
+        cost = measured[structure.name]
+        say(_structure_line(structure, cost, wide))
+        if isinstance(cost, Cost):
+            costs[structure.trial["rule"]].append(cost)
+    ready_at = min((cost.ready_at for own in costs.values() for cost in own), default=math.inf)
     if not any(costs.values()):
         say("no structure ran: there is nothing to estimate from")
         return
@@ -291,17 +287,13 @@ def run(study: Study, console: Console) -> None:
 
 def _preview_lines(shown: Sequence[Preview], branches: int) -> list[str]:
     lines = []
-    for made, kind in shown:
-        words = [f"{name}={_written(value)}" for name, value in made["searched"].items()]
-        lines.append(f"trial {made['number']}, {kind}: {' '.join(words)}")
+    for trial, kind in shown:
+        words = [f"{name}={in_hydra(value)}" for name, value in trial["searched"].items()]
+        lines.append(f"trial {trial['number']}, {kind}: {' '.join(words)}")
     return [
         *lines,
         f"each was composed and checked, as were {branches} that make every choice of the space",
     ]
-
-
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _structure_line(structure: Structure, cost: Cost | str, wide: int) -> str:

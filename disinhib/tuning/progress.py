@@ -16,12 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from disinhib.tuning.event_log import COMPLETE, FAILED, KILLED, PRUNED, RUNNING, Record
+from disinhib.metrics import SELECTION
+from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, Record
 
 PLAIN_SECONDS = 10.0  # between two lines where stdout is no terminal
-
-
-STATES = (COMPLETE, PRUNED, FAILED, RUNNING, KILLED)
 
 
 class Tally(NamedTuple):
@@ -51,27 +49,30 @@ class Standing(NamedTuple):
     tally: Tally
 
 
-def best(records: Iterable[Record], mode: str) -> Record | None:
+def best(records: Iterable[Record]) -> Record | None:
     """The best trial; only complete ones compete, and of equals the first wins."""
     complete = sorted(
         (record for record in records if record.state == COMPLETE), key=lambda record: record.number
     )
-    return max(complete, key=lambda record: merit(record, mode), default=None)
+    return max(complete, key=merit, default=None)
 
 
-def standings(records: Sequence[Record], mode: str) -> list[Standing]:
+def standings(records: Sequence[Record]) -> list[Standing]:
     """Rules, the best first; those without a complete trial last."""
     rules = sorted({record.rule for record in records})
     own = {rule: [record for record in records if record.rule == rule] for rule in rules}
-    found = [Standing(rule, best(own[rule], mode), tally(own[rule])) for rule in rules]
-    return sorted(found, key=lambda standing: merit(standing.best, mode), reverse=True)
+    every = [Standing(rule, best(own[rule]), tally(own[rule])) for rule in rules]
+    return sorted(every, key=lambda standing: merit(standing.best), reverse=True)
 
 
-def merit(record: Record | None, mode: str) -> float:
-    """A score such that more is better, whatever the mode."""
-    if record is None or record.score is None:
-        return -math.inf
-    return {"max": 1, "min": -1}[mode] * record.score
+def merit(record: Record | None) -> float:
+    """The score of a trial, more being better; minus infinity if it has none."""
+    return -math.inf if record is None or record.score is None else record.score
+
+
+def in_words(score: float | None, metric: str) -> str:
+    """A score as it was measured: the records' are signed."""
+    return "none" if score is None else f"{SELECTION[metric].sign * score:.2f}"
 
 
 def seconds_left(
@@ -92,10 +93,12 @@ def clock(seconds: float | None) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def line(records: Sequence[Record], trials: int, elapsed: float, mode: str, before: int = 0) -> str:
+def line(
+    records: Sequence[Record], trials: int, elapsed: float, metric: str, before: int = 0
+) -> str:
     """The study in one line."""
     now = tally(records)
-    scores = [f"{s.rule} {s.best.score:.2f}" for s in standings(records, mode) if s.best]
+    scores = [f"{s.rule} {in_words(s.best.score, metric)}" for s in standings(records) if s.best]
     return (
         f"{now.ended}/{trials} trials: {now.complete} complete, {now.pruned} pruned,"
         f" {now.failed} failed, {now.running} running;"
@@ -104,15 +107,17 @@ def line(records: Sequence[Record], trials: int, elapsed: float, mode: str, befo
     )
 
 
-def leaderboard(records: Sequence[Record], metric: str, mode: str) -> Table:
+def leaderboard(records: Sequence[Record], metric: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
     whole = tally(records)._asdict()
-    shown = [state for state in STATES if state in (COMPLETE, PRUNED, FAILED) or whole[state]]
+    shown = [state for state in STATES if state in ENDED or whole[state]]
     table = Table("rule", f"best {metric}", "trial", *shown, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for rule, top, now in standings(records, mode):
-        score, number = (f"{top.score:.2f}", str(top.number)) if top else ("none complete", "")
+    for rule, top, now in standings(records):
+        score, number = (
+            (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
+        )
         table.add_row(rule, score, number, *(str(now._asdict()[state]) for state in shown))
     return table
 
@@ -165,8 +170,8 @@ class Progress:
     """Shows a study of `trials` trials on `console`: a live table on a terminal, else a line every
     PLAIN_SECONDS; failures are named as they happen."""
 
-    def __init__(self, console: Console, trials: int, metric: str, mode: str):
-        self.console, self.trials, self.metric, self.mode = console, trials, metric, mode
+    def __init__(self, console: Console, trials: int, metric: str):
+        self.console, self.trials, self.metric = console, trials, metric
         self.started = self.shown = time.monotonic()
         self.before = 0  # trials that had ended before this session
         self.live = Live(console=console, transient=True, auto_refresh=False)
@@ -184,9 +189,9 @@ class Progress:
         if now - self.shown < (0.5 if self.console.is_terminal else PLAIN_SECONDS):
             return
         self.shown = now
-        status = line(records, self.trials, now - self.started, self.mode, self.before)
+        status = line(records, self.trials, now - self.started, self.metric, self.before)
         if self.console.is_terminal:
-            board = leaderboard(records, self.metric, self.mode)
+            board = leaderboard(records, self.metric)
             self.live.update(Group(board, Text(status)), refresh=True)
         else:
             self.say(status)

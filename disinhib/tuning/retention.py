@@ -7,8 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from disinhib.tuning.event_log import COMPLETE, Record
-from disinhib.tuning.progress import merit
-from disinhib.tuning.worker import checkpoint_file
+
+
+def checkpoint_file(folder: str | Path, number: int) -> Path:
+    """The checkpoint of trial `number`."""
+    return Path(folder) / f"{number:04d}.msgpack"
+
+
+def model_file(folder: str | Path, number: int, seed: int) -> Path:
+    """Where a final trial leaves the model of a seed."""
+    return Path(folder) / f"{number:04d}-{seed}.model"
 
 
 def folder(study: Path, id: str) -> Path:
@@ -17,23 +25,23 @@ def folder(study: Path, id: str) -> Path:
     return study / "checkpoints" / id[:8]
 
 
-def kept(records: Iterable[Record], mode: str, best: int) -> list[Record]:
+def kept(records: Iterable[Record], best: int) -> list[Record]:
     """The `best` complete trials of each rule: all first ones before all second ones, so that the
     last is the one to do without."""
     ranks: dict[str, int] = {}
     ranked = []
     complete = [record for record in records if record.state == COMPLETE]
-    for record in sorted(complete, key=lambda r: (-merit(r, mode), r.number)):
+    for record in sorted(complete, key=lambda r: (-(r.score or 0.0), r.number)):
         rank = ranks[record.rule] = ranks.get(record.rule, 0) + 1
         if rank <= best:
             ranked.append((rank, record))
     return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def tidy(folder: Path, records: Iterable[Record], mode: str, best: int) -> None:
+def tidy(folder: Path, records: Iterable[Record], best: int) -> None:
     """Removes what trials that have ended left, except for those that are kept."""
     records = list(records)
-    keep = {record.number for record in kept(records, mode, best)}
+    keep = {record.number for record in kept(records, best)}
     for record in records:
         if record.ended and record.number not in keep:
             checkpoint_file(folder, record.number).unlink(missing_ok=True)
@@ -45,15 +53,19 @@ def remove_parts(folder: Path) -> None:
         part.unlink()
 
 
-def make_room(
-    folder: Path, records: Iterable[Record], mode: str, best: int, cap_bytes: float
-) -> bool:
+def remove_models(folder: Path) -> None:
+    """Removes the models of final trials; MLflow has them."""
+    for model in folder.glob("*.model"):
+        model.unlink()
+
+
+def make_room(folder: Path, records: Iterable[Record], best: int, cap_bytes: float) -> bool:
     """Sees to it that one more fits under the cap, if need be by removing the kept checkpoint that
     is worth least; whether it does."""
     sizes = [file.stat().st_size for file in folder.glob("*.msgpack")]
     if sum(sizes) + max(sizes, default=0) <= cap_bytes:
         return True
-    for record in reversed(kept(records, mode, best)):
+    for record in reversed(kept(records, best)):
         file = checkpoint_file(folder, record.number)
         if file.exists():
             file.unlink()

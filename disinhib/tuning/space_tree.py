@@ -1,6 +1,6 @@
 """What a search space says when it is asked: its branches, and what it searches.
 
-A space is a function of a trial and can only be run (`search_spaces`). Here a probe stands in for
+A space is a function of a trial and can only be run (`search_spaces`). Here a tracer stands in for
 the trial and answers what the space asks for.
 """
 
@@ -29,7 +29,7 @@ class Branch(NamedTuple):
     overrides: Overrides
 
 
-class _Probe:
+class _Tracer:
     """Stands in for an `optuna.Trial`: every parameter has the value that `choose` gives it."""
 
     def __init__(self, choose: Callable[[str, Distribution], Any]):
@@ -57,7 +57,7 @@ class _Probe:
         return self.params[name]
 
 
-class Way(NamedTuple):
+class Path(NamedTuple):
     """One way through a space: parameters in the order asked for, and what it returned."""
 
     params: Params
@@ -69,17 +69,17 @@ class Way(NamedTuple):
         return {name: v for name, v in self.params.items() if _is_choice(self.distributions[name])}
 
 
-def walk(space: Space, choose: Callable[[str, Distribution], Any]) -> Way:
-    probe = _Probe(choose)
-    overrides = space(probe)  # pyright: ignore[reportArgumentType]
-    return Way(probe.params, probe.distributions, overrides)
+def trace(space: Space, choose: Callable[[str, Distribution], Any]) -> Path:
+    tracer = _Tracer(choose)
+    overrides = space(tracer)  # pyright: ignore[reportArgumentType]
+    return Path(tracer.params, tracer.distributions, overrides)
 
 
 def _is_choice(distribution: Distribution) -> bool:
     return isinstance(distribution, CategoricalDistribution)
 
 
-def offered(distribution: Distribution, end: str) -> Sequence:
+def ends_of(distribution: Distribution, end: str) -> Sequence:
     """Every choice, or the `end` of a numeric range."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
@@ -93,20 +93,20 @@ def branches(space: Space) -> Iterator[Branch]:
     seen: set[tuple[str, Any]] = set()
     while todo:
         forced = todo.pop(0)
-        low, high = (_first_way(space, forced, end) for end in ENDS)
+        low, high = (_first_path(space, forced, end) for end in ENDS)
         yield Branch(low.choices, low.overrides)
         yield Branch(high.choices, high.overrides)
-        path: Params = {}
+        prefix: Params = {}
         for name, chosen in high.choices.items():
-            for value in offered(high.distributions[name], "high"):
+            for value in ends_of(high.distributions[name], "high"):
                 if (name, value) not in seen and value != chosen:
-                    todo.append({**path, name: value})
+                    todo.append({**prefix, name: value})
                 seen.add((name, value))
-            path[name] = chosen
+            prefix[name] = chosen
 
 
-def _first_way(space: Space, forced: Params, end: str) -> Way:
-    return walk(space, lambda name, kind: forced.get(name, offered(kind, end)[0]))
+def _first_path(space: Space, forced: Params, end: str) -> Path:
+    return trace(space, lambda name, kind: forced.get(name, ends_of(kind, end)[0]))
 
 
 def rules_of(space: Space) -> list[str]:
@@ -115,33 +115,37 @@ def rules_of(space: Space) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def ways(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iterator[Way]:
+def paths(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iterator[Path]:
     """Every way through `space` when a parameter may have any of its `values`, depth first: what
-    is asked for last varies fastest. As many runs of the space as there are ways."""
+    is asked for last varies fastest. As many runs of the space as there are paths."""
     todo: list[Params] = [{}]
     while todo:
         script = todo.pop()
-        way = _scripted(space, script, values)
-        yield way
-        path = dict(script)
-        for name, value in way.params.items():
+        path = _scripted(space, script, values)
+        yield path
+        prefix = dict(script)
+        for name, value in path.params.items():
             if name not in script:
-                _, *others = values(name, way.distributions[name])
-                todo += [{**path, name: other} for other in reversed(others)]
-                path[name] = value
+                _, *others = values(name, path.distributions[name])
+                todo += [{**prefix, name: other} for other in reversed(others)]
+                prefix[name] = value
 
 
-def _scripted(space: Space, script: Params, values: Callable[[str, Distribution], Sequence]) -> Way:
-    return walk(space, lambda name, kind: script[name] if name in script else values(name, kind)[0])
+def _scripted(
+    space: Space, script: Params, values: Callable[[str, Distribution], Sequence]
+) -> Path:
+    return trace(
+        space, lambda name, kind: script[name] if name in script else values(name, kind)[0]
+    )
 
 
-def at_ends(space: Space, given: Params) -> Iterator[Way]:
+def at_ends(space: Space, given: Params) -> Iterator[Path]:
     """Every way through `space` with the values of `given`, every other choice, and every other
     number at the low and at the high end of its range."""
     for end in ENDS:
-        yield from ways(
+        yield from paths(
             space,
-            lambda name, kind, end=end: (given[name],) if name in given else offered(kind, end),
+            lambda name, kind, end=end: (given[name],) if name in given else ends_of(kind, end),
         )
 
 
@@ -153,10 +157,10 @@ def definition(space: Space) -> dict[str, Any]:
     moves it, else its value. Takes a run of the space for every end of every combination.
     """
     parameters: dict[str, Any] = {}
-    found: dict[str, list[Way]] = {}
-    for way in at_ends(space, {}):
-        parameters.update({name: described(kind) for name, kind in way.distributions.items()})
-        found.setdefault(_canonical(way.choices), []).append(way)
+    found: dict[str, list[Path]] = {}
+    for path in at_ends(space, {}):
+        parameters.update({name: described(kind) for name, kind in path.distributions.items()})
+        found.setdefault(_canonical(path.choices), []).append(path)
     return {
         "parameters": parameters,
         "branches": [_described_branch(found[choices]) for choices in sorted(found)],
@@ -170,18 +174,18 @@ def described(distribution: Distribution) -> dict[str, Any]:
     return {"kind": kind, **{name: getattr(distribution, name) for name in (*ENDS, "log", "step")}}
 
 
-def _described_branch(ways: Sequence[Way]) -> dict[str, Any]:
-    """Of ways with the same choices: which may be one only, if a number decides what is chosen."""
-    numbers = sorted({name for way in ways for name in way.params if name not in way.choices})
+def _described_branch(paths: Sequence[Path]) -> dict[str, Any]:
+    """Of paths with the same choices: which may be one only, if a number decides what is chosen."""
+    numbers = sorted({name for path in paths for name in path.params if name not in path.choices})
     overrides: dict[str, Any] = {}
-    for way in ways:
-        for option, value in way.overrides.items():
-            searched = moving(option, numbers) or overrides.get(option, value) != value
+    for path in paths:
+        for option, value in path.overrides.items():
+            searched = parameters_for(option, numbers) or overrides.get(option, value) != value
             overrides[option] = None if searched else value
-    return {"choices": ways[0].choices, "parameters": numbers, "overrides": overrides}
+    return {"choices": paths[0].choices, "parameters": numbers, "overrides": overrides}
 
 
-def moving(option: str, parameters: Iterable[str]) -> list[str]:
+def parameters_for(option: str, parameters: Iterable[str]) -> list[str]:
     """Those of `parameters` that by their name are searched for `option`."""
     return [name for name in parameters if option in (name, option_of(name))]
 
@@ -216,7 +220,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines += [
         f"{option}: {was}, now {becomes}{_where(places)}"
         for (option, was, becomes), places in sorted(_changed_settings(before, now).items())
-        if not moving(option, changed)
+        if not parameters_for(option, changed)
     ]
     return lines or ["the choices under which parameters are searched are others"]
 

@@ -1,11 +1,8 @@
-"""What to try next: Optuna's samplers, asked for one trial at a time.
+"""What to try next: an Optuna study is built from the history, and asked once.
 
-With `balanced`, every rule has a sampler of its own and gets the same number of trials, in turn.
-In one common study TPE calls the best few trials *of all rules* good: nothing would ever be
-learnt about the parameters of a rule that is not the best.
-
-A proposal follows from the study's seed, the trial's number and what was heard of the earlier
-trials: so a study that goes on after a kill proposes what it would have proposed.
+A proposal follows from the space, the sampler, the history and a seed, and from nothing else: so a
+study that goes on after a kill proposes what it would have proposed. Balanced rules, deterministic
+batches and warm starts are filters on the history.
 """
 
 from __future__ import annotations
@@ -16,69 +13,30 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    distribution_to_json,
-    json_to_distribution,
-)
-from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, TrialState, create_trial
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option, or_null
 from disinhib.tuning import event_log
-from disinhib.tuning.event_log import ASKED, ENDED, EPOCH, Event
-from disinhib.tuning.space_tree import RULE, allows, offered, walk
+from disinhib.tuning.event_log import Point, Record
+from disinhib.tuning.space_tree import RULE, allows, ends_of, trace
 from search_spaces import Overrides, Space
 
-DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 STATES = {
     event_log.COMPLETE: TrialState.COMPLETE,
     event_log.PRUNED: TrialState.PRUNED,
     event_log.FAILED: TrialState.FAIL,
 }
-Make = Callable[..., optuna.samplers.BaseSampler]
+MakeSampler = Callable[..., optuna.samplers.BaseSampler]  # of the keyword `seed`
 
 
-class Sampler(NamedTuple):
-    """`make(**options, seed=...)`; `needs` is a package that it imports and that may be missing;
-    `grid`: it is only ever asked for points that are given."""
+class Tried(TypedDict):
+    """A trial that a sampler learns from, in plain values."""
 
-    make: Make
-    needs: str | None = None
-    grid: bool = False
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "tpe": Sampler(optuna.samplers.TPESampler),
-    "random": Sampler(optuna.samplers.RandomSampler),
-    "cmaes": Sampler(optuna.samplers.CmaEsSampler, needs="cmaes"),
-    "gp": Sampler(optuna.samplers.GPSampler, needs="torch"),
-    "grid": Sampler(optuna.samplers.RandomSampler, grid=True),
-}
-
-
-def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
-    """Seeds of trial `number`, independent of all others; below 2**31, as jax takes them."""
-    return _seeds(study_seed, (number,), replicates)
-
-
-def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
-    drawn = np.random.SeedSequence(entropy, spawn_key=key).generate_state(count)
-    return [int(seed) >> 1 for seed in drawn]
-
-
-def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
-    """`points` in an order of the study's own."""
-    order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))
-    return [points[index] for index in order]
-
-
-class Point(TypedDict):
-    """What Optuna chose, in plain values: parameters, their distributions as JSON, and what its
-    sampler keeps with a trial."""
-
-    params: dict[str, Any]
-    distributions: dict[str, str]
-    system_attrs: dict[str, Any]
+    rule: str
+    point: Point
+    scores: list[float]  # by epoch; signed: more is better
+    state: str  # that of a trial which has not ended is none of STATES
 
 
 class Proposal(NamedTuple):
@@ -86,48 +44,37 @@ class Proposal(NamedTuple):
     point: Point
 
 
-class Finished(TypedDict):
-    """A trial of an earlier study, in plain values."""
-
-    rule: str
-    point: Point
-    scores: list[float]
-    state: str
-
-
-def finished(events: Iterable[Event], space: Space) -> list[Finished]:
-    """What an earlier study can teach one of `space`: its trials that were completed or pruned and
-    lie in `space`, as points of it."""
-    events = list(events)
-    points = {event.trial: event.body["point"] for event in events if event.kind == ASKED}
-    ended = [
-        Finished(rule=r.rule, point=points[number], scores=r.scores, state=r.state)
-        for number, r in event_log.records(events).items()
-        if r.state in (event_log.COMPLETE, event_log.PRUNED)
-    ]
-    return within(ended, space)
+def suggest(
+    space: Space,
+    sampler: MakeSampler,
+    history: Sequence[Tried],
+    seed: int,
+    number: int = 0,
+    fixed: Mapping[str, Any] | None = None,
+) -> Proposal:
+    """The sampler's proposal for trial `number` after `history`, with the parameters `fixed`."""
+    study = optuna.create_study(direction="maximize", sampler=sampler(seed=seed))
+    study.add_trials(map(frozen_trial, history))
+    if fixed:
+        study.enqueue_trial(dict(fixed))
+    trial = study.ask()
+    overrides = space(_Numbered(trial, number))  # pyright: ignore[reportArgumentType]
+    attributes = study.get_trials(deepcopy=False)[trial.number].system_attrs
+    kept = {name: value for name, value in attributes.items() if name != "fixed_params"}
+    return Proposal(overrides, point(trial.params, trial.distributions, kept))
 
 
-def within(trials: Iterable[Finished], space: Space) -> list[Finished]:
-    """Those that lie in `space`, as points of it."""
-    found = []
-    for trial in trials:
-        point = _point_of(space, {RULE: trial["rule"], **trial["point"]["params"]})
-        if point is not None:
-            found.append(Finished(**{**trial, "point": point}))
-    return found
+class _Numbered:
+    """An `optuna.Trial` under its number in the study: Optuna's own counts the history."""
+
+    def __init__(self, trial: optuna.Trial, number: int):
+        self.trial, self.number = trial, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trial, name)
 
 
-def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
-    """`params` as the point of `space` that they are, with its ranges; None if they are none."""
-    way = walk(space, lambda name, kind: params.get(name, offered(kind, "low")[0]))
-    known = (
-        name in params and allows(kind, params[name]) for name, kind in way.distributions.items()
-    )
-    return _point(way.params, way.distributions, {}) if all(known) else None
-
-
-def _point(
+def point(
     params: Mapping[str, Any],
     distributions: Mapping[str, BaseDistribution],
     system_attrs: Mapping[str, Any],
@@ -136,129 +83,225 @@ def _point(
     return Point(params=dict(params), distributions=texts, system_attrs=dict(system_attrs))
 
 
-class Search:
-    """The proposals of one study.
+def frozen_trial(tried: Tried) -> FrozenTrial:
+    """As Optuna keeps it."""
+    state = STATES.get(tried["state"], TrialState.RUNNING)
+    return create_trial(
+        state=state,
+        value=tried["scores"][-1] if state == TrialState.COMPLETE else None,
+        params=tried["point"]["params"],
+        distributions={
+            name: json_to_distribution(text)
+            for name, text in tried["point"]["distributions"].items()
+        },
+        system_attrs=tried["point"]["system_attrs"],
+        intermediate_values=dict(enumerate(tried["scores"], start=1)),
+    )
 
-    `rules` has those that take turns, or nothing; `points` are parameters to try first, and
-    `past` are trials of earlier studies. With `batch`, proposals are made for `batch` consecutive
-    numbers together and learn from earlier batches only, in the order of their numbers.
+
+def tried(record: Record) -> Tried:
+    return Tried(
+        rule=record.rule, point=record.point, scores=list(record.scores), state=record.state
+    )
+
+
+def history(
+    records: Mapping[int, Record],
+    past: Iterable[Tried],
+    number: int,
+    rules: Sequence[str] = (),
+    batch: int | None = None,
+) -> list[Tried]:
+    """What the proposal of trial `number` may learn from, the oldest first.
+
+    With `rules` these take turns, and each learns from its own trials alone: in one common study
+    TPE calls the best few trials *of all rules* good, and nothing would ever be learnt about the
+    parameters of a rule that is not the best. With `batch`, of the trials of the same batch
+    (`batch` consecutive numbers) it is only known that they run: so no proposal depends on which
+    trial was faster. `past` are trials of earlier studies.
     """
+    turn = number % len(rules) if rules else None
+    learnt = [trial for trial in past if turn is None or trial["rule"] == rules[turn]]
+    first = number if batch is None else number // batch * batch
+    for record in (records[n] for n in sorted(records) if n < number):
+        if turn is None or record.number % len(rules) == turn:
+            trial = tried(record)
+            if batch is not None and record.number >= first:
+                trial = Tried(**{**trial, "scores": [], "state": event_log.RUNNING})
+            learnt.append(trial)
+    return learnt
 
-    def __init__(
-        self,
-        space: Space,
-        sampler: Make,
-        mode: str,
-        seed: int,
-        rules: Sequence[str] = (),
-        points: Sequence[Mapping[str, Any]] = (),
-        past: Iterable[Finished] = (),
-        batch: int | None = None,
-    ):
-        self.space, self.sampler, self.seed, self.batch = space, sampler, seed, batch
-        self.rules = tuple(rules)
-        self.guessers = [
-            optuna.create_study(direction=DIRECTIONS[mode]) for _ in range(max(1, len(rules)))
-        ]
-        self.points = [[p for p in points if self._belongs(p.get(RULE), i)] for i in self._indices]
-        self.ids: dict[int, int] = {}  # trial -> its id in its guesser's storage
-        self.late: list[Event] = []  # heard in this batch
-        for trial in past:
-            self._learn(trial)
 
-    def propose(self, number: int) -> Proposal:
-        """The configuration of trial `number`; numbers come in order, each once."""
-        self._begin(number)
-        guesser, given = self._guesser(number), self._given(number)
-        guesser.sampler = self.sampler(seed=_seeds(self.seed, (number, 0))[0])
-        if given:
-            guesser.enqueue_trial(given)
-        guess = guesser.ask()
-        self.space(guess)
-        self.ids[number] = guess._trial_id
-        kept = guesser.get_trials(deepcopy=False)[guess.number].system_attrs
-        attributes = {name: value for name, value in kept.items() if name != "fixed_params"}
-        point = _point(guess.params, guess.distributions, attributes)
-        # Again, for the number: that of the guess counts its own rule's trials.
-        return Proposal(self.space(FixedTrial(guess.params, number)), point)  # pyright: ignore
+def fixed_params(
+    number: int, points: Sequence[Mapping[str, Any]], rules: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What is decided already of trial `number`: its rule where `rules` take turns, and one of the
+    `points` that are tried first."""
+    turn, index = divmod(number, max(1, len(rules)))
+    if rules:
+        points = [point for point in points if point.get(RULE) == rules[index]]
+    first = dict(points[turn]) if turn < len(points) else {}
+    return {**first, **({RULE: rules[index]} if rules else {})}
 
-    def follow(self, event: Event) -> None:
-        """Learns from an event of the study, or of the study before it was resumed."""
-        if event.kind == ASKED:
-            if event.trial not in self.ids:
-                self._begin(event.trial)
-                self.ids[event.trial] = self._add(
-                    self._guesser(event.trial), event.body["point"], TrialState.RUNNING
-                )
-        elif self.batch is None:
-            self._tell(event)
-        else:
-            self.late.append(event)
 
-    def _begin(self, number: int) -> None:
-        if self.batch is not None and number % self.batch == 0:
-            for event in sorted(self.late, key=lambda e: (e.trial, e.kind == ENDED, e.epoch)):
-                self._tell(event)
-            self.late.clear()
+def as_tried(records: Iterable[Record], space: Space) -> list[Tried]:
+    """What an earlier study can teach one of `space`: those of its trials that were complete or
+    pruned and lie in `space`, as points of it."""
+    learnable = (event_log.COMPLETE, event_log.PRUNED)
+    return within((tried(record) for record in records if record.state in learnable), space)
 
-    def _tell(self, event: Event) -> None:
-        guesser, guess = self._guesser(event.trial), self.ids[event.trial]
-        if event.kind == EPOCH:
-            optuna.Trial(guesser, guess).report(event.body["score"], event.epoch)
-            return
-        state, index = event.body["state"], optuna.Trial(guesser, guess).number
-        scores = guesser.get_trials(deepcopy=False)[index].intermediate_values
-        value = scores[max(scores)] if state == event_log.COMPLETE else None
-        guesser.tell(index, value, state=STATES[state])
 
-    def _given(self, number: int) -> dict[str, Any]:
-        """What is decided already of trial `number`."""
-        turn, index = divmod(number, len(self.guessers))
-        points = self.points[index]
-        rule = {RULE: self.rules[index]} if self.rules else {}
-        return {**(points[turn] if turn < len(points) else {}), **rule}
+def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
+    """Those that lie in `space`, as points of it, with its ranges."""
+    inside = []
+    for trial in trials:
+        there = _point_of(space, {RULE: trial["rule"], **trial["point"]["params"]})
+        if there is not None:
+            inside.append(Tried(**{**trial, "point": there}))
+    return inside
 
-    def _learn(self, trial: Finished) -> None:
-        """Adds a trial of an earlier study to those that its rule's sampler knows."""
-        point = trial["point"]
-        for index in self._indices:
-            if self._belongs(trial["rule"], index):
-                state = STATES[trial["state"]]
-                self._add(self.guessers[index], point, state, trial["scores"])
+
+def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
+    """`params` as the point of `space` that they are; None if they are none."""
+    known = lambda name, kind: name in params and allows(kind, params[name])
+    path = trace(
+        space, lambda name, kind: params[name] if known(name, kind) else ends_of(kind, "low")[0]
+    )
+    if not all(known(name, kind) for name, kind in path.distributions.items()):
+        return None
+    return point(path.params, path.distributions, {})
+
+
+def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
+    """Seeds of trial `number`, independent of all others; below 2**31, as jax takes them."""
+    return _seeds(study_seed, (number,), replicates)
+
+
+def sampler_seed(study_seed: int, number: int) -> int:
+    """The seed with which trial `number` is proposed."""
+    return _seeds(study_seed, (number, 0))[0]
+
+
+def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
+    """`points` in an order of the study's own."""
+    order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))
+    return [points[index] for index in order]
+
+
+def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
+    drawn = np.random.SeedSequence(entropy, spawn_key=key).generate_state(count)
+    return [int(seed) >> 1 for seed in drawn]
+
+
+class Sampler(NamedTuple):
+    """`make(**options, seed=...)` is Optuna's; `own` are its options, given on to it; `needs` is a
+    package that it imports and that may be missing; `grid`: it is asked only for points that are
+    given; `balanced` is the default of that option."""
+
+    make: MakeSampler
+    own: tuple[Option, ...]
+    words: str
+    balanced: bool = True
+    needs: str | None = None
+    grid: bool = False
 
     @property
-    def _indices(self) -> range:
-        return range(len(self.guessers))
-
-    def _belongs(self, rule: str | None, index: int) -> bool:
-        return not self.rules or rule == self.rules[index]
-
-    def _guesser(self, number: int) -> optuna.Study:
-        return self.guessers[number % len(self.guessers)]
-
-    def _add(
-        self, guesser: optuna.Study, point: Point, state: TrialState, scores: Sequence[float] = ()
-    ) -> int:
-        guesser.add_trial(
-            create_trial(
-                state=state,
-                value=scores[-1] if state == TrialState.COMPLETE else None,
-                params=point["params"],
-                distributions={
-                    name: json_to_distribution(text)
-                    for name, text in point["distributions"].items()
-                },
-                system_attrs=point["system_attrs"],
-                intermediate_values=dict(enumerate(scores, start=1)),
-            )
-        )
-        return guesser.get_trials(deepcopy=False)[-1]._trial_id
+    def options(self) -> tuple[Option, ...]:
+        """All of them: every searcher's, then its own."""
+        balanced = COMMON[0]._replace(default=self.balanced)
+        points = (POINTS_PER_RANGE,) if self.grid else ()
+        return (balanced, *COMMON[1:], *points, *self.own)
 
 
-def sampler(options: Mapping[str, Any]) -> Make:
+COMMON = (
+    Option(
+        "balanced", True, FLAG, "every rule gets the same number of trials and a sampler of its own"
+    ),
+    Option(
+        "deterministic",
+        False,
+        FLAG,
+        "reproducible: proposals and decisions do not depend on timing, but are made in batches",
+    ),
+    Option("batch", 6, COUNT, "trials proposed together if deterministic"),
+    Option(
+        "storage",
+        None,
+        OPTIONAL_TEXT,
+        "Optuna's own store: a database's URL; null: a file in the study's folder",
+    ),
+)
+POINTS_PER_RANGE = Option(
+    "points_per_range", 3, COUNT, "of each number, from one end of its range to the other"
+)
+_quiet = Option(
+    "warn_independent_sampling", False, FLAG, "warn of parameters that are drawn independently"
+)
+_startup = lambda count: Option(
+    "n_startup_trials", count, INDEX, "random ones first (per rule, if balanced)"
+)
+
+SAMPLERS: dict[str, Sampler] = {
+    "tpe": Sampler(
+        optuna.samplers.TPESampler,
+        # Every argument is here, as Optuna 5 changed defaults.
+        (
+            _startup(5),
+            Option("n_ei_candidates", 24, COUNT, "candidates of which the best is proposed"),
+            Option("multivariate", True, FLAG, "model parameters jointly"),
+            Option("group", True, FLAG, "joint sampling within each branch of a space"),
+            Option("constant_liar", True, FLAG, "keep off the neighbourhood of running trials"),
+        ),
+        "tree-structured Parzen estimator (Bergstra et al. 2011)",
+    ),
+    "random": Sampler(
+        optuna.samplers.RandomSampler, (), "independent draws from the space's own distributions"
+    ),
+    "cmaes": Sampler(
+        optuna.samplers.CmaEsSampler,
+        (
+            _startup(5),
+            Option("sigma0", None, or_null(POSITIVE), "first step; null: a sixth of the ranges"),
+            Option(
+                "popsize",
+                None,
+                or_null(COUNT),
+                "trials of a generation; null: 4 + 3 log(parameters)",
+            ),
+            Option("consider_pruned_trials", False, FLAG, "learn from pruned trials, too"),
+            Option("use_separable_cma", False, FLAG, "a diagonal covariance matrix"),
+            Option("with_margin", False, FLAG, "for whole numbers (Hamano et al. 2022)"),
+            Option("lr_adapt", False, FLAG, "adapt the learning rate (Nomura et al. 2023)"),
+            _quiet,
+        ),
+        "CMA-ES on a branch's numbers; its choices are drawn at random",
+        needs="cmaes",
+    ),
+    "gp": Sampler(
+        optuna.samplers.GPSampler,
+        (
+            _startup(10),
+            Option("deterministic_objective", False, FLAG, "scores have no noise"),
+            _quiet,
+        ),
+        "Gaussian process with expected improvement; needs the package torch",
+        needs="torch",
+    ),
+    "grid": Sampler(
+        optuna.samplers.RandomSampler,
+        (),
+        "every combination of every choice and of points_per_range values of every range, in an"
+        " order that the study's seed draws; the published defaults come first",
+        balanced=False,
+        grid=True,
+    ),
+}
+
+
+def sampler(options: Mapping[str, Any]) -> MakeSampler:
     """`make(seed=...)` of the sampler that a study's `searcher` options name."""
-    own = {name: value for name, value in options.items() if name not in SEARCHER_OPTIONS}
     entry = SAMPLERS[options["name"]]
+    own = {option.name: options[option.name] for option in entry.own}
 
     def make(**seed: int) -> optuna.samplers.BaseSampler:
         with warnings.catch_warnings():
@@ -268,7 +311,3 @@ def sampler(options: Mapping[str, Any]) -> Make:
             return entry.make(**own, **seed)
 
     return make
-
-
-# What a searcher has beside its sampler's own arguments.
-SEARCHER_OPTIONS = ("name", "balanced", "deterministic", "batch", "storage", "points_per_range")

@@ -1,18 +1,20 @@
-"""One trial in a Ray worker: a configuration trained epoch by epoch, seeds as lanes.
+"""One trial in a Ray worker: a configuration trained epoch by epoch, its seeds as lanes.
 
 The driver composes and checks a trial's options; the worker gets the plain result (`TrialConfig`)
 and knows nothing of Hydra, Optuna or MLflow. Workers are reused, and the core caches its compiled
-programs by structure, so the second trial of a structure compiles nothing: `compilations` of
-every epoch is reported to prove it.
+programs by structure, so the second trial of a structure compiles nothing, as the metric
+`compilations` of every epoch proves.
 
-A trial's checkpoint has its results so far beside its state. A worker that goes on from one first
-reports them again, so that no epoch is lost that the driver had not yet heard of when it, or the
-worker, was killed; who has heard of an epoch ignores it (`journal`).
+A trial's checkpoint has its reports so far beside its state. A worker that goes on from one first
+makes them again, so that no epoch is lost that the driver had not yet heard of when it, or the
+worker, was killed; the study loop ignores what it has heard.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import platform
 import resource
@@ -22,48 +24,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import numpy as np
 import pooch
 from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
-from disinhib.tuning.early_stopping import SCORE
+from disinhib.errors import reason_of
+from disinhib.tuning.event_log import TrialConfig, over_seeds
+from disinhib.tuning.retention import checkpoint_file, model_file
 
-# Ray, the scheduler and the searcher see one number a trial and epoch under the name SCORE: the
-# mean over lanes of the study's metric.
-METRICS, PLACE = "metrics", "place"
-DISK_FULL, OVER_CAP = "disk_full", "over_cap"  # why no checkpoint was written
+# Keys of a result: the report of an epoch, as JSON, or why training failed.
+REPORT, FAILURE = "report", "failure"
 
 
-class Checkpoints(TypedDict):
+class Policy(TypedDict):
     """Where and when a trial keeps its state."""
 
     folder: str
-    every_seconds: float  # between two of a trial
+    every_seconds: float  # between two checkpoints of a trial
     at_end: bool  # also when it has run its whole budget
     cap_bytes: float  # for the whole folder
-
-
-class TrialConfig(TypedDict):
-    """What a worker gets. (Plain values only: it crosses processes and is kept as JSON.)"""
-
-    number: int  # from 0, the same in Ray, Optuna and MLflow
-    rule: str
-    searched: dict[str, Any]  # Hydra overrides that the space chose
-    command: str  # runs the same training by hand
-    options: dict[str, Any]  # resolved training options
-    seeds: list[int]
-    epochs: int
-    metric: str
 
 
 class TrainingTrial(tune.Trainable):
     """Ray's handle on a training run; a step is one epoch.
 
-    Its configuration is a `TrialConfig` and, under `checkpoints`, a `Checkpoints`. jax is imported
-    only here, after Ray has set the worker's environment (`environment`): XLA sizes its thread
-    pool once, when it starts.
+    Its configuration is a `TrialConfig` and, under `policy`, a `Policy`. jax is imported only here,
+    after Ray has set the worker's environment (`environment.of_worker`): XLA sizes its thread pool
+    once, when it starts.
     """
 
     def setup(self, config: dict) -> None:
@@ -75,24 +63,42 @@ class TrainingTrial(tune.Trainable):
         """Makes ready for a trial, in a new worker or in one that has run others. What can fail
         is left to the first step, whose errors are the trial's own and not the worker's."""
         self._trial = cast(TrialConfig, new_config)
-        self._begun = False
+        self._policy = cast(Policy, new_config["policy"])
+        self._begun, self._failure = False, None
         return True
 
     def step(self) -> dict:
         """Trains one epoch, or reports one again that a checkpoint has.
 
-        Raises `training.Diverged` where that does: such numbers are a failure, never a score.
+        What training raises is reported first and raised in the next step, so that the driver can
+        tell it from the death of a worker.
         """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._step()
+        except Exception as error:
+            self._failure = error
+            return {FAILURE: reason_of(error)}
+
+    def _step(self) -> dict:
         if not self._begun:
             self._begin()
-        obstacle = {}
         self._told += 1
-        if self._told > len(self._results):
-            self._results.append(self._epoch())
+        obstacle: dict[str, Any] = {}
+        if self._told > len(self._reports):
+            self._reports.append(self._epoch())
             obstacle = self._save()
-        last = self._told >= self._trial["epochs"]
-        body = self._results[self._told - 1]
-        return {**body, TRAINING_ITERATION: self._told, "done": last, **obstacle}
+        report = self._reports[self._told - 1]
+        if self._trial["final"] and self._told == self._trial["epochs"]:
+            report = self._checked(report)
+        # Not `done` after the last epoch: the study loop ends every trial, and Tune would not tell
+        # its scheduler of such a result.
+        return {
+            **over_seeds(report["metrics"]),
+            REPORT: json.dumps({**report, "epoch": self._told, **obstacle}),
+            TRAINING_ITERATION: self._told,
+        }
 
     def _begin(self) -> None:
         """Loads data, and the trial's checkpoint if it has one; data and compiled programs of
@@ -102,56 +108,99 @@ class TrainingTrial(tune.Trainable):
         self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
-        self._results: list[dict[str, Any]] = []
+        self._lanes = len(self._trial["seeds"])
+        self._reports: list[dict[str, Any]] = []
         self._told, self._saved, self._begun = 0, time.monotonic(), True
-        kept = checkpoint_file(self._checkpoints["folder"], self._trial["number"])
-        if kept.exists():
-            self._state, self._results = checkpoint.load(kept, self._run)
+        file = checkpoint_file(self._policy["folder"], self._trial["number"])
+        if file.exists():
+            self._state, self._reports = checkpoint.load(file, self._run)
         else:
             self._state = training.initial_state(self._run, self._trial["seeds"])
 
     def _epoch(self) -> dict[str, Any]:
+        """The report of one epoch. Raises training.Diverged where one seed's divergence is the
+        trial's: such numbers are a failure, never a score."""
         from disinhib import training
 
-        self._state, lanes = training.run_epoch(self._run, self._data, self._state)
-        metrics = over_lanes(lanes)
-        metrics["compilations"] = len(self._compilations) - self._compiled
-        metrics["peak_memory_mb"] = peak_memory_mb()
+        advance = training.advance if self._trial["final"] else training.run_epoch
+        self._state, lanes = advance(self._run, self._data, self._state)
+        reasons = training.divergences(self._run, lanes, self._state)
+        before = self._diverged()
+        diverged = {
+            str(self._trial["seeds"][lane]): f"Diverged: {why}" for lane, why in reasons.items()
+        }
+        diverged = {seed: why for seed, why in diverged.items() if seed not in before}
+        dead = [str(seed) in {*before, *diverged} for seed in self._trial["seeds"]]
+        metrics = {
+            name: [math.nan if is_dead else float(value)
+                   for value, is_dead in zip(values, dead, strict=True)]
+            for name, values in lanes.items()
+        }  # fmt: skip
+        compilations = self._compilations[self._compiled :]
         self._compiled = len(self._compilations)
-        return {SCORE: metrics[self._trial["metric"]], METRICS: metrics, PLACE: place()}
+        metrics["compilations"] = [float(len(compilations))]
+        metrics["compilation_seconds"] = [sum(compilations)]
+        metrics["peak_memory_mb"] = [peak_memory_mb()]
+        return {"metrics": metrics, "place": place(), "diverged": diverged}
+
+    def _diverged(self) -> dict[str, str]:
+        """Seeds that have diverged, up to the epoch that is told now."""
+        reasons: dict[str, str] = {}
+        for report in self._reports[: self._told]:
+            reasons |= report["diverged"]
+        return reasons
+
+    def _checked(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """The last report of a final trial, with what a check of its dynamics gives; and a file for
+        each trained model, beside the checkpoint."""
+        import jax
+
+        from disinhib import export
+        from disinhib.solvers import stability
+
+        metrics, flags = dict(report["metrics"]), {}
+        diverged = self._diverged()
+        size = self._run.architecture.batch_size
+        images, labels = (array[:size] for array in self._data.validation)
+        for lane, seed in enumerate(self._trial["seeds"]):
+            if str(seed) in diverged:
+                continue
+            parameters = jax.tree.map(lambda leaf, lane=lane: leaf[lane], self._state.parameters)
+            measured, flag = stability.check(
+                self._run, parameters, images.astype(float) * self._data.scale, labels
+            )
+            for name, value in measured.items():
+                metrics.setdefault(name, [math.nan] * self._lanes)[lane] = value
+            if flag:
+                flags[str(seed)] = flag
+            options = {**self._trial["options"], "seed": seed}
+            file = model_file(self._policy["folder"], self._trial["number"], seed)
+            file.write_bytes(export.dump(options, parameters))
+        return {**report, "metrics": metrics, "flags": flags}
 
     def _save(self) -> dict[str, Any]:
         """Writes a checkpoint if one is due; says what kept it from doing so."""
         from disinhib import checkpoint
 
-        policy, last = self._checkpoints, len(self._results) >= self._trial["epochs"]
+        policy, last = self._policy, len(self._reports) >= self._trial["epochs"]
         due = time.monotonic() - self._saved >= policy["every_seconds"]
-        if not (policy["at_end"] if last else due):
+        if not (policy["at_end"] or self._trial["final"] if last else due):
             return {}
         file = checkpoint_file(policy["folder"], self._trial["number"])
         try:
             with FileLock(file.with_name(".lock")):
                 room = policy["cap_bytes"] - _bytes_beside(file)
-                written = checkpoint.save(file, self._run, self._state, self._results, room)
+                written = checkpoint.save(file, self._run, self._state, self._reports, room)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return {DISK_FULL: f"{error.strerror}: {file.parent}"}
+            return {"obstacle": f"{error.strerror}: {file.parent}"}
         if not written:
             if last:
                 file.unlink(missing_ok=True)  # that of an earlier epoch is not its final state
-            return {OVER_CAP: True}
+            return {"over_cap": True}
         self._saved = time.monotonic()
         return {}
-
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        return self._trial["checkpoints"]  # pyright: ignore[reportGeneralTypeIssues]
-
-
-def checkpoint_file(folder: str | Path, number: int) -> Path:
-    """The checkpoint of trial `number`."""
-    return Path(folder) / f"{number:04d}.msgpack"
 
 
 def _bytes_beside(file: Path) -> int:
@@ -161,14 +210,6 @@ def _bytes_beside(file: Path) -> int:
         with suppress(FileNotFoundError):  # the driver removes some meanwhile
             sizes.append(other.stat().st_size if other != file else 0)
     return sum(sizes)
-
-
-def over_lanes(lanes: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean over lanes of each metric and, of several lanes, its standard deviation (n - 1) as
-    `<name>_sd`."""
-    means = {name: float(values.mean()) for name, values in lanes.items()}
-    spread = {f"{n}_sd": float(v.std(ddof=1)) for n, v in lanes.items() if len(v) > 1}
-    return means | spread
 
 
 def peak_memory_mb() -> float:
@@ -185,23 +226,6 @@ def place() -> dict[str, str]:
     import jax
 
     return {"device": jax.devices()[0].device_kind, "host": platform.node()}
-
-
-def environment(cpus: float, gpus: float) -> dict[str, str]:
-    """Environment of a worker that may use `cpus` cores and `gpus` GPUs (counts, or shares).
-
-    XLA's CPU pool takes every core of the machine unless PJRT_NPROC is set. (Measured with jax
-    0.10.2 on 2 cores, matrix products of 1024: CPU/wall 1.94, with PJRT_NPROC=1 1.00; XLA_FLAGS
-    with `--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1` 1.94.) Ray no longer
-    hides GPUs from an actor that asked for none, so jax is told.
-    """
-    threads = str(max(1, int(cpus)))
-    pools = ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {
-        **dict.fromkeys(pools, threads),
-        **({} if gpus else {"JAX_PLATFORMS": "cpu"}),
-        **{name: os.environ[name] for name in ("DISINHIB_DATA",) if name in os.environ},
-    }
 
 
 def share_compilations() -> None:

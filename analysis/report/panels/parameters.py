@@ -36,7 +36,7 @@ from analysis.report.panels.plot_data import (
     trials_of,
 )
 from analysis.report.panels.studies import complete_trials, studies
-from analysis.runs import COMPLETE, FAILED, PRUNED
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 LOOKS = {  # marks of slices
     PRUNED: {"symbol": "circle-open", "size": 7},

@@ -22,7 +22,7 @@ from analysis.report.panels.drawing import (
     wrapped,
 )
 from analysis.report.panels.plot_data import Material, Row, grouped, records
-from analysis.runs import FAILED
+from disinhib.tuning.event_log import FAILED
 
 CURVES = {  # metrics of the learning curves: caption, axis, its kind
     "valid_accuracy": ("validation accuracy", SCORES["valid_accuracy"], "linear"),

@@ -13,8 +13,8 @@ from optuna import visualization
 from analysis.report.panels.drawing import SCORES, Drawn, colours, numbered, styled
 from analysis.report.panels.plot_data import BEST, WORST, Material, fence, trials_of
 from analysis.report.panels.studies import complete_trials, studies
-from analysis.runs import COMPLETE, FAILED
 from analysis.stats import expected_maximum
+from disinhib.tuning.event_log import COMPLETE, FAILED
 
 
 class Budget(NamedTuple):

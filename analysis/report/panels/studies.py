@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from analysis.report.panels.plot_data import Material, Row, Setting, grouped, settings, trials_of
-from analysis.runs import COMPLETE, FAILED, PRUNED
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
 

@@ -1,0 +1,132 @@
+"""The Ray cluster that a study runs on: started for it or joined, and checked before any trial."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from disinhib.checks import refusal
+from disinhib.errors import ConfigError
+from disinhib.tuning import environment, provenance
+
+SWITCHES = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the study was started
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables cannot be switched off, those of the old one can
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the log has it all
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` names them in a line each
+}
+
+
+@contextmanager
+def cluster(options: Mapping[str, Any]) -> Iterator[None]:
+    """Ray, started here or joined, for the time of the study, with the options `cluster.*`;
+    within another such context, nothing.
+
+    Raises ConfigError if there is no such cluster, or if no machine of it has what a trial needs.
+    """
+    if ray.is_initialized():  # by a caller, who ends it
+        yield
+        return
+    cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
+    with environment.variables(SWITCHES), _without_summary():
+        _connect(options["address"], environment.of_worker(cpus, gpus))
+        try:
+            for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
+                most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+                if asked > most:
+                    allowed = f"at most {most:g}, what the largest machine has"
+                    raise refusal(f"cluster.{option}_per_trial", asked, allowed)
+            if not trials_at_once({"cpu": cpus, "gpu": gpus}):
+                allowed = f"what one machine has together with {cpus} CPUs"
+                raise refusal("cluster.gpus_per_trial", gpus, allowed)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None:
+    with warnings.catch_warnings():
+        # jax warns of forks; Ray's are all followed by an exec at once.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        try:
+            _reach(address)
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": dict(worker_environment)},
+                include_dashboard=False if address is None else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except OSError as error:  # ConnectionError is one
+            allowed = "auto or HOST:PORT of a running Ray cluster, or null"
+            raise refusal("cluster.address", address, allowed) from error
+
+
+@contextmanager
+def _without_summary() -> Iterator[None]:
+    """Tune says at its end, as an error, which trials failed; `progress` has named them."""
+    logger = logging.getLogger("ray.tune.tune")
+    unsaid = lambda record: "Trials did not complete" not in str(record.msg)
+    logger.addFilter(unsaid)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unsaid)
+
+
+def check_machines(manifest: Path, id: str, files: Mapping[str, str]) -> None:
+    """Raises ConfigError if a machine of the cluster does not see the study's file `manifest`, with
+    its `id`, or has other code than `files` (provenance.code): its trials would start again after
+    a kill, or be those of another program."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    on = lambda node: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    looks = [_look.options(scheduling_strategy=on(node)).remote(str(manifest)) for node in nodes]
+    for node, looked in zip(nodes, looks, strict=True):
+        machine = node["NodeManagerAddress"]
+        there, code = ray.get(looked)
+        if there != id:
+            allowed = f"a folder that all machines share ({machine} does not see it)"
+            raise refusal("out_dir", manifest.parent.parent, allowed)
+        if code != files:
+            other = sorted(file for file in {*code, *files} if code.get(file) != files.get(file))
+            raise ConfigError(f"cluster: {machine} has other code: {', '.join(other)}")
+
+
+@ray.remote(num_cpus=0)
+def _look(manifest: str) -> tuple[str | None, dict[str, str]]:
+    """What this machine sees: the id in the file `manifest`, and the code's files with hashes."""
+    file = Path(manifest)
+    there = json.loads(file.read_text())["id"] if file.exists() else None
+    return there, provenance.code(provenance.ROOT)["files"]
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nobody listens there: Ray would wait for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def trials_at_once(resources: Mapping[str, float]) -> int:
+    """How many trials that need `resources` fit on the cluster as it is now."""
+    return sum(
+        min(
+            int(node["Resources"].get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one
+            for kind, share in resources.items()
+            if share
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )

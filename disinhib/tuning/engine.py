@@ -1,0 +1,241 @@
+"""The engine: opens a study, runs its loop on Ray Tune, and closes it.
+
+A search, a retraining, a published grid and the timing runs of a plan are all studies (`Job`): they
+differ in where their trials come from and in what ends one early, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from ray import tune
+from rich.console import Console
+
+from disinhib.errors import ConfigError
+from disinhib.metrics import SELECTION
+from disinhib.tuning import cluster, manifest, progress, provenance, retention
+from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
+from disinhib.tuning.loop import Source, Stops, mean_score, never, study_loop
+from disinhib.tuning.manifest import MANIFEST, Manifest
+from disinhib.tuning.outbox import Outbox, Store
+from disinhib.tuning.ray_backend import FOLDER, RayBackend
+from disinhib.tuning.worker import Policy, TrainingTrial
+
+
+@dataclass(frozen=True)
+class Job:
+    """A study, ready to be run."""
+
+    name: str
+    out_dir: Path  # absolute; the study's own folder is out_dir / name
+    resume: bool  # its folder is there
+    manifest: Manifest
+    kept: Mapping[str, Any]  # of its options, in its folder
+    command: str  # that runs it
+    metric: str  # of metrics.SELECTION
+    source: Source
+    cluster: Mapping[str, Any]  # options
+    checkpoints: Mapping[str, Any]  # options
+    tracking: Mapping[str, Any] | None  # options; None: no store is told of it
+    stops: Stops = never
+    trials: Callable[[Mapping[int, Record]], int] = len  # in all, given the records so far
+    optuna: bool = False  # Optuna's store has a copy
+    storage: str | None = None  # where that is; None: in the study's folder
+    tags: Mapping[str, str] = field(default_factory=dict)  # of its run in MLflow, beside ours
+    keep_best: int = 0  # complete trials of each rule whose final state is kept
+
+    @property
+    def folder(self) -> Path:
+        return self.out_dir / self.name
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"cpu": self.cluster["cpus_per_trial"], "gpu": self.cluster["gpus_per_trial"]}
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return retention.folder(self.folder, self.manifest.id)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a study leaves: its trials, and where they are to be seen."""
+
+    job: Job
+    records: list[Record]
+    tracking_uri: str | None
+    run_id: str | None  # of the study in MLflow; None if that never answered
+    seconds: float
+    undelivered: dict[str, int]  # events that a store did not take, if any
+    whole: bool  # all trials have ended: nobody interrupted it
+
+
+def run(
+    job: Job,
+    console: Console,
+    trainable: type[tune.Trainable] = TrainingTrial,
+    callbacks: Sequence[tune.Callback] = (),
+) -> Finished:
+    """Runs the trials of `job` that are left, shows them on `console`, and records them in the
+    event log, in MLflow and in Optuna's store. Ray tells `callbacks` first.
+
+    Raises ConfigError if a store, the cluster or the folder cannot be used, before any trial;
+    StudyStopped if the study cannot go on.
+    """
+    started = time.monotonic()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with ExitStack() as stack:
+        if job.resume:  # first of all: nobody else may be running it
+            log = stack.enter_context(closing(EventLog(job.folder)))
+        opened = _open_stores(job, stack)
+        stack.enter_context(cluster.cluster(job.cluster))
+        if not job.resume:
+            manifest.write(job.folder, job.manifest, job.kept)
+            log = stack.enter_context(closing(EventLog(job.folder)))
+        records = replay(log.events())
+        shown = progress.Progress(console, job.trials(records), job.metric)
+        shown.say(f"study {job.name} in {job.folder}")
+        if job.manifest.past:
+            shown.say(f"learns from {len(job.manifest.past)} trials of earlier studies")
+        outboxes = [Outbox(log, store, shown.say) for store in opened]
+        try:
+            code = job.manifest.provenance["code"]["files"]
+            cluster.check_machines(job.folder / MANIFEST, job.manifest.id, code)
+            behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
+        except ConfigError:
+            if not job.resume:  # its name is free again
+                shutil.rmtree(job.folder)
+            raise
+        if job.resume:
+            for line in _resumed(records, job.trials(records), behind):
+                shown.say(line)
+            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
+        shown.before = progress.tally(records.values()).ended
+        for outbox in outboxes:
+            outbox.start()
+        try:
+            with shown:
+                _run_loop(job, log, records, trainable, callbacks, shown)
+        finally:
+            ended = all(record.ended for record in records.values())
+            whole = ended and len(records) == job.trials(records)
+            for outbox in outboxes:
+                outbox.stop()
+            missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
+        if whole and not any(missing.values()):  # MLflow has them
+            retention.remove_models(job.checkpoint_folder)
+        for record in records.values():
+            if not record.ended:
+                record.state = KILLED
+    mlflow = next((store for store in opened if store.name == "mlflow"), None)
+    return Finished(
+        job,
+        [records[number] for number in sorted(records)],
+        mlflow.address if mlflow else None,
+        getattr(mlflow, "study_run", None),
+        time.monotonic() - started,
+        {name: count for name, count in missing.items() if count},
+        whole,
+    )
+
+
+def _open_stores(job: Job, stack: ExitStack) -> list[Store]:
+    """The stores that are given copies; opened before Ray is, so that a wrong address is refused at
+    once."""
+    if job.tracking is None:
+        return []
+    # MLflow takes seconds to import: not for a wrong option.
+    from disinhib.tuning import mlflow_settings, mlflow_store, optuna_store
+
+    stack.enter_context(mlflow_settings.requests())
+    if job.storage is not None:
+        optuna_store.refuse_taken(job.storage, job.name, job.resume)
+    uri = mlflow_store.absolute(job.tracking["uri"], job.out_dir)
+    experiment = mlflow_store.open_store(
+        uri, job.tracking["experiment"], job.out_dir / "mlflow-artifacts"
+    )
+    files = job.manifest.files()
+    options = provenance.masked(yaml.safe_dump(dict(job.kept["options"])))
+    stores: list[Store] = [
+        mlflow_store.MlflowStore(
+            experiment,
+            job.name,
+            job.manifest.id,
+            {**job.manifest.tags(job.command), **job.tags},
+            {"config.yaml": options, **files},
+            files,
+            lambda number, seed: retention.model_file(job.checkpoint_folder, number, seed),
+        )
+    ]
+    if job.optuna:
+        sign = SELECTION[job.metric].sign
+        stores.append(
+            optuna_store.OptunaStore(job.name, job.manifest.id, sign, job.storage, job.folder)
+        )
+    return stores
+
+
+def _resumed(records: Mapping[int, Record], trials: int, behind: Mapping[str, int]) -> list[str]:
+    """What a study that goes on finds, a line each."""
+    ended = progress.tally(records.values()).ended
+    left = [record for record in records.values() if not record.ended]
+    start = ", ".join(f"trial {r.number} after epoch {r.epochs}" for r in left) or "no trial"
+    return [
+        f"resumed with {ended} of {trials} trials ended; unfinished: {start}",
+        *(f"mended: {name} lacked {count} records" for name, count in behind.items() if count),
+    ]
+
+
+def _run_loop(
+    job: Job,
+    log: EventLog,
+    records: dict[int, Record],
+    trainable: type[tune.Trainable],
+    callbacks: Sequence[tune.Callback],
+    shown: progress.Progress,
+) -> None:
+    """The study loop, on Ray Tune; beside it checkpoints are tidied and progress is shown."""
+    folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
+    everything = lambda: [records[number] for number in sorted(records)]
+    retention.remove_parts(folder)
+    retention.tidy(folder, everything(), job.keep_best)
+    said: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Ended):
+            retention.tidy(folder, everything(), job.keep_best)
+            shown.ended(records[event.trial])
+
+    def on_over_cap() -> None:
+        fits = retention.make_room(folder, everything(), job.keep_best, cap)
+        if not fits and not said:
+            said.append("once")
+            shown.say(
+                f"checkpoints.cap_gb={job.checkpoints['cap_gb']:g} is reached by trials that run:"
+                " after a kill, some of them would start again"
+            )
+
+    policy = Policy(
+        folder=str(folder),
+        every_seconds=job.checkpoints["every_seconds"],
+        at_end=job.keep_best > 0,
+        cap_bytes=cap,
+    )
+    # One more than fit waits ready for the next free worker, which Ray would else end.
+    fitting = cluster.trials_at_once(job.resources) + 1
+    at_once = job.cluster["max_concurrent"] or fitting
+    backend = RayBackend(
+        trainable, job.resources, policy, job.folder, lambda: shown.update(everything()),
+        on_over_cap,
+    )  # fmt: skip
+    score = mean_score(job.metric, SELECTION[job.metric].sign)
+    loop = study_loop(log, records, job.source, job.stops, score, backend, at_once, observe)
+    backend.run(loop, at_once, callbacks)

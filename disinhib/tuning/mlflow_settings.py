@@ -1,0 +1,37 @@
+"""How this project speaks to MLflow: silently, and with little patience. Import before `mlflow`.
+
+What a user has set in the environment stands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from disinhib.tuning import environment
+
+# MLflow reads these once, when it is imported.
+_ONCE = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+# And these whenever it speaks to a server, whose own patience is minutes.
+_REQUESTS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again, and loses nothing meanwhile
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+
+with environment.variables({n: os.environ.get(n, value) for n, value in _ONCE.items()}):
+    import mlflow  # noqa: F401
+
+
+@contextmanager
+def requests(**patience: str) -> Iterator[None]:
+    """For its time, requests go by these settings, `patience` (variable=value) before ours."""
+    settings = {**_REQUESTS, **patience}
+    with environment.variables({n: os.environ.get(n, value) for n, value in settings.items()}):
+        yield

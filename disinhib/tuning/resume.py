@@ -1,0 +1,86 @@
+"""Going on with a study, or from one: which of its options stay, and which may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from disinhib.checks import flatten, refusal
+from disinhib.errors import ConfigError
+from disinhib.hydra_config import is_group, option_of
+
+FILE = "study.yaml"  # in a study's folder
+# What may differ from the study that is resumed: where it runs and writes, not what it does.
+RESUMED_WITH = (
+    *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
+    *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path"),
+)
+
+
+def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `kept` gave of the study that `options` name. Raises ConfigError if there is none."""
+    flag = "resume" if options["resume"] else "extend"
+    if options["study"] is None:
+        raise refusal(flag, True, "false without the name of a study (study=NAME)")
+    folder = Path(options["out_dir"]).absolute() / options["study"]
+    try:
+        kept = yaml.safe_load((folder / FILE).read_text())
+        return {name: kept[name] for name in ("overrides", "options")}
+    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+        names = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
+        allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
+        raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
+
+
+def on_top_of(
+    earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
+) -> list[str]:
+    """Overrides of a study that goes on from an earlier one."""
+    # Its place is where it was found; what it started from is no concern of one that extends it.
+    left = {option_of(override) for override in overrides} | {"study", "out_dir"}
+    if own["extend"]:
+        left |= {"warm_start", "points"}
+    # What was given for the searcher, say, goes with the searcher.
+    groups = tuple(name.replace("/", ".") + "." for name in left if is_group(name))
+    before = [
+        o
+        for o in earlier["overrides"]
+        if option_of(o) not in left and not option_of(o).startswith(groups)
+    ]
+    if own["resume"]:
+        return [*before, *overrides]
+    new = free_name(None, own["study"], Path(own["out_dir"]).absolute())
+    given = [o for o in overrides if option_of(o) not in ("study", "extend")]
+    if "seed" not in left:  # or the same trials were proposed once more
+        before = [o for o in before if option_of(o) != "seed"]
+        given.append(f"seed={earlier['options']['seed'] + 1}")
+    return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `now` are not the options `before`: then it were another study."""
+    was, given = flatten(before), flatten(now)
+    changed = [
+        f"{name}={was.get(name)} (now {given.get(name)})"
+        for name in sorted({*was, *given})
+        if was.get(name) != given.get(name) and not name.startswith(RESUMED_WITH)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was, or start"
+            f" another from it: study={now['study']} extend=true"
+        )
+
+
+def free_name(given: str | None, default: str, out_dir: Path) -> str:
+    """The study's name: its own folder must not be there yet."""
+    if given is None:
+        names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
+        return next(name for name in names if not (out_dir / name).exists())
+    if (out_dir / given).exists():
+        there = f"a new name, or resume=true ({out_dir / given} is there already)"
+        raise refusal("study", given, there)
+    return given
