@@ -1,125 +1,153 @@
-"""The course of a study, with trials that are played here: who is next, what ends it, and that a
+"""The study loop, with trials that are played here: who is next, what ends a trial, and that a
 study which is killed anywhere ends as the one that was not."""
 
 import errno
-import pickle
+import json
 import random
 import tempfile
 from collections import Counter
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import optuna
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from disinhib.tuning.early_stopping import Stopping
+from disinhib.tuning import early_stopping, suggest
 from disinhib.tuning.event_log import (
-    ASKED,
     COMPLETE,
     ENDED,
-    EPOCH,
     FAILED,
     PRUNED,
+    RUNNING,
     WAITING,
-    Journal,
-    records,
+    Asked,
+    Ended,
+    EpochDone,
+    EventLog,
+    replay,
 )
-from disinhib.tuning.loop import Conductor
-from disinhib.tuning.suggest import Search
+from disinhib.tuning.loop import (
+    Epoch,
+    Lost,
+    Raised,
+    Started,
+    StudyStopped,
+    from_list,
+    from_search,
+    mean_score,
+    never,
+    study_loop,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 BUDGET = 4
 ASHA = {"name": "asha", "within_rule": True, "grace_period": 1, "reduction_factor": 2}
-NONE = {"name": "none", "within_rule": False, "grace_period": None}
+PLACE = {"host": "here", "device": "cpu"}
+Killed = type("Killed", (BaseException,), {})  # no `except Exception` catches it, as no SIGKILL
 
 
 def space(trial):
     return {"x": trial.suggest_float("x", 0.0, 1.0), "n": trial.suggest_int("n", 0, 9)}
 
 
-def configure(number, overrides):
-    return {"number": number, "rule": "bp", "epochs": BUDGET, "searched": dict(overrides)}
+def configure(number, overrides=None, seeds=(1,), final=False):
+    return {
+        "number": number, "rule": "bp", "epochs": BUDGET, "searched": dict(overrides or {}),
+        "seeds": [*seeds], "final": final,
+    }  # fmt: skip
 
 
 def tpe(seed):
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=2)
 
 
-def conduct(journal, trials=6, at_once=2, scheduler=ASHA, batch=None, seed=0, make=configure):
-    return Conductor(
-        journal,
-        Search(space, tpe, "max", seed, batch=batch),
-        Stopping(scheduler, BUDGET, "max", batch),
-        make,
-        trials,
-        at_once,
-    )
+def propose(number, records, seed=0, batch=None):
+    history = suggest.history(records, [], number, (), batch)
+    proposal = suggest.suggest(space, tpe, history, suggest.sampler_seed(seed, number), number)
+    return Asked(number, configure(number, proposal.overrides), proposal.point)
 
 
-@pytest.fixture
-def journal(tmp_path):
-    with closing(Journal(tmp_path)) as opened:
-        yield opened
+class Play:
+    """Stands in for Ray: runs the trials that the loop has started, in any order, and tells it. A
+    trial that goes on tells all its epochs again."""
+
+    def __init__(self, log, trials=6, at_once=2, stops=ASHA, batch=None, seed=0, source=None):
+        self.log, self.records = log, replay(log.events())
+        self.out = {}  # trial -> epochs told by this worker
+        self.started, self.observed = [], []
+        if isinstance(stops, dict):
+            stops = partial(early_stopping.decide, options=stops, seed=seed, batch=batch)
+        make = partial(propose, seed=seed, batch=batch)
+        self.loop = study_loop(
+            log, self.records, source or from_search(make, trials, batch), stops,
+            mean_score("valid_accuracy", 1), self, at_once, self.observed.append,
+        )  # fmt: skip
+        self.over = False
+        self.advance(lambda: next(self.loop))
+
+    def start(self, config):
+        self.started.append(config["number"])
+        self.out[config["number"]] = 0
+
+    def advance(self, step):
+        try:
+            return step()
+        except StopIteration:
+            self.over = True
+            return True
+
+    def tell(self, outcome):
+        ended = self.advance(lambda: self.loop.send(outcome))
+        if ended:
+            self.out.pop(outcome.trial, None)
+        return ended
+
+    def epoch(self, number, score, epoch=None, **more):
+        """The trial's next epoch, or one again."""
+        if epoch is None:
+            epoch = self.out[number] = self.out[number] + 1
+        metrics = {"valid_accuracy": score if isinstance(score, list) else [score]}
+        return self.tell(Epoch(number, epoch, metrics, PLACE, **more))
+
+    def step(self, number):
+        config = self.records[number].config
+        if config["searched"]["n"] == 4 and self.out[number] == 1:
+            self.tell(Raised(number, "Diverged: kernel_0"))
+        else:
+            epoch = self.out[number] + 1
+            self.epoch(number, score(config, epoch))
+
+    def run(self, draw=lambda n: 0):
+        while not self.over:
+            self.step(sorted(self.out)[draw(len(self.out))])
+        return self
 
 
 def score(config, epoch):
     return config["searched"]["x"] * epoch - 0.1 * config["searched"]["n"]
 
 
-def fails(config, epoch):
-    return config["searched"]["n"] == 4 and epoch == 2
+def events_of(log, kind):
+    return [logged.event for logged in log.events() if isinstance(logged.event, kind)]
 
 
-class Workers:
-    """Stands in for Ray: asks for trials, trains those that are out in any order, and tells the
-    conductor as Ray's hooks do. A trial that goes on tells all its epochs again."""
-
-    def __init__(self, conductor, draw):
-        self.conductor, self.draw = conductor, draw
-        self.out: dict[int, int] = {}  # trial -> epochs told by this worker
-        self.handed = []
-
-    def ask(self):
-        while (record := self.conductor.next()) is not None:
-            self.handed.append(record.number)
-            if not record.ended:
-                self.out[record.number] = 0
-
-    def step(self, number):
-        """One epoch of a trial that is out."""
-        config, epoch = self.conductor.records[number].config, self.out[number] + 1
-        if fails(config, epoch):
-            self.end(number, "Diverged: kernel_0")
-            return
-        self.out[number] = epoch
-        body = {"score": score(config, epoch), "metrics": {}}
-        stops = epoch < BUDGET and self.conductor.stops(number, epoch, body["score"])
-        self.conductor.heard(number, epoch, body)
-        if stops or epoch == BUDGET:
-            self.end(number)
-
-    def end(self, number, reason=None):
-        self.conductor.ended(number, reason)
-        del self.out[number]
-
-    def run(self):
-        while self.conductor.fatal is None:
-            self.ask()
-            if not self.out:
-                return self
-            self.step(sorted(self.out)[self.draw(len(self.out))])
-        return self
+def listed(*seeds, final=False, trials=1):
+    return from_list(
+        Asked(n, configure(n, seeds=seeds or (1,), final=final)) for n in range(trials)
+    )
 
 
-def in_turn(n):
-    return 0
+def outcome(play):
+    return {n: (r.config, r.scores, r.state, r.reason) for n, r in play.records.items()}
 
 
-def outcome(conductor):
-    return {n: (r.config, r.scores, r.state, r.reason) for n, r in conductor.records.items()}
+@pytest.fixture
+def log(tmp_path):
+    with closing(EventLog(tmp_path)) as opened:
+        yield opened
 
 
 # Who is next.
@@ -128,260 +156,244 @@ def outcome(conductor):
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([None, 1, 3]), st.randoms())
 @settings(max_examples=30, deadline=None)
 def test_so_many_trials_so_many_at_a_time(trials, at_once, batch, order):
-    with tempfile.TemporaryDirectory() as folder, closing(Mortal(Path(folder))) as journal:
-        conductor = conduct(journal, trials, at_once, batch=batch)
+    with tempfile.TemporaryDirectory() as folder, closing(Mortal(Path(folder))) as log:
+        play = Play(log, trials, at_once, batch=batch)
         most = 0
 
         def draw(n):
             nonlocal most
             most = max(most, n)
-            assert conductor.out == {*workers.out}
             return order.randrange(n)
 
-        workers = Workers(conductor, draw)
-        workers.run()
-        assert conductor.fatal is None
+        play.run(draw)
         assert most == min(trials, at_once, batch or trials)
-        assert workers.handed == list(range(trials)) == sorted(conductor.records)
-        assert all(record.ended for record in conductor.records.values())
-        assert conductor.next() is None
+        assert play.started == list(range(trials)) == sorted(play.records)
+        assert all(record.ended for record in play.records.values())
 
 
-def test_the_journal_has_a_trial_before_anyone_is_handed_it(journal):
-    conductor = conduct(journal, trials=2)
-    first = conductor.next()
-    assert [(e.trial, e.kind) for e in journal.events()] == [(0, ASKED)]
-    (event,) = journal.events()
-    assert event.body["config"] == first.config == configure(0, first.config["searched"])
-    assert event.body["point"]["params"] == first.config["searched"]
+def test_the_log_has_a_trial_before_it_is_started(log):
+    class Looking(Play):
+        def start(self, config):
+            assert config["number"] in {event.trial for event in events_of(log, Asked)}
+            super().start(config)
+
+    play = Looking(log, trials=2, at_once=1)
+    (asked,) = events_of(log, Asked)
+    assert play.started == [0] and asked.config == play.records[0].config
+    assert asked.point["params"] == asked.config["searched"]
 
 
-def test_what_was_heard_is_in_the_journal_and_what_is_heard_again_is_not(journal):
-    conductor = conduct(journal, scheduler=NONE)
-    conductor.next()
+def test_what_is_told_is_in_the_log_and_what_is_told_again_is_not(log):
+    play = Play(log, stops=never)
     for epoch in (1, 2, 1, 2, 3):
-        conductor.heard(0, epoch, {"score": float(epoch)})
-    assert [(e.epoch, e.body) for e in journal.events() if e.kind == EPOCH] == [
-        (n, {"score": float(n)}) for n in (1, 2, 3)
-    ]
-    assert conductor.records[0].scores == [1.0, 2.0, 3.0]
+        play.epoch(0, float(epoch), epoch)
+    assert [(e.epoch, e.score) for e in events_of(log, EpochDone)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert play.records[0].scores == [1.0, 2.0, 3.0]
 
 
-def test_states_of_trials_that_end(journal):
-    conductor = conduct(journal, trials=4, at_once=4, scheduler=NONE)
-    for epochs, reason in ((BUDGET, None), (1, None), (2, "Diverged"), (0, "DataError")):
-        number = conductor.next().number
-        for epoch in range(1, epochs + 1):
-            conductor.heard(number, epoch, {"score": 0.0})
-        conductor.ended(number, reason)
-    found = [(r.state, r.reason, r.epochs) for r in conductor.records.values()]
-    assert found == [
+def test_an_epoch_that_comes_too_early_is_not_believed(log):
+    play = Play(log, stops=never)
+    play.epoch(0, 1.0, 2)
+    assert events_of(log, EpochDone) == []
+
+
+def test_states_of_trials(log):
+    play = Play(log, trials=4, at_once=4, stops=lambda records, trial, score: score < 0)
+    assert {record.state for record in play.records.values()} == {WAITING}
+    play.tell(Started(0))
+    assert play.records[0].state == RUNNING
+    for epoch in range(1, BUDGET + 1):
+        assert play.epoch(0, 1.0) is (epoch == BUDGET)
+    assert play.epoch(1, -1.0) is True
+    play.epoch(2, 1.0)
+    assert play.tell(Raised(2, "Diverged: kernel_0")) is True
+    assert play.tell(Lost(3, "worker lost 4 times")) is True and play.over
+    ends = [(r.state, r.reason, r.epochs) for r in play.records.values()]
+    assert ends == [
         (COMPLETE, None, BUDGET), (PRUNED, None, 1),
-        (FAILED, "Diverged", 2), (FAILED, "DataError", 0),
+        (FAILED, "Diverged: kernel_0", 1), (FAILED, "worker lost 4 times", 0),
     ]  # fmt: skip
-    assert outcome(conductor) == {
-        n: (r.config, r.scores, r.state, r.reason) for n, r in records(journal.events()).items()
+    again = replay(log.events())
+    assert {n: (r.state, r.scores) for n, r in again.items()} == {
+        n: (r.state, r.scores) for n, r in play.records.items()
     }
-    assert [e.body["epochs"] for e in journal.events() if e.kind == ENDED] == [BUDGET, 1, 2, 0]
+    assert [event.epochs for event in events_of(log, Ended)] == [BUDGET, 1, 1, 0]
 
 
-def test_a_trial_ends_once(journal):
-    conductor = conduct(journal)
-    conductor.next()
-    conductor.ended(0, "first")
-    conductor.ended(0, "second")
-    assert [e.body["reason"] for e in journal.events() if e.kind == ENDED] == ["first"]
-    assert conductor.records[0].reason == "first" and conductor.out == set()
+def test_a_trial_ends_once(log):
+    play = Play(log)
+    play.tell(Raised(0, "first"))
+    assert play.tell(Raised(0, "second")) is True
+    assert play.tell(Lost(0, "third")) is True
+    assert [event.reason for event in events_of(log, Ended)] == ["first"]
 
 
-# Batches.
+def test_every_event_is_observed_in_its_order(log):
+    play = Play(log).run()
+    assert play.observed == [logged.event for logged in log.events()]
 
 
-def test_a_batch_waits_for_the_one_before(journal):
-    conductor = conduct(journal, trials=7, at_once=9, batch=3)
-    assert [conductor.next().number for _ in range(3)] == [0, 1, 2]
+# Batches and lists.
+
+
+def test_a_batch_waits_for_the_one_before(log):
+    play = Play(log, trials=7, at_once=9, batch=3)
+    assert play.started == [0, 1, 2]
     for number in (2, 0):
-        assert conductor.next() is None
-        conductor.ended(number)
-    assert conductor.next() is None and len(conductor.records) == 3
-    conductor.ended(1, "failed ones have ended, too")
-    assert [conductor.next().number for _ in range(3)] == [3, 4, 5]
+        play.tell(Raised(number, "failed ones have ended, too"))
+        assert play.started == [0, 1, 2] and len(play.records) == 3
+    play.tell(Raised(1, "and the last"))
+    assert play.started == [0, 1, 2, 3, 4, 5]
     for number in (3, 4, 5):
-        conductor.ended(number)
-    assert conductor.next().number == 6 and conductor.next() is None  # no more than there are
-    assert len(conductor.records) == 7
+        play.tell(Raised(number, "all"))
+    assert play.started == list(range(7)) and len(play.records) == 7  # no more than there are
 
 
-def test_a_batch_is_in_the_journal_whole_before_it_is_handed_out(journal, tmp_path):
-    conductor = conduct(journal, trials=7, at_once=1, batch=3)
-    conductor.next()
-    assert [e.trial for e in journal.events()] == [0, 1, 2]
-    journal.close()
-    with closing(Journal(tmp_path)) as again:
-        resumed = conduct(again, trials=7, at_once=3, batch=3)
-        assert [resumed.next().number for _ in range(3)] == [0, 1, 2]
-        assert resumed.next() is None
+def test_a_batch_is_in_the_log_whole_before_it_is_started(log, tmp_path):
+    assert Play(log, trials=7, at_once=1, batch=3).started == [0]
+    assert [event.trial for event in events_of(log, Asked)] == [0, 1, 2]
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
+        assert Play(again, trials=7, at_once=3, batch=3).started == [0, 1, 2]
+
+
+def test_a_list_is_asked_for_as_it_is_needed(log):
+    play = Play(log, at_once=2, stops=never, source=listed(trials=4))
+    assert play.started == [0, 1] and len(play.records) == 2  # what is not begun can be left out
+    play.tell(Raised(1, "why"))
+    assert play.started == [0, 1, 2]
 
 
 # Early stopping.
 
 
-class Listening(Stopping):
-    """Counts what it is asked."""
+def test_early_stopping_is_asked_once_for_each_epoch_but_the_last(log):
+    asked = Counter()
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.asked = Counter()
+    def stops(records, number, score):
+        asked[number, records[number].epochs + 1] += 1
+        return early_stopping.decide(records, number, score, ASHA, 0)
 
-    def stops(self, config, epoch, score):
-        self.asked[config["number"], epoch] += 1
-        return super().stops(config, epoch, score)
-
-
-def test_early_stopping_is_asked_once_for_each_epoch(journal):
-    conductor = conduct(journal, trials=8, at_once=3)
-    conductor.stopping = Listening(ASHA, BUDGET, "max", None)
-    chosen = random.Random(0)
-    Workers(conductor, chosen.randrange).run()
-    heard = [(e.trial, e.epoch) for e in journal.events() if e.kind == EPOCH]
-    assert conductor.stopping.asked == Counter(heard)
-    assert {r.state for r in conductor.records.values()} >= {COMPLETE, PRUNED}
+    play = Play(log, trials=8, at_once=3, stops=stops).run(random.Random(0).randrange)
+    heard = [(e.trial, e.epoch) for e in events_of(log, EpochDone) if e.epoch < BUDGET]
+    assert asked == Counter(heard)
+    assert {r.state for r in play.records.values()} >= {COMPLETE, PRUNED}
 
 
-def test_a_trial_that_tells_earlier_epochs_again_is_stopped_where_it_was(journal):
-    conductor = conduct(journal, at_once=3)
-    good, bad = conductor.next(), conductor.next()
-    for epoch, stops in ((1, False), (2, False)):
-        assert conductor.stops(good.number, epoch, 1.0) is stops
-        conductor.heard(good.number, epoch, {"score": 1.0})
-    assert conductor.stops(bad.number, 1, 1.0) is False
-    conductor.heard(bad.number, 1, {"score": 1.0})
+def test_a_stopped_trial_stays_stopped_whatever_it_tells(log):
+    play = Play(log, at_once=3)
+    good, bad = play.started[:2]
+    for _ in range(2):
+        assert play.epoch(good, 1.0) is False
+    assert play.epoch(bad, 1.0) is False
     # A worker died, and another one begins again.
-    assert conductor.stops(bad.number, 1, 1.0) is False
-    assert conductor.stops(bad.number, 2, 0.0) is True
-    conductor.heard(bad.number, 2, {"score": 0.0})
-    for _ in range(2):  # and once more, though it had been stopped
-        assert conductor.stops(bad.number, 1, 1.0) is False
-        assert conductor.stops(bad.number, 2, 0.0) is True
-        conductor.heard(bad.number, 2, {"score": 0.0})
-    assert conductor.records[bad.number].scores == [1.0, 0.0]
+    assert play.epoch(bad, 1.0, 1) is False
+    assert play.epoch(bad, 0.0, 2) is True
+    for epoch in (1, 2, 3):  # and once more, though it had been stopped
+        assert play.epoch(bad, 0.0, epoch) is True
+    assert play.records[bad].scores == [1.0, 0.0] and play.records[bad].state == PRUNED
+
+
+# Seeds as results of their own.
+
+
+def test_a_seed_that_diverges_ends_alone(log):
+    play = Play(log, stops=never, source=listed(7, 8, final=True))
+    play.epoch(0, [1.0, 3.0])
+    play.epoch(0, [2.0, float("nan")], diverged={"8": "Diverged: kernel_0"})
+    assert play.records[0].scores == [2.0, 2.0]  # the mean of those that go on
+    for _ in range(2):
+        play.epoch(0, [3.0, float("nan")], flags={"7": "unstable"})
+    (ended,) = events_of(log, Ended)
+    assert ended.state == COMPLETE and ended.seeds == [
+        {"seed": 7, "state": COMPLETE, "epochs": BUDGET, "reason": None, "flag": "unstable"},
+        {"seed": 8, "state": FAILED, "epochs": 1, "reason": "Diverged: kernel_0", "flag": ""},
+    ]
+
+
+def test_a_trial_whose_seeds_have_all_diverged_fails(log):
+    play = Play(log, stops=never, source=listed(7, 8, final=True))
+    play.epoch(0, [1.0, float("nan")], diverged={"8": "first"})
+    assert play.epoch(0, [float("nan")] * 2, diverged={"7": "second"}) is True and play.over
+    (ended,) = events_of(log, Ended)
+    assert (ended.state, ended.reason) == (FAILED, "first")
+    assert [(seed["state"], seed["epochs"]) for seed in ended.seeds] == [(FAILED, 1), (FAILED, 0)]
+
+
+def test_less_is_better_where_the_metric_says_so(log):
+    assert mean_score("valid_loss", -1)({"valid_loss": [1.0, 2.0]}) == -1.5
 
 
 # Going on.
 
 
-def reopened(journal, folder, **given):
-    journal.close()
-    again = Journal(folder)
-    return again, conduct(again, **given)
+def test_unfinished_trials_go_on_first(log, tmp_path):
+    play = Play(log, trials=6, at_once=4, stops=never)
+    play.epoch(1, 0.5)
+    play.tell(Raised(2, "why"))
+    play.tell(Raised(0, "why"))
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
+        resumed = Play(again, trials=6, at_once=2, stops=never)
+        assert resumed.started == [1, 3] and resumed.records[1].epochs == 1
+        resumed.tell(Raised(3, "why"))
+        assert resumed.started == [1, 3, 4]
 
 
-def test_ended_trials_are_handed_out_first_and_take_no_place(journal, tmp_path):
-    conductor = conduct(journal, trials=6, at_once=4, scheduler=NONE)
-    for _ in range(4):
-        conductor.next()
-    conductor.heard(1, 1, {"score": 0.5})
-    conductor.ended(2)
-    conductor.ended(0, "Diverged")
-    again, resumed = reopened(journal, tmp_path, trials=6, at_once=2, scheduler=NONE)
-    with closing(again):
-        assert resumed.mended == []
-        handed = [resumed.next() for _ in range(5)]
-        assert [r.number for r in handed[:4]] == [0, 2, 1, 3] and handed[4] is None
-        assert [r.state for r in handed[:4]] == [FAILED, PRUNED, WAITING, WAITING]
-        assert resumed.out == {1, 3} and handed[2].epochs == 1
-        resumed.ended(3)
-        assert resumed.next().number == 4
-
-
-def test_settling_ends_what_had_done_all_it_had_to_do(journal, tmp_path):
-    conductor = conduct(journal, trials=4, at_once=4)
-    for _ in range(4):
-        conductor.next()
-    for epoch in range(1, BUDGET + 1):
-        conductor.heard(0, epoch, {"score": 1.0})
-    conductor.heard(1, 1, {"score": 0.0})  # decided as soon as it is heard
-    conductor.heard(2, 1, {"score": 2.0})  # goes on
-    again, resumed = reopened(journal, tmp_path, trials=4, at_once=4)
-    with closing(again):
-        assert resumed.mended == ["trial 0 had ended as complete", "trial 1 had ended as pruned"]
-        assert [r.state for r in resumed.records.values()] == [COMPLETE, PRUNED, WAITING, WAITING]
-        assert [resumed.next().number for _ in range(4)] == [0, 1, 2, 3]
-        assert resumed.out == {2, 3}
-        told = [(e.trial, e.body) for e in again.events() if e.kind == ENDED]
-        assert told == [
-            (0, {"state": COMPLETE, "epochs": BUDGET, "reason": None}),
-            (1, {"state": PRUNED, "epochs": 1, "reason": None}),
-        ]
-    third = Journal(tmp_path)
-    with closing(third):
-        assert conduct(third, trials=4).mended == []
+def test_the_last_epoch_and_the_end_are_one_write(log):
+    """So a study that goes on has nothing to mend."""
+    play = Play(log, trials=2, at_once=2, stops=lambda records, trial, score: score < 0)
+    sizes = []
+    append = log.append
+    log.append = lambda events: sizes.append(len(events)) or append(events)
+    for _ in range(BUDGET):
+        play.epoch(0, 1.0)
+    play.epoch(1, -1.0)
+    assert [size for size in sizes if size] == [1, 1, 1, 2, 2]
 
 
 # What cannot go on.
 
 
-class Broken(Journal):
-    """Takes so many calls, and then none."""
-
-    calls = 3
-    error: BaseException = OSError(errno.ENOSPC, "no space left for the journal")
-
-    def append(self, events):
-        self.calls -= 1
-        if self.calls < 0:
-            raise self.error
-        return super().append(events)
-
-
-@pytest.mark.parametrize("calls", range(8))
-def test_what_the_journal_raises_is_kept_and_nothing_is_written_after_it(tmp_path, calls):
-    with closing(Broken(tmp_path)) as journal:
-        journal.calls = calls
-        conductor = conduct(journal)
-        Workers(conductor, in_turn).run()
-        assert conductor.fatal is journal.error
-        before = journal.events()
-        assert len(before) == calls
-        journal.calls = 100  # there is room again, but what came in between is not there
-        out = sorted(conductor.records)
-        assert conductor.next() is None
-        for number in out:
-            conductor.heard(number, 1 + conductor.records[number].epochs, {"score": 0.0})
-            conductor.ended(number)
-        assert journal.events() == before and journal.calls == 100
-    with closing(Journal(tmp_path)) as again:
-        resumed = conduct(again)
-        Workers(resumed, in_turn).run()
-        assert resumed.fatal is None
-        with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder))) as other:
-            assert outcome(Workers(conduct(other), in_turn).run().conductor) == outcome(resumed)
+@pytest.mark.parametrize("calls", range(1, 8))
+def test_what_the_log_raises_ends_the_loop_and_nothing_is_lost(tmp_path, calls):
+    full = OSError(errno.ENOSPC, "no space left for the event log")
+    with closing(Mortal(tmp_path)) as log:
+        log.life, log.error = calls, full
+        with pytest.raises(OSError, match="no space left") as raised:
+            Play(log).run()
+        assert raised.value is full
+    with closing(EventLog(tmp_path)) as again:
+        resumed = Play(again).run()
+        with tempfile.TemporaryDirectory() as folder, closing(EventLog(Path(folder))) as other:
+            assert outcome(Play(other).run()) == outcome(resumed)
 
 
-def test_a_configuration_that_is_refused_is_fatal_and_leaves_no_trial(journal):
-    def refuse(number, overrides):
+def test_a_checkpoint_that_cannot_be_written_stops_the_study(log):
+    play = Play(log)
+    with pytest.raises(StudyStopped, match="No space left: there"):
+        play.epoch(0, 1.0, obstacle="No space left: there")
+    assert [event.epoch for event in events_of(log, EpochDone)] == [1]  # it had come that far
+
+
+def test_a_configuration_that_is_refused_ends_the_loop_and_leaves_no_trial(log):
+    def refuse(number, records):
         if number == 1:
             raise ValueError("no such option")
-        return configure(number, overrides)
+        return propose(number, records)
 
-    conductor = conduct(journal, make=refuse)
-    assert conductor.next().number == 0
-    assert conductor.next() is None
-    assert str(conductor.fatal) == "no such option"
-    assert [e.trial for e in journal.events()] == [0]
+    with pytest.raises(ValueError, match="no such option"):
+        Play(log, source=from_search(refuse, 3))
+    assert [event.trial for event in events_of(log, Asked)] == [0]
 
 
 # Kills.
 
 
-class Kill(BaseException):
-    """No `except Exception` catches it, as nothing catches SIGKILL."""
-
-
-class Mortal(Journal):
+class Mortal(EventLog):
     """Is killed at its call number `life`: before it writes, or just after."""
 
-    life, after = -1, False
+    life, after, error = -1, False, Killed()
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -394,7 +406,7 @@ class Mortal(Journal):
         if self.life == 0:
             if self.after:
                 super().append(events)
-            raise Kill
+            raise self.error
         return super().append(events)
 
 
@@ -407,23 +419,20 @@ def play(lives, order, **given):
 
 def _play(folder, lives, chosen, **given):
     for life, after in [*lives, (-1, False)]:
-        with closing(Mortal(folder)) as journal:
-            journal.life, journal.after = life, after
+        with closing(Mortal(folder)) as log:
+            log.life, log.after = life, after
             try:
-                conductor = conduct(journal, **given)
-                Workers(conductor, chosen.randrange).run()
-            except Kill:
+                studied = Play(log, **given).run(chosen.randrange)
+            except Killed:
                 continue
-            assert conductor.fatal is None
-            assert conductor.next() is None
-            events = journal.events()
+            events = [logged.event for logged in log.events()]
             keys = [(e.trial, e.kind, e.epoch) for e in events]
             assert len(keys) == len(set(keys))
-            assert outcome(conductor) == {
-                n: (r.config, r.scores, r.state, r.reason) for n, r in records(events).items()
+            assert outcome(studied) == {
+                n: (r.config, r.scores, r.state, r.reason) for n, r in replay(log.events()).items()
             }
-            points = {e.trial: e.body["point"] for e in events if e.kind == ASKED}
-            return outcome(conductor), points
+            points = {e.trial: json.dumps(e.point) for e in events if isinstance(e, Asked)}
+            return outcome(studied), points
     raise AssertionError("the last one is never killed")
 
 
@@ -444,8 +453,8 @@ def test_a_study_killed_anywhere_ends_as_one_that_was_not(lives, order, seed):
 
 
 def test_such_studies_have_trials_of_every_state():
-    found = [whole(seed, trials=8, at_once=3, batch=4)[0] for seed in range(5)]
-    states = {state for trials in found for _, _, state, _ in trials.values()}
+    studies = [whole(seed, trials=8, at_once=3, batch=4)[0] for seed in range(5)]
+    states = {state for trials in studies for _, _, state, _ in trials.values()}
     assert states == {COMPLETE, PRUNED, FAILED}
 
 
@@ -455,13 +464,9 @@ def test_a_killed_study_loses_and_doubles_no_trial(lives, order, at_once):
     """And with one trial at a time it is the same study without batches, too."""
     killed, points = play(lives, order, trials=7, at_once=at_once)
     assert sorted(killed) == list(range(7))
-    assert {state for _, _, state, _ in killed.values()} <= {COMPLETE, PRUNED, FAILED}
+    assert {state for _, _, state, _ in killed.values()} <= {*ENDED}
     for config, scores, state, _ in killed.values():
         assert scores == [score(config, n) for n in range(1, len(scores) + 1)]
         assert (state == COMPLETE) == (len(scores) == BUDGET)
     if at_once == 1:
         assert (killed, points) == whole(0, trials=7, at_once=1)
-
-
-def test_ray_is_given_no_copy_of_the_journal(journal):
-    pickle.dumps(conduct(journal))
