@@ -31,7 +31,7 @@ from ray.exceptions import RayError
 from analysis import cell as cells, configurations, ledger, store as stores
 from analysis.ledger import Cell
 from analysis.store import Refused, Store, StudyRun
-from disinhib import config, errors, hydra_config, training
+from disinhib import cli, config, hydra_config, training
 from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.tuning import manifest, mlflow_store, provenance, ray_backend
@@ -54,12 +54,9 @@ class Task(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, or 1 if a configuration could not be trained."""
-    files = [text for text in arguments if "=" not in text]
-    given = [text for text in arguments if "=" in text]
+    files, given = cli.split(arguments, __doc__ or "")
     names = {text.partition("=")[0] for text in given}
-    if len(files) > 1 or any(f.startswith("-") for f in files) or (not files) == (
-        "experiment" not in names
-    ):  # fmt: skip
+    if len(files) > 1 or (not files) == ("experiment" not in names):
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
     jax.config.update("jax_platforms", "cpu")  # the driver trains nothing, and holds no GPU
     if files:
@@ -287,4 +284,4 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main, __doc__)
+    cli.run(main)
