@@ -28,15 +28,8 @@ from disinhib.tuning.worker import environment, over_lanes
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
-COMMAND = cli.Command(
-    "analysis.replay",
-    __doc__,
-    (
-        Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial"),
-        stores.TRACKING,
-    ),
-    alone="run",
-)
+RUN = Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial")
+COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone="run")
 # Of the machine, not of the training.
 MACHINE_METRICS = ("epoch_seconds", "epoch_seconds_sd", "compilations", "peak_memory_mb")
 STATES = ("complete", "pruned", "failed")

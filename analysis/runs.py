@@ -22,15 +22,8 @@ from analysis.store import Refused, Store, StudyRun
 from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 
-COMMAND = cli.Command(
-    "analysis.runs",
-    __doc__,
-    (
-        stores.STUDY,
-        stores.TRACKING,
-        Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table"),
-    ),
-)
+OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
+COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"  # as `tuning.journal` has them
 SEARCHED = "searched."  # begins the columns of what was searched
 # Tags of a run that trains a configuration over again, one seed; `analysis.retrain` writes them.

@@ -28,31 +28,20 @@ RULE = (
     " after the last epoch, mean over a trial's seeds; of equals, the one that was tried first."
 )
 TRAINER = "trainer"
-COMMAND = cli.Command(
-    "analysis.selection",
-    __doc__,
-    (
-        stores.STUDY,
-        stores.TRACKING,
-        Option("top", 1, COUNT, "trials to select of each group"),
-        Option(
-            "per",
-            [TRAINER],
-            cli.list_of(TEXT),
-            f"the groups: {TRAINER} (the learning rule), or options that were searched",
-        ),
-        Option(
-            "metric",
-            None,
-            (
-                lambda name: name in (None, *SELECTION),
-                f"null or a metric of the validation data: {', '.join(SELECTION)}",
-            ),
-            "the score; null: the study's",
-        ),
-        Option("selected", "selected.yaml", TEXT, "file to write"),
-    ),
+PER = f"the groups: {TRAINER} (the learning rule), or options that were searched"
+METRIC = (
+    lambda name: name in (None, *SELECTION),
+    f"null or a metric of the validation data: {', '.join(SELECTION)}",
 )
+OPTIONS = (
+    stores.STUDY,
+    stores.TRACKING,
+    Option("top", 1, COUNT, "trials to select of each group"),
+    Option("per", [TRAINER], cli.list_of(TEXT), PER),
+    Option("metric", None, METRIC, "the score; null: the study's"),
+    Option("selected", "selected.yaml", TEXT, "file to write"),
+)
+COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
 RUNNERS_UP = 3  # shown
 EDGE = 0.05  # of a range, on its scale: as near as that to an end is on the edge
 NEIGHBOURS = 8  # trials of the same rule that are nearest to a selected one

@@ -24,7 +24,7 @@ import json, sys
 import jax, numpy as np, yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from disinhib import command_line, training
+from disinhib import hydra_config, training
 from disinhib.config import parse
 from disinhib.tuning import provenance
 
@@ -46,7 +46,7 @@ def trained(config, seeds):
         yield values
 
 def write(seeds=(5,), more=(), state="complete", alter=lambda epochs: None, about=None, **extra):
-    options, _ = command_line.compose("train", [*overrides, *more])
+    options, _ = hydra_config.compose("train", [*overrides, *more])
     config = parse(options)
     *epochs, last = trained(config, seeds)
     reason = last if isinstance(last, str) else None

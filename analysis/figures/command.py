@@ -35,18 +35,13 @@ GREY, BLACK = "#8C8C8C", "#000000"
 SHADES = ("#9ECAE1", "#6BAED6", "#3182BD", "#08519C")  # of something that grows
 
 
+OUT = Option("out", "out/figures", TEXT, "folder to write to")
+QUICK = Option("quick", False, FLAG, "fewer points, as a trial run")
+
+
 def command(name: str, text: str | None, *options: Option, alone: str | None = None) -> cli.Command:
     """A figure's command: its own options, then those of every figure."""
-    return cli.Command(
-        f"analysis.figures.{name}",
-        text,
-        (
-            *options,
-            Option("out", "out/figures", TEXT, "folder to write to"),
-            Option("quick", False, FLAG, "fewer points, as a trial run"),
-        ),
-        alone,
-    )
+    return cli.Command(f"analysis.figures.{name}", text, (*options, OUT, QUICK), alone)
 
 
 def check_folder(name: str) -> Path:

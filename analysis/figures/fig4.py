@@ -106,12 +106,8 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-FORM = Option(
-    "form",
-    "published",
-    one_of(FORMS),
-    "the learning rules as in the published code, or as in the paper's equations",
-)
+WORDS = "the learning rules as in the published code, or as in the paper's equations"
+FORM = Option("form", "published", one_of(FORMS), WORDS)
 COMMAND = command.command("fig4", __doc__, FORM)
 main = partial(command.main, COMMAND, numbers, draw)
 

@@ -42,12 +42,8 @@ INTEGRATION = Ode(rtol=1e-6, atol=1e-9, early_termination=False)
 NEWTON = Newton(tolerance=1e-6, max_iterations=100)
 
 
-RUN = Option(
-    "run",
-    cli.REQUIRED,
-    (TEXT[0], "the folder of a training run, or a model.msgpack"),
-    "the trained network",
-)
+NETWORK = (TEXT[0], "the folder of a training run, or a model.msgpack")
+RUN = Option("run", cli.REQUIRED, NETWORK, "the trained network")
 SAMPLE = Option("sample", 0, INDEX, "the sample of the validation set that is shown")
 COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone="run")
 
@@ -65,7 +61,7 @@ def trained(path: Path) -> Trained:
         run = _from_folder(path) if path.is_dir() else _from_file(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error) if isinstance(error, InputError) else one_line(error)
-        raise InputError(f"run: given {path}, allowed is {RUN.check[1]} ({reason})") from error
+        raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({reason})") from error
     architecture = run.config.architecture
     if architecture.circuit == "non-dale":
         raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")

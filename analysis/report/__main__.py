@@ -19,15 +19,8 @@ from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import one_line
 from disinhib.tuning.provenance import masked
 
-COMMAND = cli.Command(
-    "analysis.report",
-    __doc__,
-    (
-        stores.STUDY,
-        stores.TRACKING,
-        Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME"),
-    ),
-)
+OUT = Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME")
+COMMAND = cli.Command("analysis.report", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 ARTIFACTS = "report"  # folder in the study's run
 
 

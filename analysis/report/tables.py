@@ -55,14 +55,13 @@ def results(
             versus = stats.difference(_by_seed(seeds, TEST), _by_seed(bp, TEST))
         tuned = scores.get(first["of_run"], math.nan)
         same_rule = [row for row in tried if row["rule"] == first["rule"]]
+        feedback = str(first["averaged"]).lower() if first["feedback"] else "none"
         rows.append(
             {
                 "dataset": first["dataset"],
                 "rule": first["rule"],
                 "depth": first["depth"],
-                "feedback": FEEDBACK[
-                    str(first["averaged"]).lower() if first["feedback"] else "none"
-                ],
+                "feedback": FEEDBACK[feedback],
                 "trial": first["trial"],
                 "epochs": first["budget"],
                 "n": test.n,
@@ -177,10 +176,7 @@ def _interval(low: float, high: float, number=_number) -> str:
 
 def shown_search(numbers: pd.DataFrame) -> pd.DataFrame:
     """`search` as a reader sees it."""
-    return (
-        numbers.assign(
-            hours=numbers["hours"].map("{:.2f}".format), best=numbers["best"].map(_number)
-        )
-        .rename(columns={"best": "best validation score"})
-        .astype(str)
-    )
+    texts = numbers.astype(str)
+    texts["hours"] = [f"{hours:.2f}" for hours in numbers["hours"]]
+    texts["best"] = [_number(best) for best in numbers["best"]]
+    return texts.rename(columns={"best": "best validation score"})

@@ -12,28 +12,9 @@ import plotly.graph_objects as go
 from optuna import visualization
 from plotly.subplots import make_subplots
 
-from analysis.report.panels.drawing import (
-    GREY,
-    PanelFigures,
-    axis_title,
-    colours,
-    counted,
-    dashed,
-    hover_text,
-    lined,
-    styled,
-    wrapped,
-    wrapped_name,
-)
-from analysis.report.panels.plot_data import (
-    PlotData,
-    Row,
-    Setting,
-    fence,
-    grouped,
-    settings,
-    trials_of,
-)
+from analysis.report.panels import drawing, plot_data
+from analysis.report.panels.drawing import GREY, PanelFigures
+from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped
 from analysis.report.panels.studies import complete_trials, studies
 from analysis.runs import COMPLETE, FAILED, PRUNED
 from disinhib.metrics import Metric
@@ -70,9 +51,11 @@ def draw_parallel(data: PlotData) -> PanelFigures:
     for rule, study in studies(data).items():
         trials = complete_trials(study)
         names = sorted({name for trial in trials for name in trial.params})
-        complete = counted(len(trials), "complete trial")
+        complete = drawing.counted(len(trials), "complete trial")
         if len(trials) < 2 or len(names) < 2:
-            notes.append(f"{rule} is left out: {complete}, {counted(len(names), 'parameter')}.")
+            notes.append(
+                f"{rule} is left out: {complete}, {drawing.counted(len(names), 'parameter')}."
+            )
             continue
         figures.append((f"{rule}, {complete}", _parallel(study, names, data)))
         most = max(most, len(names))
@@ -83,7 +66,7 @@ def _parallel(study: optuna.Study, names: Sequence[str], data: PlotData) -> go.F
     """Optuna's figure, with whole names (it cuts them after 17 characters) and in the rule's colour
     (Optuna's palest is invisible)."""
     figure: Any = visualization.plot_parallel_coordinate(study)
-    colour = colours(data)[study.study_name]
+    colour = drawing.colours(data)[study.study_name]
     scores = [trial.value for trial in complete_trials(study)]
     low, high = min(scores), max(scores)
     figure.data = figure.data[: len(scores)]  # what follows the lines is a scale of colours
@@ -99,10 +82,10 @@ def _parallel(study: optuna.Study, names: Sequence[str], data: PlotData) -> go.F
                 tick.text = f"{low + tick.y * (high - low):.4g}"
             ticks.append(tick)
     figure.layout.annotations = ticks
-    styled(figure, 420)
-    score = wrapped(axis_title(data.metric), 14)
+    drawing.styled(figure, 420)
+    score = drawing.wrapped(drawing.axis_title(data.metric), 14)
     return figure.update_xaxes(
-        ticktext=[score, *(wrapped_name(name, 14) for name in names)],
+        ticktext=[score, *(drawing.wrapped_name(name, 14) for name in names)],
         side="top",
         tickangle=0,
         tickfont_size=10.5,
@@ -113,10 +96,10 @@ def _parallel(study: optuna.Study, names: Sequence[str], data: PlotData) -> go.F
 
 def draw_slices(data: PlotData) -> PanelFigures:
     figures = []
-    for rule, of_rule in settings(data).items():
+    for rule, of_rule in plot_data.settings(data).items():
         scored = [setting for setting in of_rule if setting.trial["state"] != FAILED]
         if scored:
-            figures.append((rule, _slices(scored, data, colours(data)[rule])))
+            figures.append((rule, _slices(scored, data, drawing.colours(data)[rule])))
     note = "A pruned trial has the score at which it was stopped, before its budget was used up."
     return PanelFigures(figures, note)
 
@@ -124,7 +107,7 @@ def draw_slices(data: PlotData) -> PanelFigures:
 def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figure:
     """Not Optuna's, which show complete trials only, in one row of plots 300 pixels wide."""
     trials = [*{setting.trial["trial"]: setting.trial for setting in settings}.values()]
-    edge = fence([trial["merit"] for trial in trials])
+    edge = plot_data.fence([trial["merit"] for trial in trials])
     best = best_trial(trials)
     panes = grouped(settings, lambda setting: setting.name)
     columns = min(2, len(panes))
@@ -133,7 +116,7 @@ def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figu
     figure = make_subplots(
         rows, columns, vertical_spacing=80 / height, horizontal_spacing=0.12, shared_yaxes=True
     )
-    styled(figure, height)
+    drawing.styled(figure, height)
     shown = set()
     for i, (name, of_pane) in enumerate(sorted(panes.items())):
         cell: Row = {"row": i // columns + 1, "col": i % columns + 1}
@@ -141,11 +124,11 @@ def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figu
             figure.add_trace(mark.update(showlegend=mark.name not in shown), **cell)
             shown.add(mark.name)
         parameter = of_pane[0].parameter
-        figure.update_xaxes(**_axis(parameter), **cell, title_text=wrapped_name(name, 26))
+        figure.update_xaxes(**_axis(parameter), **cell, title_text=drawing.wrapped_name(name, 26))
         if parameter["kind"] != "categorical":
-            dashed(figure, parameter["low"], parameter["high"], **cell)
+            drawing.dashed(figure, parameter["low"], parameter["high"], **cell)
     return figure.update_yaxes(matches="y").update_yaxes(
-        title_text=axis_title(data.metric), title_font_size=11, col=1
+        title_text=drawing.axis_title(data.metric), title_font_size=11, col=1
     )
 
 
@@ -171,7 +154,7 @@ def _marks(
             legendgroup=name,
             text=[
                 f"trial {trial['trial']}, {trial['state']} after"
-                f" {counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
+                f" {drawing.counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
                 for _, _, _, trial in by_look[name]
             ],
             hovertemplate="%{text} at %{x}",
@@ -206,12 +189,12 @@ def _axis(parameter: Row) -> Row:
 
 def draw_failures(data: PlotData) -> PanelFigures:
     figures = []
-    trials = trials_of(data)
-    for rule, of_rule in settings(data).items():
+    trials = plot_data.trials_of(data)
+    for rule, of_rule in plot_data.settings(data).items():
         failed = sum(row["state"] == FAILED for row in trials[rule])
         if failed and of_rule:
-            caption = f"{rule}, {failed} of {counted(len(trials[rule]), 'trial')} failed"
-            figures.append((caption, _failures(of_rule, colours(data)[rule])))
+            caption = f"{rule}, {failed} of {drawing.counted(len(trials[rule]), 'trial')} failed"
+            figures.append((caption, _failures(of_rule, drawing.colours(data)[rule])))
     note = (
         "Of a choice, the first option is at 0 and the last at 1; equal choices stand side by side."
     )
@@ -235,15 +218,15 @@ def _failures(settings: Sequence[Setting], colour: str) -> go.Figure:
             text=[_described(setting) for setting in marked],
             hovertemplate="%{text}",
         )
-    dashed(figure, 0, 1)
-    styled(figure, 110 + 44 * len(names))
+    drawing.dashed(figure, 0, 1)
+    drawing.styled(figure, 110 + 44 * len(names))
     figure.update_xaxes(title_text="position in the range (dimensionless)", range=[-0.08, 1.08])
     figure.update_xaxes(tickvals=[0, 0.5, 1], ticktext=["0: low edge", "0.5", "1: high edge"])
-    return lined(figure, "parameter", [wrapped_name(name) for name in names])
+    return drawing.lined(figure, "parameter", [drawing.wrapped_name(name) for name in names])
 
 
 def _described(setting: Setting) -> str:
     value = setting.parameter["value"]
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    reason = hover_text(setting.trial["reason"])
-    return f"trial {setting.trial['trial']}: {hover_text(text)} {reason}"
+    reason = drawing.hover_text(setting.trial["reason"])
+    return f"trial {setting.trial['trial']}: {drawing.hover_text(text)} {reason}"

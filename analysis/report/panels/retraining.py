@@ -9,24 +9,18 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from analysis.report.panels.drawing import (
-    PanelFigures,
-    axis_title,
-    colours,
-    counted,
-    dashed,
-    hover_text,
-    lined,
-    numbered,
-    styled,
-    wrapped,
-)
+from analysis.report.panels import drawing
+from analysis.report.panels.drawing import PanelFigures
 from analysis.report.panels.plot_data import PlotData, Row, grouped, records
 from analysis.runs import FAILED
 from disinhib.metrics import SELECTION
 
 CURVES = {  # metrics of the learning curves: caption, axis, its kind
-    "valid_accuracy": ("validation accuracy", axis_title(SELECTION["valid_accuracy"]), "linear"),
+    "valid_accuracy": (
+        "validation accuracy",
+        drawing.axis_title(SELECTION["valid_accuracy"]),
+        "linear",
+    ),
     "train_CL_loss": ("training loss", "training loss (dimensionless)", "log"),
 }
 PROBES = {  # metrics of the ODE's integration: caption, axis, its kind
@@ -84,7 +78,7 @@ def probes(data: PlotData, metric: str) -> list[tuple[Seed, float]]:
 
 
 def draw_learning(data: PlotData) -> PanelFigures:
-    colour = colours(data)
+    colour = drawing.colours(data)
     figures = {}
     for metric, (name, axis, kind) in CURVES.items():
         curves = grouped(
@@ -95,7 +89,7 @@ def draw_learning(data: PlotData) -> PanelFigures:
             figure = _learning(of_figure, colour).update_yaxes(title_text=axis, type=kind)
             if kind == "log":
                 figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(of_figure))
-            caption = f"{dataset}, {counted(depth, 'hidden layer')}: {name}"
+            caption = f"{dataset}, {drawing.counted(depth, 'hidden layer')}: {name}"
             figures.setdefault((dataset, depth), []).append((caption, figure))
     return PanelFigures([*chain.from_iterable(figures.values())])
 
@@ -116,7 +110,7 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
             y=values,
             mode="lines" if len(epochs) > 1 else "markers",
             line={"color": of_rule, "width": 1.3, "dash": DASHES[seed.nth % len(DASHES)]},
-            name=wrapped(seed.label, 38),
+            name=drawing.wrapped(seed.label, 38),
             legendgroup=seed.configuration,
             showlegend=seed.configuration not in shown,
             hovertemplate=f"seed {seed.row['seed']}, epoch %{{x}}: %{{y:.4g}}",
@@ -132,11 +126,13 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
                 legendgroup=FAILED,
                 legendrank=2000,  # last
                 showlegend=FAILED not in shown,
-                text=[f"seed {seed.row['seed']} failed: {hover_text(seed.row['reason'])}"],
+                text=[f"seed {seed.row['seed']} failed: {drawing.hover_text(seed.row['reason'])}"],
                 hovertemplate="%{text}",
             )
             shown.add(FAILED)
-    return numbered(styled(figure, 460), "epoch", max(curve.epochs[-1] for curve in curves))
+    return drawing.numbered(
+        drawing.styled(figure, 460), "epoch", max(curve.epochs[-1] for curve in curves)
+    )
 
 
 def draw_ode(data: PlotData) -> PanelFigures:
@@ -144,12 +140,12 @@ def draw_ode(data: PlotData) -> PanelFigures:
     for metric, (caption, axis, kind) in PROBES.items():
         values = probes(data, metric)
         if values:
-            figure = _strip(values, colours(data))
+            figure = _strip(values, drawing.colours(data))
             figure.update_xaxes(title_text=axis, type=kind)
             if kind == "log":
                 figure.update_xaxes(exponentformat="power", dtick=1)
             else:
-                dashed(figure, 0)
+                drawing.dashed(figure, 0)
             figures.append((caption, figure))
     note = (
         "Diverged seeds are not shown, nor is back-propagation on the plain MLP, which has no"
@@ -166,7 +162,9 @@ def _strip(values: Sequence[tuple[Seed, float]], colour: Mapping[str, str]) -> g
     figure = go.Figure()
     for name, flagged, symbol in (("a seed", False, "circle-open"), ("a flagged seed", True, "x")):
         marks = [
-            (s, value) for s, value in values if bool(hover_text(s.row.get("flag"))) == flagged
+            (s, value)
+            for s, value in values
+            if bool(drawing.hover_text(s.row.get("flag"))) == flagged
         ]
         if marks:
             figure.add_scatter(
@@ -180,12 +178,14 @@ def _strip(values: Sequence[tuple[Seed, float]], colour: Mapping[str, str]) -> g
                 text=[_probed(seed.row) for seed, _ in marks],
                 hovertemplate="%{x:.3g}, %{text}",
             )
-    styled(figure, 130 + 70 * len(lines))
-    return lined(figure, "configuration", [wrapped(label, 20) for label in lines.values()])
+    drawing.styled(figure, 130 + 70 * len(lines))
+    return drawing.lined(
+        figure, "configuration", [drawing.wrapped(label, 20) for label in lines.values()]
+    )
 
 
 def _probed(row: Row) -> str:
     """The hover text of a seed; of a row of runs.retrained."""
     reached = row.get("ode_reached", math.nan)
     share = "" if math.isnan(reached) else f", {100 * reached:.0f} % of the samples reached it"
-    return f"seed {row['seed']}{share} {hover_text(row.get('flag'))}".strip()
+    return f"seed {row['seed']}{share} {drawing.hover_text(row.get('flag'))}".strip()
