@@ -28,7 +28,7 @@ study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seed
 	$(BIN)/python -m analysis.retrain out/selected.yaml seeds=3
 	$(BIN)/python -m analysis.report
 
-figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="--out FOLDER")
+figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="out=FOLDER")
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
 test: lint ## lint, then every test

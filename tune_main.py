@@ -1,7 +1,7 @@
 """One study: `python tune_main.py [option=value ...]` (options: conf/study.yaml)."""
 
-from disinhib import errors
+from disinhib import cli
 from disinhib.tuning import study
 
 if __name__ == "__main__":
-    errors.run(study.main)
+    cli.run(study.main)

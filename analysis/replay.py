@@ -1,4 +1,4 @@
-"""`python -m analysis.replay RUN_ID [tracking.uri=URI]`: trains a trial again from its MLflow run.
+"""`python -m analysis.replay RUN_ID`: trains a trial again from its MLflow run.
 
 Says whether every metric of every epoch came out the same, bit for bit (exit code 0), or how it
 differs (1); on a CPU it should be the same. Needs only the run, in any folder: its options, seeds
@@ -19,7 +19,8 @@ import yaml
 
 from analysis import store as stores
 from analysis.store import Refused
-from disinhib import errors
+from disinhib import cli
+from disinhib.checks import TEXT, Option
 from disinhib.errors import InputError, one_line
 from disinhib.tuning import environment, mlflow_settings, provenance
 from disinhib.tuning.event_log import ENDED, over_seeds
@@ -27,7 +28,8 @@ from disinhib.tuning.event_log import ENDED, over_seeds
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
-USAGE = "python -m analysis.replay RUN_ID [tracking.uri=URI]"
+RUN = Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial")
+COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone="run")
 # Of the machine, not of the training.
 MACHINE_METRICS = (
     *("epoch_seconds", "epoch_seconds_sd", "compilations", "compilation_seconds"),
@@ -73,8 +75,8 @@ class Comparison(NamedTuple):
 @mlflow_settings.requests()
 def main(arguments: Sequence[str]) -> int:
     """Replays one trial and prints what came of it; the exit code. Raises Refused."""
-    run_id, uri = _parsed(arguments)
-    trial = read(run_id, uri)
+    options = COMMAND.parse(arguments)
+    trial = read(options["run"], stores.address(options["tracking.uri"]))
     seeds = f"seed{'s' * (len(trial.seeds) > 1)} {', '.join(map(str, trial.seeds))}"
     print(
         f"study {trial.study}, trial {trial.number}: {trial.rule}, {trial.state},"
@@ -112,14 +114,6 @@ def main(arguments: Sequence[str]) -> int:
     if cpu != cpu_now:  # XLA compiles for the very processor
         print(f"(then on {cpu}, now on {cpu_now}: other processors may give other bits)")
     return 1
-
-
-def _parsed(arguments: Sequence[str]) -> tuple[str, str]:
-    """(run id, tracking URI)."""
-    ids, options = stores.arguments(arguments, USAGE, {"tracking.uri": None})
-    if len(ids) != 1:
-        raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
-    return ids[0], stores.address(options["tracking.uri"])
 
 
 def read(run_id: str, uri: str) -> Trial:
@@ -262,4 +256,4 @@ def _count(number: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main, __doc__)
+    cli.run(main)

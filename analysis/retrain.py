@@ -26,7 +26,7 @@ from rich.console import Console
 from analysis import configurations, runs
 from analysis.configurations import Configuration
 from analysis.store import Refused, StudyRun
-from disinhib import config, errors, hydra_config, training
+from disinhib import cli, config, hydra_config, training
 from disinhib.checks import refusal
 from disinhib.tuning import engine, mlflow_settings, mlflow_store, provenance
 from disinhib.tuning.engine import Finished, Job
@@ -50,11 +50,10 @@ SUFFIX = "-retrained"  # of the study's name
 @mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, 1 if a configuration could not be trained, 130 if interrupted."""
-    files = [text for text in arguments if "=" not in text]
-    given = [text for text in arguments if "=" in text]
+    files, given = cli.split(arguments, __doc__ or "")
     names = {text.partition("=")[0] for text in given}
     has_file, has_grid = len(files) == 1, "experiment" in names
-    if len(files) > 1 or any(f.startswith("-") for f in files) or has_file == has_grid:
+    if len(files) > 1 or has_file == has_grid:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
     command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
     if has_file:
@@ -264,4 +263,4 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main, __doc__)
+    cli.run(main)

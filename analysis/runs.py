@@ -1,7 +1,7 @@
-"""`python -m analysis.runs [study=NAME] [tracking.uri=URI] [out=FILE.csv]`: a study as one table.
+"""`python -m analysis.runs [study=NAME] [out=FILE.csv]`: a study as one table.
 
-A row is a trial, read from MLflow: what was searched, how it ended, what it scored. `out` writes it
-as CSV. Runs that are left out are counted, with the reason. Without `study` it is the newest one.
+A row is a trial, read from MLflow: the parameters that were searched, its state and its score. Runs
+that are left out are counted, with the reason.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from mlflow.entities import Run
 
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
-from disinhib import errors
+from disinhib import cli
+from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
 from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
 
-USAGE = "python -m analysis.runs [study=NAME] [tracking.uri=URI] [out=FILE.csv]"
+OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
+COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # begins the columns of what was searched, by Optuna's names
 CONFIGURATION = "configuration"  # a retrained seed's tag: the same for all seeds of one
@@ -202,11 +204,7 @@ def position(parameter: Mapping[str, Any]) -> float:
 
 @mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
-    alone, options = stores.arguments(
-        arguments, USAGE, {"study": None, "tracking.uri": None, "out": None}
-    )
-    if alone:
-        raise Refused(f"given {' '.join(alone)}, needed is {USAGE}")
+    options = COMMAND.parse(arguments)
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
     rows, dropped = trials(store, study)
@@ -244,4 +242,4 @@ def write(file: Path, content: str, option: str = "out") -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, __doc__)
+    cli.run(main)

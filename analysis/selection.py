@@ -1,11 +1,8 @@
-"""`python -m analysis.selection [study=NAME] [top=1] [per=trainer] [selected=selected.yaml]`
+"""`python -m analysis.selection [study=NAME] [top=1]`: selects the best trials of a study.
 
-Selects the best trials of a study on validation data alone and writes them, for
-`python -m analysis.retrain`. `per` is what the groups are made by: `trainer` (the learning rule),
-or options that were searched, comma-separated. `tracking.uri=URI` says where MLflow's store is.
-
-Prints how close the runners-up were, and warns of what a reader should know: a best value at the
-edge of its range, failures nearby, groups that got unequal budgets.
+Only validation data count. The selected trials are written to a file for `python -m
+analysis.retrain`. Prints how close the runners-up were, and warns if a best value lies at the edge
+of its range, if trials nearby failed, or if the groups had unequal budgets.
 """
 
 from __future__ import annotations
@@ -20,23 +17,34 @@ import yaml
 from analysis import runs, store as stores
 from analysis.runs import SEARCHED
 from analysis.store import Refused, StudyRun
-from disinhib import errors
+from disinhib import cli
+from disinhib.checks import COUNT, TEXT, Option
 from disinhib.errors import nearest
+from disinhib.metrics import SELECTION, Metric
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.provenance import masked
 from disinhib.tuning.space_tree import option_of, parameters_for
 
-USAGE = (
-    "python -m analysis.selection [study=NAME] [top=1] [per=trainer] [metric=valid_accuracy]"
-    " [selected=selected.yaml] [tracking.uri=URI]"
-)
 RULE = (
     "Of the trials of a group that ran their whole budget (COMPLETE): those with the best {metric}"
     " after the last epoch, mean over a trial's seeds; of equals, the one that was tried first."
 )
 TRAINER = "trainer"
-METRICS = {"valid_accuracy": "max", "valid_loss": "min"}  # validation only
+PER = f"the groups: {TRAINER} (the learning rule), or options that were searched"
+METRIC = (
+    lambda name: name in (None, *SELECTION),
+    f"null or a metric of the validation data: {', '.join(SELECTION)}",
+)
+OPTIONS = (
+    stores.STUDY,
+    stores.TRACKING,
+    Option("top", 1, COUNT, "trials to select of each group"),
+    Option("per", [TRAINER], cli.list_of(TEXT), PER),
+    Option("metric", None, METRIC, "the score; null: the study's"),
+    Option("selected", "selected.yaml", TEXT, "file to write"),
+)
+COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
 RUNNERS_UP = 3  # shown
 EDGE = 0.05  # of a range, on its scale: as near as that to an end is on the edge
 NEIGHBOURS = 8  # trials of the same rule that are nearest to a selected one
@@ -54,7 +62,7 @@ class Choice(NamedTuple):
     runners_up: list[tuple[int, float]]  # trial, by how much it is worse; only with the last rank
 
 
-def select(trials: pd.DataFrame, per: Sequence[str], top: int, mode: str) -> list[Choice]:
+def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -> list[Choice]:
     """The `top` best complete trials of each group, by RULE. A group without any is left out.
 
     Raises Refused if `per` names nothing that was searched.
@@ -62,8 +70,7 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, mode: str) -> lis
     chosen = []
     for group, rows in groups(trials, per):
         complete = [row for row in rows.to_dict("records") if row["state"] == COMPLETE]
-        better = {"max": -1, "min": 1}[mode]
-        ranked = sorted(complete, key=lambda row: (better * row["score"], row["trial"]))
+        ranked = sorted(complete, key=lambda row: (-metric.sign * row["score"], row["trial"]))
         for rank, row in enumerate(ranked[:top], start=1):
             tied = [o["trial"] for o in ranked if o["score"] == row["score"] and o is not row]
             behind = ranked[top : top + RUNNERS_UP] if rank == min(top, len(ranked)) else []
@@ -108,7 +115,7 @@ def warnings(
     per: Sequence[str],
     space: Mapping[str, Any] | None,
 ) -> list[str]:
-    """What a reader should know before believing a selection, a line each."""
+    """Reasons to doubt a selection, a line each."""
     lines = []
     for choice in chosen:
         lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, trials, space)]
@@ -116,11 +123,11 @@ def warnings(
     for group, rows in groups(trials, per):
         if COMPLETE not in set(rows["state"]):
             lines.append(f"{_words(group)}: no trial ran its whole budget, none is selected")
-    saw = [row["trial"] for row in trials.to_dict("records") if row["saw_test"]]
-    if saw:
+    saw_test = [str(row["trial"]) for row in trials.to_dict("records") if row["saw_test"]]
+    if saw_test:
         lines.append(
-            f"trials {', '.join(map(str, saw))} evaluated the test set during the search: it is not"
-            " used here, but a searcher or a person may have looked at it"
+            f"trial{'s' * (len(saw_test) > 1)} {', '.join(saw_test)} evaluated the test set during"
+            " the search; it is not used here, but may have influenced the search"
         )
     return lines
 
@@ -128,9 +135,9 @@ def warnings(
 def _on_the_edge(choice: Choice, space: Mapping[str, Any] | None) -> list[str]:
     lines = []
     for name, parameter in _numbers(space, choice.row).items():
-        place = runs.position(parameter)
-        if min(place, 1 - place) <= EDGE:
-            end = "lower" if place < 0.5 else "upper"
+        position = runs.position(parameter)
+        if min(position, 1 - position) <= EDGE:
+            end = "lower" if position < 0.5 else "upper"
             lines.append(
                 f"{_named(choice)}: {name}={parameter['value']:.4g} lies at the {end} edge of its"
                 f" range ({parameter['low']:g} to {parameter['high']:g})"
@@ -141,16 +148,16 @@ def _on_the_edge(choice: Choice, space: Mapping[str, Any] | None) -> list[str]:
 def _failed_nearby(
     choice: Choice, trials: pd.DataFrame, space: Mapping[str, Any] | None
 ) -> list[str]:
-    """Whether many of the nearest trials of the same rule failed: then so may a fresh seed."""
+    """A warning if many of the nearest trials of the same rule failed: fresh seeds may fail too."""
     if space is None:
         return []
-    own = runs.parameters_of(space, choice.row)
+    parameters = runs.parameters_of(space, choice.row)
     others = [
         row
         for row in trials.to_dict("records")
         if row["rule"] == choice.row["rule"] and row["trial"] != choice.row["trial"]
     ]
-    distance = lambda row: _distance(own, runs.parameters_of(space, row))
+    distance = lambda row: _distance(parameters, runs.parameters_of(space, row))
     near = sorted(others, key=distance)[:NEIGHBOURS]
     failed = sum(row["state"] == FAILED for row in near)
     if not failed or failed < TOO_MANY_FAILED * len(near):
@@ -159,7 +166,8 @@ def _failed_nearby(
 
 
 def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Euclidean, a range being of length 1 and another choice as far as a whole range."""
+    """Euclidean distance of two trials' parameters, scaled so that every range has length 1. A
+    different choice, or a parameter that only one of them has, counts as a whole range."""
     total = 0.0
     for name in {*one, *other}:
         if name not in one or name not in other:
@@ -181,21 +189,21 @@ def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
     counts, epochs = {count for _, count, _ in budgets}, [spent for *_, spent in budgets]
     if len(counts) == 1 and max(epochs) <= UNEQUAL * min(epochs):
         return []
-    told = ", ".join(f"{name} {count} trials of {spent} epochs" for name, count, spent in budgets)
-    return [f"the groups got unequal budgets: {told}"]
+    words = ", ".join(f"{name} {count} trials of {spent} epochs" for name, count, spent in budgets)
+    return [f"the groups had unequal budgets: {words}"]
 
 
 def spent(trials: Iterable[Mapping[str, Any]]) -> int:
-    """Epochs trained in all, over all seeds."""
+    """Epochs trained in all these trials, over all seeds."""
     return sum(row["epochs"] * len(row["seeds"]) for row in trials)
 
 
 def _numbers(space: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What `row` has of the numeric parameters, by option."""
-    found = {} if space is None else runs.parameters_of(space, row)
+    """The numeric parameters of a trial, by option."""
+    parameters = {} if space is None else runs.parameters_of(space, row)
     return {
         name.partition(".")[2] or name: parameter
-        for name, parameter in found.items()
+        for name, parameter in parameters.items()
         if parameter["kind"] != "categorical"
     }
 
@@ -218,7 +226,7 @@ def content(
     per: Sequence[str],
     warned: Sequence[str],
 ) -> dict[str, Any]:
-    """What `selected.yaml` says."""
+    """The content of `selected.yaml`."""
     return {
         "study": study.name,
         "study_run": study.run.info.run_id,
@@ -244,45 +252,32 @@ def content(
 
 @mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
-    alone, options = stores.arguments(
-        arguments,
-        USAGE,
-        {
-            "study": None,
-            "top": 1,
-            "per": TRAINER,
-            "metric": None,
-            "selected": "selected.yaml",
-            "tracking.uri": None,
-        },
-    )
-    if alone:
-        raise Refused(f"given {' '.join(alone)}, needed is {USAGE}")
+    options = COMMAND.parse(arguments)
     uri = stores.address(options["tracking.uri"])
     store = stores.connect(uri)
     study = stores.find_study(store, options["study"])
     metric = options["metric"] or study.options["metric"]
-    if metric not in METRICS:
+    if metric not in SELECTION:
         raise Refused(
-            f"metric: given {metric}, allowed is one of {', '.join(METRICS)}: selection sees"
-            f" validation data only"
+            f"metric: study {study.name} was tuned by {metric}, allowed is one of"
+            f" {', '.join(SELECTION)} (validation data only)"
         )
     study.options["metric"] = metric
-    per = options["per"].split(",")
+    per = options["per"]
     trials, dropped = runs.trials(store, study)
-    chosen = select(trials, per, options["top"], METRICS[metric])
-    if not chosen:
+    choices = select(trials, per, options["top"], SELECTION[metric])
+    if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
-    warned = warnings(trials, chosen, per, study.space)
-    text = yaml.safe_dump(content(study, uri, chosen, metric, per, warned), sort_keys=False)
+    warning_lines = warnings(trials, choices, per, study.space)
+    text = yaml.safe_dump(content(study, uri, choices, metric, per, warning_lines), sort_keys=False)
     runs.write(Path(options["selected"]), text, "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
-    for why in dropped:
-        print(f"left out: {why}")
+    for reason in dropped:
+        print(f"left out: {reason}")
     print(RULE.format(metric=metric))
-    for choice in chosen:
+    for choice in choices:
         print(_line(choice, metric))
-    for line in warned:
+    for line in warning_lines:
         print(f"warning: {line}")
     print(f"written: {options['selected']}")
     return 0
@@ -298,4 +293,4 @@ def _line(choice: Choice, metric: str) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main, __doc__)
+    cli.run(main)

@@ -3,15 +3,15 @@
 Means over seeds with bootstrap intervals, differences of two such means, and the best score to
 expect of k trials. The bootstrap is seeded: the same values, in any order, give the same interval.
 
-Non-finite values are refused everywhere: a diverged seed is not a number, and whoever leaves one
-out has to say so beside the mean.
+Non-finite values are refused everywhere: a caller that leaves out a diverged seed has to say so
+beside the mean.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What is reported of one quantity over seeds."""
+    """One quantity over seeds."""
 
     n: int
     mean: float  # NaN of no value
@@ -40,7 +40,7 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means, the first minus the second."""
+    """The difference of two means, the first minus the second."""
 
     mean: float  # NaN if there is nothing to subtract
     interval: Interval  # 95 %
@@ -72,8 +72,8 @@ def bootstrap_interval(
     does (10 exponential values: both 90 %).
 
     It lies within the sample's range, which misses the median of any continuous distribution with
-    probability 2^(1 - n): of 3 values it covers the mean with 75 % at most. `low_coverage` says of
-    which n that has to be told.
+    probability 2^(1 - n): of 3 values it covers the mean with 75 % at most. `low_coverage` is the
+    warning for small n.
 
     Equal values give the interval [v, v], fewer than 2 none (NaN). Raises ValueError if a value is
     not finite or the level not a probability.
@@ -85,7 +85,7 @@ def bootstrap_interval(
 
 
 def low_coverage(n: int) -> str | None:
-    """Why a 95 % interval from n values is to be distrusted; None if it is not.
+    """A warning if a 95 % interval from n values covers too little; None if it does not.
 
     Holds for a mean and for a paired difference of n pairs. For an unpaired one, n being the
     smaller sample's size, it is the worst case: that all variance is in the smaller sample.
@@ -101,7 +101,7 @@ def low_coverage(n: int) -> str | None:
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float], seed: int = 0) -> Difference:
-    """Of a's mean and b's, values by seed: paired if both have the same seeds, at least 2."""
+    """Of two means, values by seed: paired if both have the same seeds, at least 2."""
     paired = len(a) > 1 and a.keys() == b.keys()
     return paired_difference(a, b, seed) if paired else unpaired_difference(a, b, seed)
 
@@ -109,8 +109,9 @@ def difference(a: Mapping[int, float], b: Mapping[int, float], seed: int = 0) ->
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float], seed: int = 0) -> Difference:
     """The mean of a - b over the seeds that both have, and its `bootstrap_interval`.
 
-    What a seed does to both (the split of the data, the order of its batches) cancels. Raises
-    ValueError if a value is not finite.
+    What a seed decides for both (the initial weights, the order of the batches) cancels. It does
+    not decide the split of the data, which is by position: all seeds share it. Raises ValueError if
+    a value is not finite.
     """
     _sample(a.values())  # to refuse the non-finite ones among those without a partner too
     _sample(b.values())
@@ -134,22 +135,17 @@ def unpaired_difference(
     return Difference(mean, interval, min(map(len, samples)), paired=False)
 
 
-def expected_maximum(scores: Sequence[float], mode: Literal["max", "min"] = "max") -> np.ndarray:
+def expected_maximum(scores: Sequence[float]) -> np.ndarray:
     """The best score to expect of k trials, for k = 1..n: the mean over all subsets of k scores.
 
     With the scores in ascending order x_(1)..x_(n) that is sum_i C(i-1, k-1) / C(n, k) x_(i): the
     unbiased estimator of the expected maximum of k independent draws. That of Dodge et al. (2019)
     draws with replacement and is too low. Unbiased is not precise: near k = n it hangs on the best
     few scores (Dodge et al. 2021, EMNLP Findings, find its variance the largest of three).
-    Mode "min" takes the smallest score for the best. No scores give an empty array. Raises
-    ValueError if a score is not finite or the mode another one.
+    No scores give an empty array. Raises ValueError if a score is not finite.
 
     Tang et al. (2020), Showing Your Work Doesn't Always Work, ACL.
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f"mode must be max or min, got mode={mode}")
-    if mode == "min":
-        return 0.0 - expected_maximum([-score for score in scores])  # no -0.0 in a report
     sample = _sample(scores)
     n = len(sample)
     if n == 0:
@@ -204,7 +200,7 @@ def _interval(
         value = float(statistic(*([_mean(sample)] for sample in samples), axis=0))
         return Interval(value, value)
     n = np.array([len(sample) for sample in samples])
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         samples,
         statistic,
         vectorized=True,
@@ -213,7 +209,7 @@ def _interval(
         n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    return Interval(float(interval.low), float(interval.high))
 
 
 def _tail(n: np.ndarray, variances: np.ndarray, level: float) -> float:

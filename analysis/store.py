@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, ViewType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, nearest, one_line
 from disinhib.tuning.mlflow_store import OF_STUDY
 
 DEFAULT = Path("out/mlflow.db")
+# Options of every command that reads a study.
+TRACKING = Option(
+    "tracking.uri",
+    None,
+    OPTIONAL_TEXT,
+    f"address of the MLflow store; null: $MLFLOW_TRACKING_URI, else {DEFAULT}",
+)
+STUDY = Option("study", None, OPTIONAL_TEXT, "the study's name or run id; null: the newest study")
 PAGE = 1000  # runs a request
 
 
@@ -49,32 +58,6 @@ class StudyRun(NamedTuple):
         dict[str, Any] | None
     )  # disinhib.tuning.space_tree.definition; None if nothing is searched
     provenance: dict[str, Any]
-
-
-def arguments(
-    given: Sequence[str], usage: str, defaults: Mapping[str, Any]
-) -> tuple[list[str], dict[str, Any]]:
-    """(what stands alone, options by name) of a command line; `option=value`, a default that is a
-    number wants a whole number of at least 1. Raises Refused."""
-    alone = [text for text in given if "=" not in text]
-    if any(text.startswith("-") for text in alone):
-        raise Refused(f"given {' '.join(given)}, needed is {usage}")
-    options = dict(defaults)
-    for text in given:
-        name, is_option, value = text.partition("=")
-        if not is_option:
-            continue
-        if name not in defaults:
-            raise Refused(f"{name}: unknown option{nearest(name, defaults)}; needed is {usage}")
-        if isinstance(defaults[name], int):
-            if not value.isdecimal() or int(value) < 1:
-                raise Refused(f"{name}: given {value}, allowed is a whole number of at least 1")
-            options[name] = int(value)
-        elif value == "":
-            raise Refused(f"{name}: given nothing, needed is {usage}")
-        else:
-            options[name] = value
-    return alone, options
 
 
 def address(given: str | None) -> str:

@@ -1,25 +1,40 @@
 """What the driver computes for each trial and each epoch that a trial reports.
 
-    python -m benchmarks.driver
+    python -m benchmarks.driver [trials=200] [epochs=11]
 
 Real studies of trials that train nothing, with Ray, the journal, Optuna's store and MLflow (in
 SQLite): CPU time of the driver's process, all its threads, from the first trial to the last record
 delivered. Two studies that differ in their epochs tell trial and epoch apart.
 """
 
-import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 from rich.console import Console
 from rich.table import Table
 
+from disinhib import cli
+from disinhib.checks import COUNT, Option, is_whole
 from disinhib.tuning import options, study
 from disinhib.tuning.early_stopping import SCORE
 from disinhib.tuning.worker import METRICS, PLACE
 
+COMMAND = cli.Command(
+    "benchmarks.driver",
+    __doc__,
+    (
+        Option("trials", 200, COUNT, "of each study"),
+        Option(
+            "epochs",
+            11,
+            (lambda n: is_whole(n) and n > 1, "a whole number of at least 2"),
+            "of a trial in the second study; in the first it has one",
+        ),
+    ),
+)
 NAMES = [f"metric_{n}" for n in range(14)]  # as many as training has
 
 
@@ -67,25 +82,22 @@ def cpu_seconds(trials: int, epochs: int) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=11)
-    given = parser.parse_args()
-    few, few_wall = cpu_seconds(given.trials, 1)
-    many, many_wall = cpu_seconds(given.trials, given.epochs)
-    epoch = (many - few) / given.trials / (given.epochs - 1)
+def main(arguments: Sequence[str]) -> None:
+    trials, most_epochs = COMMAND.parse(arguments).values()
+    few, few_wall = cpu_seconds(trials, 1)
+    many, many_wall = cpu_seconds(trials, most_epochs)
+    epoch = (many - few) / trials / (most_epochs - 1)
     table = Table("driver CPU", "ms", "trials", "epochs", "CPU s", "wall s", box=None)
-    trial = few / given.trials - epoch
+    trial = few / trials - epoch
     for name, value, epochs, cpu, wall in (
         ("a trial", trial, 1, few, few_wall),
-        ("an epoch", epoch, given.epochs, many, many_wall),
+        ("an epoch", epoch, most_epochs, many, many_wall),
     ):
         table.add_row(
-            name, f"{1e3 * value:.1f}", str(given.trials), str(epochs), f"{cpu:.1f}", f"{wall:.1f}"
+            name, f"{1e3 * value:.1f}", str(trials), str(epochs), f"{cpu:.1f}", f"{wall:.1f}"
         )
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

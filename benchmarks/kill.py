@@ -1,16 +1,15 @@
-"""Studies that are killed again and again: `python -m benchmarks.kill [--times 25] [--workers]`.
+"""Studies that are killed again and again: `python -m benchmarks.kill [times=25] [workers=true]`.
 
-A real study's driver is SIGKILLed at random moments (drawn from `--seed`, printed) and started
-again, `--times` in all, five times a study: while it starts, while it mends, in the midst of its
+A real study's driver is SIGKILLed at random moments (drawn from `seed`, printed) and started
+again, `times` in all, five times a study: while it starts, while it mends, in the midst of its
 trials, and the last time as it ends. Each study is then looked at in all three stores, with the
 journal as a fourth witness, and trials that went on after a kill are trained again without one.
-`--workers`: it is workers that are killed, and the study has to go on by itself. Exit code 0: not
-one violation.
+`workers=true` kills workers instead, and the study has to go on by itself. Exit code 0: no
+violation.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -39,6 +38,8 @@ from ray.tune import ExperimentAnalysis
 from rich.console import Console
 from rich.table import Table
 
+from disinhib import cli
+from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_store, optuna_store, ray_backend, suggest
 from disinhib.tuning.early_stopping import SCORE, Stopping
 from disinhib.tuning.event_log import COMPLETE, EPOCH, FAILED, PRUNED, Journal, records
@@ -475,33 +476,38 @@ def table(rows: Sequence[Row]) -> Table:
     return drawn
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.kill", description=(__doc__ or "").partition("\n\n")[0]
-    )
-    parser.add_argument("--times", type=int, default=25, help="kills in all")
-    parser.add_argument("--seed", type=int, default=0, help="of their moments")
-    parser.add_argument("--workers", action="store_true", help="kill workers, not the driver")
-    parser.add_argument("--folder", type=Path, help="where the studies are left")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
-    arguments = parser.parse_args()
-    rng, console = random.Random(arguments.seed), Console(width=150)
+COMMAND = cli.Command(
+    "benchmarks.kill",
+    __doc__,
+    (
+        Option("times", 25, COUNT, "kills in all"),
+        Option("seed", 0, INDEX, "seed of the moments"),
+        Option("workers", False, FLAG, "kill workers, not the driver"),
+        Option("folder", None, OPTIONAL_TEXT, "folder to leave the studies in; null: none"),
+        Option("json", None, OPTIONAL_TEXT, "file to write the rows to as well"),
+    ),
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = COMMAND.parse(arguments)
+    rng, console = random.Random(options["seed"]), Console(width=150)
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    rows, wrong, left, number = [], [], arguments.times, 0
+    rows, wrong, left, number = [], [], options["times"], 0
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.folder or Path(temporary)).absolute()
+        folder = Path(options["folder"] or temporary).absolute()
         while left:
             number += 1
             place, times = folder / f"{number}", min(left, KILLS)
             study = place / "out" / NAME
             try:
-                if arguments.workers:
+                if options["workers"]:
                     new = kill_workers(place, rng, min(times, ray_backend.WORKERS_LOST))
                     left -= min(times, ray_backend.WORKERS_LOST)
                     again = restarted(study)
                 else:
                     moments = draw(rng, times)
-                    say(f"study {number}, seed {arguments.seed}: {', '.join(map(str, moments))}")
+                    say(f"study {number}, seed {options['seed']}: {', '.join(map(str, moments))}")
                     new = kill_and_resume(place, moments)
                     left -= sum(row.killed for row in new)
                     again = went_on(new)
@@ -516,10 +522,10 @@ def main() -> int:
             rows += new
             wrong += problems
     say(f"{sum(row.killed for row in rows)} kills, {len(rows)} starts, {len(wrong)} violations")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps([row._asdict() for row in rows], indent=1))
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,21 +1,20 @@
 """Microseconds a sample of one training step: rules, depths and solvers in one process.
 
-    python -m benchmarks.step [--json FILE] [--repeats 7] [--steps 20]
+    python -m benchmarks.step [repeats=7] [steps=20] [json=FILE]
 
 Fashion-MNIST shapes (784 inputs, 10 classes), hidden layers of 256, batch 100, published
 defaults; the images are random, which costs the same. Each row is a compiled scan of steps,
-exactly the one that trains. Rows take turns, and medians over `--repeats` rounds are compared,
+exactly the one that trains. Rows take turns, and medians over `repeats` rounds are compared,
 so that a machine that drifts changes all of them. `ode` is the published way to the steady state
 (Tsit5 with its tolerances and its steady-state event); bp runs on the plain MLP.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,12 +22,17 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from disinhib import training
+from disinhib import cli, training
+from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
 from disinhib.config import RunConfig
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 
 BATCH = 100
 ODE_STEPS = 2  # it is that slow
+REPEATS = Option("repeats", 7, COUNT, "rounds")
+STEPS = Option("steps", 20, COUNT, "training steps in a round")
+JSON = Option("json", None, OPTIONAL_TEXT, "file to write the rows to as well")
+COMMAND = cli.Command("benchmarks.step", __doc__, (REPEATS, STEPS, JSON))
 
 
 class Row(NamedTuple):
@@ -110,15 +114,9 @@ def measure(repeats: int, steps: int) -> list[Row]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.step", description="time of one training step"
-    )
-    parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
-    arguments = parser.parse_args()
-    rows = measure(arguments.repeats, arguments.steps)
+def main(arguments: Sequence[str]) -> None:
+    options = COMMAND.parse(arguments)
+    rows = measure(options["repeats"], options["steps"])
     device = jax.devices()[0]
     table = Table(title=f"one training step, batch {BATCH}, layers of 256, {device.device_kind}")
     for name in ("rule", "hidden layers", "solver", "µs a sample", "to bp", "ode / newton"):
@@ -134,11 +132,11 @@ def main() -> None:
             ratio,
         )
     Console().print(table)
-    if arguments.json:
+    if options["json"]:
         content = {"device": device.device_kind, "rows": [row._asdict() for row in rows]}
-        with open(arguments.json, "w") as file:
+        with open(options["json"], "w") as file:
             json.dump(content, file, indent=2)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

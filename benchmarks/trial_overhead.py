@@ -1,4 +1,4 @@
-"""What a trial costs besides its epochs: `python -m benchmarks.trial_overhead [--json FILE]`.
+"""What a trial costs besides its epochs: `python -m benchmarks.trial_overhead [trials=30]`.
 
 A real study (digits, published network sizes, Ray, Optuna, MLflow, reused workers) with a clock in
 its workers. A trial's first epoch ends some seconds after its worker was free for it: since the
@@ -13,13 +13,12 @@ Bar: later trials of a structure under 0.5 s and without a compilation.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +28,20 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
-from disinhib.tuning import options, study
+from disinhib import cli
+from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
+from disinhib.tuning import options as study_options, study
 from disinhib.tuning.worker import METRICS, TrainingTrial
 
 BAR_SECONDS = 0.5
+COMMAND = cli.Command(
+    "benchmarks.trial_overhead",
+    __doc__,
+    (
+        Option("trials", 30, COUNT, "of three rules in turn"),
+        Option("json", None, OPTIONAL_TEXT, "file to write the numbers to as well"),
+    ),
+)
 
 
 class ClockedTrial(TrainingTrial):
@@ -132,16 +141,13 @@ def table(found: list[Overhead]) -> Table:
     return drawn
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--trials", type=int, default=30, help="of three rules in turn")
-    arguments = parser.parse_args()
+def main(arguments: Sequence[str]) -> int:
+    options = COMMAND.parse(arguments)
     recorder, console = Recorder(), Console()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/programs"  # none from other studies
-        asked = options.compose(
-            [f"trials={arguments.trials}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
+        asked = study_options.compose(
+            [f"trials={options['trials']}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
         )
         records = study.run(asked, console, ClockedTrial, [recorder]).records
     found = overheads(recorder.epochs)
@@ -153,7 +159,7 @@ def main() -> int:
     if left_out := {record.number for record in records} - {one.number for one in found}:
         say(f"failed before their second epoch and left out: trials {sorted(left_out)}")
     if not later:
-        say("no trial was the second of its structure in its worker: take more --trials")
+        say("no trial was the second of its structure in its worker: take more trials")
         return 1
     met = max(excess) < BAR_SECONDS and compiled == 0
     say(f"cores that a running epoch keeps busy: at most {max(cores):.2f}")
@@ -162,11 +168,11 @@ def main() -> int:
         f" {max(excess):.2f} s, {compiled} compilations; bar: {BAR_SECONDS} s and none:"
         f" {'met' if met else 'missed'}"
     )
-    if arguments.json:
+    if options["json"]:
         trials = [one._asdict() | {"excess": one.excess} for one in found]
-        Path(arguments.json).write_text(json.dumps(trials, indent=1))
+        Path(options["json"]).write_text(json.dumps(trials, indent=1))
     return 0 if met else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disinhib import checkpoint, errors, hydra_config, training
+from disinhib import checkpoint, cli, hydra_config, training
 from disinhib.checks import flatten, refusal
 from disinhib.config import RunConfig, parse
 from disinhib.errors import ConfigError
@@ -204,4 +204,4 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

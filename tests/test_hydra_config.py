@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from disinhib import __main__ as program, errors, hydra_config
+from disinhib import __main__ as program, cli, hydra_config
 from disinhib.config import parse
 from disinhib.errors import ConfigError
 
@@ -118,7 +118,7 @@ def invoke(monkeypatch, folder, *arguments):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["disinhib", *arguments])
     with pytest.raises(SystemExit) as ended:
-        errors.run(program.main)
+        cli.run(program.main)
     return ended.value.code
 
 

@@ -4,16 +4,17 @@ import math
 import re
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 import pytest
 from markupsafe import Markup
 
-from analysis import report, runs
-from analysis.report import panels
-from analysis.report.panels.drawing import COLOURS, SCORES, wrapped
+from analysis import runs
+from analysis.report import forms, panels
+from analysis.report.panels.drawing import COLOURS, axis_title, wrapped
+from analysis.report.panels.plot_data import PlotData
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
+from disinhib.metrics import SELECTION
 from disinhib.tuning import space_tree
 
 EVIL = "</script><b>&"
@@ -35,7 +36,7 @@ SPACE = space_tree.definition(space)
 
 
 def trial(number, rule, state, scores, rate, **searched):
-    told = {"trainer": rule, "optimizer.learning_rate": rate, **searched}
+    searched = {"trainer": rule, "optimizer.learning_rate": rate, **searched}
     return {
         "trial": number,
         "run_id": f"run{number}",
@@ -46,7 +47,7 @@ def trial(number, rule, state, scores, rate, **searched):
         "budget": 3,
         "score": scores[-1] if scores else math.nan,
         "scores": tuple(scores),
-        **{runs.SEARCHED + name: str(value) for name, value in told.items()},
+        **{runs.SEARCHED + name: str(value) for name, value in searched.items()},
     }
 
 
@@ -102,9 +103,8 @@ LABELS = {
     "c": f"other {EVIL}",
     "d": "bp on mnist",
 }
-FULL = panels.Material(
-    metric="valid_accuracy",
-    mode="max",
+FULL = PlotData(
+    metric=SELECTION["valid_accuracy"],
     space=SPACE,
     trials=pd.DataFrame(TRIALS),
     retrained=pd.DataFrame(RETRAINED),
@@ -116,7 +116,7 @@ NO_TRIALS = pd.DataFrame(columns=["trial", "rule", "state"])
 NO_RETRAINED = pd.DataFrame(columns=["run_id", "state"])
 NO_CURVES = pd.DataFrame(columns=["run_id", "metric", "epoch", "value"])
 NOT_RETRAINED = FULL._replace(retrained=NO_RETRAINED, curves=NO_CURVES)
-LOSSES = FULL._replace(metric="valid_loss", mode="min")
+LOSSES = FULL._replace(metric=SELECTION["valid_loss"])
 
 
 NAMES = [name for name, *_ in panels.PANELS]
@@ -147,7 +147,7 @@ def test_every_panel_is_there(shown):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", SELECTION)
 def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
     panel = (shown if score == "valid_accuracy" else of_losses)[name]
     assert panel.title and panel.sentence.endswith(".") and ". " not in panel.sentence
@@ -156,7 +156,7 @@ def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
         assert figure.data and all(len(trace.x) and len(trace.y) for trace in figure.data)
         assert figure.layout.height and figure.layout.width is None
         if name == "parallel":
-            assert figure.layout.xaxis.ticktext[0] == wrapped(SCORES[score], 14)
+            assert figure.layout.xaxis.ticktext[0] == wrapped(axis_title(SELECTION[score]), 14)
             continue
         for axis in figure.select_xaxes():
             assert axis.title.text
@@ -164,7 +164,7 @@ def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
 
 
 @pytest.mark.parametrize(
-    ("material", "missing"),
+    ("data", "missing"),
     [
         (NOT_RETRAINED, "learning ode"),
         (NOT_RETRAINED._replace(trials=NO_TRIALS), " ".join(NAMES)),
@@ -180,8 +180,8 @@ def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
         (FULL._replace(trials=rows_in(FAILED)), "history budget importances parallel slices"),
     ],
 )
-def test_a_panel_with_nothing_to_show_is_left_out(material, missing):
-    assert {*NAMES} - {panel.id for panel in panels.panels(material)} == {*missing.split()}
+def test_a_panel_with_nothing_to_show_is_left_out(data, missing):
+    assert {*NAMES} - {panel.id for panel in panels.panels(data)} == {*missing.split()}
 
 
 def test_learning_has_a_figure_for_each_data_set(shown):
@@ -235,9 +235,9 @@ def test_importances_find_what_the_score_depends_on():
     rng = np.random.default_rng(0)
     rows = []
     for n in range(40):
-        place, gain = rng.uniform(size=2)
-        made = lin(n, COMPLETE, [80 - 40 * abs(place - 0.3)], 1e-4 * 100**place, 0.5 + 2 * gain)
-        rows.append(made)
+        rate, gain = rng.uniform(size=2)
+        score = 80 - 40 * abs(rate - 0.3)
+        rows.append(lin(n, COMPLETE, [score], 1e-4 * 100**rate, 0.5 + 2 * gain))
     panel = DRAW["importances"](FULL._replace(trials=pd.DataFrame([*rows, TRIALS[0]])))
     ((_, figure),) = panel.figures
     bars: Any = figure.data[0]
@@ -288,11 +288,12 @@ def test_slices_mark_the_edges_and_the_best(shown):
     assert sorted(shown) == sorted(names)  # each once
 
 
-@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
-def test_slices_clip_what_is_far_off(mode, sign):
+@pytest.mark.parametrize("metric", SELECTION.values())
+def test_slices_clip_what_is_far_off(metric):
+    sign = metric.sign
     scores = [sign * score for score in (10.0, 80.0, 84.0, 88.0)]
     rows = [lin(n, COMPLETE, [score], gain=1 + n / 9) for n, score in enumerate(scores)]
-    slices = DRAW["slices"](FULL._replace(trials=pd.DataFrame(rows), mode=mode))
+    slices = DRAW["slices"](FULL._replace(trials=pd.DataFrame(rows), metric=metric))
     marks: Any = slices.figures[0][1].data
     off = [trace for trace in marks if trace.name == "worse than shown"]
     assert [list(trace.y) for trace in off] == [[sign * 80]] * 3
@@ -337,25 +338,16 @@ def test_html_is_escaped_and_the_same_again(shown):
     assert len(text) < 100_000  # plotly.js is not in it
 
 
-def page(**context):
-    template = report.TEMPLATE.read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(**context)
-
-
 def test_the_page_escapes_and_links_to_its_sections(shown):
     table = {"title": EVIL, "note": EVIL, "html": Markup("<table></table>")}
-    text = page(
+    text = forms.page(
         title=EVIL,
         subtitle=EVIL,
         summary=[EVIL],
         tables=[table],
         search=table,
         warnings=[EVIL],
-        panels=[
-            panel._asdict() | {"divs": [Markup(panels.html(figure)) for figure in panel.figures]}
-            for panel in shown.values()
-        ],
+        panels=shown.values(),
         provenance=[("name", EVIL)],
         provenance_json=EVIL,
         commands=[EVIL],
@@ -372,7 +364,7 @@ def test_the_page_escapes_and_links_to_its_sections(shown):
 
 
 def test_the_page_of_nothing_has_no_empty_section():
-    text = page(title="nothing", plotly_js=Markup("var Plotly;"))
+    text = forms.page(title="nothing", plotly_js=Markup("var Plotly;"))
     assert not re.search(
         "<section|<table|<details|<h2|<ul|<nav|Plotly", text.partition("<body>")[2]
     )

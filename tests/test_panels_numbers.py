@@ -44,10 +44,11 @@ def test_a_rule_without_any_score_has_no_budget():
 
 
 def test_the_best_trial_is_complete_and_of_equals_the_first():
-    rows = [row for row in TRIALS if row["rule"] == "lin-thresh"]
-    assert parameters.best_trial(rows, "max") == 5  # and 7 with the same score
-    assert parameters.best_trial(rows, "min") == 3  # 1 was pruned, 8 failed
-    assert parameters.best_trial(rows[:1], "max") is None
+    rows = plot_data.trials_of(FULL)["lin-thresh"]
+    assert parameters.best_trial(rows) == 5  # and 7 with the same score
+    rows = plot_data.trials_of(LOSSES)["lin-thresh"]
+    assert parameters.best_trial(rows) == 3  # 1 was pruned, 8 failed
+    assert parameters.best_trial(rows[:1]) is None
 
 
 @pytest.mark.parametrize(
@@ -60,14 +61,26 @@ def test_the_best_trial_is_complete_and_of_equals_the_first():
     ],
 )
 def test_fence(scores, worst):
-    assert plot_data.fence(scores, "max") == worst
-    assert plot_data.fence([-score for score in scores], "min") == -worst
+    assert plot_data.fence(scores) == worst
+
+
+def test_the_merit_is_the_score_and_more_of_it_is_better():
+    for data, sign in ((FULL, 1), (LOSSES, -1)):
+        rows = plot_data.trials_of(data)["bp"]
+        assert [row["merit"] for row in rows[:2]] == [sign * row["score"] for row in rows[:2]]
+        assert math.isnan(rows[2]["merit"])
+
+
+def test_a_loss_of_zero_has_no_sign():
+    rows = pd.DataFrame([lin(1, COMPLETE, [0.0])])
+    (budget,) = search.budgets(LOSSES._replace(trials=rows))
+    assert (str(budget.expected[0]), str(budget.best[0])) == ("0.0", "0.0")
 
 
 def test_studies():
-    made = studies.studies(FULL)
-    assert list(made) == ["bp", "lin-thresh"]
-    bp = made["bp"].trials
+    by_rule = studies.studies(FULL)
+    assert list(by_rule) == ["bp", "lin-thresh"]
+    bp = by_rule["bp"].trials
     assert [t.state for t in bp] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     assert [t.value for t in bp] == [80, None, None]
     assert [t.user_attrs["trial"] for t in bp] == [0, 2, 4]
@@ -77,19 +90,19 @@ def test_studies():
     assert bp[0].distributions == {
         "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True)
     }
-    assert made["lin-thresh"].trials[0].params == {
+    assert by_rule["lin-thresh"].trials[0].params == {
         "model.vf.g_EI": 0.5,
         "optimizer.learning_rate": 1e-4,
         "trainer.strong_fb": False,
         "trainer.target_nudge": 0.5,
     }
-    assert made["lin-thresh"].best_trial.user_attrs["trial"] == 5
+    assert by_rule["lin-thresh"].best_trial.user_attrs["trial"] == 5
     assert studies.studies(LOSSES)["lin-thresh"].best_trial.user_attrs["trial"] == 3
 
 
 def test_studies_of_a_study_that_searched_nothing():
-    made = studies.studies(FULL._replace(space=None))
-    assert [t.params for t in made["bp"].trials] == [{}, {}, {}]
+    by_rule = studies.studies(FULL._replace(space=None))
+    assert [t.params for t in by_rule["bp"].trials] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize(
@@ -105,17 +118,18 @@ def test_distribution_is_the_inverse_of_described(kind):
     assert studies.distribution(space_tree.described(kind)) == kind
 
 
-def test_settings_and_their_places():
-    found = plot_data.settings(FULL)
-    places = {(s.trial["trial"], s.name): s.place for s in found["bp"] + found["lin-thresh"]}
-    assert places[0, "optimizer.learning_rate"] == pytest.approx(0.5)  # log
-    assert places[1, "optimizer.learning_rate"] == 0
-    assert places[4, "optimizer.learning_rate"] == 1
-    assert places[3, "model.vf.g_EI"] == pytest.approx(0.25)
-    assert places[1, "trainer.strong_fb"] == 0 and places[3, "trainer.strong_fb"] == 1
-    assert places[6, "trainer.target_nudge"] == pytest.approx(0.2)
-    assert (3, "trainer.target_nudge") not in places
-    assert not any(name == space_tree.RULE for _, name in places)
+def test_settings_and_their_positions():
+    by_rule = plot_data.settings(FULL)
+    every = by_rule["bp"] + by_rule["lin-thresh"]
+    positions = {(s.trial["trial"], s.name): s.position for s in every}
+    assert positions[0, "optimizer.learning_rate"] == pytest.approx(0.5)  # log
+    assert positions[1, "optimizer.learning_rate"] == 0
+    assert positions[4, "optimizer.learning_rate"] == 1
+    assert positions[3, "model.vf.g_EI"] == pytest.approx(0.25)
+    assert positions[1, "trainer.strong_fb"] == 0 and positions[3, "trainer.strong_fb"] == 1
+    assert positions[6, "trainer.target_nudge"] == pytest.approx(0.2)
+    assert (3, "trainer.target_nudge") not in positions
+    assert not any(name == space_tree.RULE for _, name in positions)
 
 
 def test_short_names_where_they_are_unambiguous():
@@ -127,8 +141,8 @@ def test_short_names_where_they_are_unambiguous():
 
 
 def test_the_same_choices_stand_side_by_side():
-    its = [s for s in plot_data.settings(FULL)["lin-thresh"] if s.name == "trainer.strong_fb"]
-    beside = parameters.side_by_side(its)
+    of_rule = plot_data.settings(FULL)["lin-thresh"]
+    beside = parameters.side_by_side([s for s in of_rule if s.name == "trainer.strong_fb"])
     assert beside == pytest.approx([0, 1, 1 - 0.012, 0.012, 1 - 0.024, 1 - 0.036])
 
 
@@ -145,7 +159,7 @@ def test_logarithms_for_importances():
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (TRIALS[:1], "1 complete trial, needed are 4"),
+        (TRIALS[:1], "1 complete trial, at least 4 are needed"),
         ([lin(n, COMPLETE, [50.0], gain=1 + n / 9, rate=1e-3 + n / 999) for n in range(5)], "same"),
         ([lin(n, COMPLETE, [50.0 + n], gain=1 + n / 9) for n in range(5)], "1 parameter that"),
         ([r for r in TRIALS if r["rule"] != "bp"], None),
@@ -153,13 +167,13 @@ def test_logarithms_for_importances():
 )
 def test_when_there_are_no_importances(rows, why):
     (study,) = studies.studies(FULL._replace(trials=pd.DataFrame(rows))).values()
-    told = importances.cannot_rank(studies.complete_trials(study))
-    assert told is None if why is None else told is not None and why in told
+    reason = importances.cannot_rank(studies.complete_trials(study))
+    assert reason is None if why is None else reason is not None and why in reason
 
 
 def test_seeds_and_their_curves():
-    found = retraining.seeds(FULL)
-    assert [(seed.label, seed.nth) for seed in found] == [
+    seeds = retraining.seeds(FULL)
+    assert [(seed.label, seed.nth) for seed in seeds] == [
         (LABELS["a"], 0), (LABELS["a"], 0), (LABELS["b"], 0), (LABELS["c"], 1), (LABELS["d"], 0),
     ]  # fmt: skip
     curves = retraining.learning_curves(FULL._replace(curves=FULL.curves[6:]), "valid_accuracy")
@@ -177,9 +191,9 @@ def test_probes_of_the_seeds_that_have_dynamics():
 
 def test_every_rule_has_a_colour_of_its_own():
     other = pd.DataFrame([trial(9, "new", PRUNED, [1.0], 1e-3)])
-    found = drawing.colours(FULL._replace(trials=pd.concat([FULL.trials, other])))
-    assert found["bp"] == drawing.colours(FULL)["bp"]
-    assert len({*found.values()}) == len(found) == len(drawing.COLOURS) + 1
+    colours = drawing.colours(FULL._replace(trials=pd.concat([FULL.trials, other])))
+    assert colours["bp"] == drawing.colours(FULL)["bp"]
+    assert len({*colours.values()}) == len(colours) == len(drawing.COLOURS) + 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import replay
+from analysis import replay, store as stores
+from disinhib.errors import InputError
 
 OPTIONS = [
     *("trainer=bp", "model/vf=non-dale", "model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]"),
@@ -23,7 +24,7 @@ import json, sys
 import jax, numpy as np, yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from disinhib import command_line, training
+from disinhib import hydra_config, training
 from disinhib.config import parse
 from disinhib.tuning import provenance
 
@@ -45,7 +46,7 @@ def trained(config, seeds):
         yield values
 
 def write(seeds=(5,), more=(), state="complete", alter=lambda epochs: None, about=None, **extra):
-    options, _ = command_line.compose("train", [*overrides, *more])
+    options, _ = hydra_config.compose("train", [*overrides, *more])
     config = parse(options)
     *epochs, last = trained(config, seeds)
     reason = last if isinstance(last, str) else None
@@ -219,17 +220,17 @@ def test_a_store_that_cannot_be_read_is_refused_and_left_alone(kind, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "given nothing, needed is python -m analysis.replay RUN_ID"),
-        (["a", "b"], "given a b, needed is"),
-        (["--help"], "given --help, needed is"),
-        (["a", "uri=x"], "uri: unknown option; needed is"),
+        ([], "run: missing, needed is the id of a trial's MLflow run"),
+        (["a", "b"], "given a b, allowed is name=value and one run"),
+        (["--halp"], "halp: unknown option; options of analysis.replay: run, tracking.uri"),
+        (["a", "uri=x"], "uri: unknown option"),
         (["a"], r"tracking\.uri: missing"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(replay.Refused, match=message):
+    with pytest.raises(InputError, match=message):
         replay.main(arguments)
 
 
@@ -238,10 +239,16 @@ def test_the_store_is_the_one_given_else_the_environments_else_the_folders(tmp_p
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Path("out").mkdir()
     Path("out/mlflow.db").touch()
-    assert replay._parsed(["a"]) == ("a", "sqlite:///out/mlflow.db")
+
+    def address(*arguments):
+        options = replay.COMMAND.parse(arguments)
+        assert options["run"] == "a"
+        return stores.address(options["tracking.uri"])
+
+    assert address("a") == "sqlite:///out/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
-    assert replay._parsed(["a"]) == ("a", "http://host")
-    assert replay._parsed(["tracking.uri=sqlite:///x?a=b", "a"]) == ("a", "sqlite:///x?a=b")
+    assert address("run=a") == "http://host"
+    assert address("tracking.uri=sqlite:///x?a=b", "a") == "sqlite:///x?a=b"
 
 
 def test_jax_is_not_there_before_the_environment_is_set(folder):

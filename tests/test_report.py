@@ -14,10 +14,10 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import ledger, report, runs, store as stores
+from analysis import ledger, runs, store as stores
 from analysis.cell import Seed
-from analysis.report import tables
-from analysis.store import Refused
+from analysis.report import __main__ as program, forms, tables
+from disinhib.errors import InputError
 
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)
@@ -70,7 +70,7 @@ def folder(study, tmp_path_factory):
     """What the command has written."""
     out = tmp_path_factory.mktemp("report")
     arguments = [f"study={study.run_id}", f"tracking.uri={study.uri}", f"out={out}"]
-    assert report.main(arguments) == 0
+    assert program.main(arguments) == 0
     return out
 
 
@@ -175,7 +175,7 @@ def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
     assert (by["lin-thresh"]["diverged"], by["exact-inv"]["flagged"]) == (1, 1)
 
 
-def test_what_the_search_cost_is_told(study, folder):
+def test_the_report_says_what_the_search_cost(study, folder):
     rows = tables_of_markdown((folder / "report.md").read_text())[4:]
     assert rows[0][:6] == ["rule", "trials", "complete", "pruned", "failed", "epochs"]
     assert [row[:6] for row in rows[1:]] == [
@@ -196,7 +196,7 @@ def test_what_a_reader_must_know_is_in_the_report(folder):
         "left out: trial 7: it has not ended",
         "n = 3: the 95 % interval covers",
         "evaluated the test set during the search",
-        "the groups got unequal budgets",
+        "the groups had unequal budgets",
     ):
         assert words in text, words
 
@@ -216,13 +216,13 @@ def test_the_page_needs_nothing_else_and_has_no_empty_panel(folder):
 
 def test_it_is_attached_to_the_studys_run(study, folder):
     client = MlflowClient(tracking_uri=study.uri)
-    attached = [f.path for f in client.list_artifacts(study.run_id, report.ARTIFACTS)]
-    assert sorted(attached) == sorted(f"report/{file}" for file in report.FORMS)
+    attached = [f.path for f in client.list_artifacts(study.run_id, program.ARTIFACTS)]
+    assert sorted(attached) == sorted(f"report/{file}" for file in forms.FORMS)
 
 
 def test_without_retraining_it_reports_the_search_alone(tmp_path):
     made = planted.write(tmp_path)
-    report.main([f"study={made.study}", f"tracking.uri={made.uri}", f"out={tmp_path / 'out'}"])
+    program.main([f"study={made.study}", f"tracking.uri={made.uri}", f"out={tmp_path / 'out'}"])
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
     assert rows[0][:2] == ["rule", "trials"]
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
@@ -251,11 +251,11 @@ def test_seeds_without_a_partner_are_compared_unpaired():
     [
         (["study=other"], "study: given other, allowed is one of"),
         (["out=/proc/nothing"], "out: given /proc/nothing, allowed is a folder"),
-        (["format=pdf"], "format: unknown option; needed is python -m analysis.report"),
-        (["name"], "given name, needed is python -m analysis.report"),
+        (["format=pdf"], "format: unknown option; options of analysis.report: study"),
+        (["name"], "given name, allowed is name=value"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(given, message, study):
-    with pytest.raises(Refused, match=message) as refusal:
-        report.main([*given, f"tracking.uri={study.uri}"])
+    with pytest.raises(InputError, match=message) as refusal:
+        program.main([*given, f"tracking.uri={study.uri}"])
     assert "\n" not in str(refusal.value)

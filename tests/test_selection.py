@@ -13,6 +13,10 @@ import yaml
 
 from analysis import runs, selection, store as stores
 from analysis.store import Refused
+from disinhib.errors import InputError
+from disinhib.metrics import SELECTION
+
+ACCURACY, LOSS = SELECTION["valid_accuracy"], SELECTION["valid_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,8 @@ def test_runners_up_and_warnings_are_told(selected):
     assert "bp, rank 1: trial 0, valid_accuracy 90; as good: trials 6; next trial 6 by 0, trial 3 by 2" in lines  # fmt: skip  # noqa: E501
     assert "left out: trial 7: it has not ended" in lines
     text = "\n".join(kept["warnings"])
-    assert "the groups got unequal budgets: bp 3 trials of 6 epochs" in text
-    assert "trials 3 evaluated the test set during the search" in text
+    assert "the groups had unequal budgets: bp 3 trials of 6 epochs" in text
+    assert "trial 3 evaluated the test set during the search" in text
     assert "trial 2 (lin-thresh): 1 of the 1 trials nearest to it failed" in text
     assert "edge" not in text
     assert [line.removeprefix("warning: ") for line in lines if line.startswith("warning")] == (
@@ -97,7 +101,7 @@ def test_runners_up_and_warnings_are_told(selected):
 def test_a_value_at_the_edge_of_its_range_is_warned_of(opened):
     store, study = opened
     rows, _ = runs.trials(store, study)
-    chosen = selection.select(rows, ["trainer"], 2, "max")
+    chosen = selection.select(rows, ["trainer"], 2, ACCURACY)
     assert [(c.row["trial"], c.rank) for c in chosen if c.row["rule"] == "bp"] == [(0, 1), (6, 2)]
     text = "\n".join(selection.warnings(rows, chosen, ["trainer"], study.space))
     edge = "trial 6 (bp): optimizer.learning_rate=0.0099 lies at the upper edge of its range"
@@ -119,25 +123,25 @@ def test_the_smallest_wins_if_less_is_better_and_nan_never():
     rows = frame(
         ("bp", "complete", 0.5, "x"), ("bp", "complete", 0.2, "y"), ("bp", "failed", math.nan, "x")
     )
-    assert [c.row["trial"] for c in selection.select(rows, ["trainer"], 3, "min")] == [1, 0]
+    assert [c.row["trial"] for c in selection.select(rows, ["trainer"], 3, LOSS)] == [1, 0]
 
 
 def test_groups_are_made_by_what_was_searched():
     rows = frame(("bp", "complete", 1.0, "x"), ("bp", "complete", 2.0, "y"),
                  ("lin-thresh", "complete", 0.0, None))  # fmt: skip
-    chosen = selection.select(rows, ["trainer", "a"], 1, "max")
+    chosen = selection.select(rows, ["trainer", "a"], 1, ACCURACY)
     assert [c.group for c in chosen] == [
         {"trainer": "bp", "a": "x"},
         {"trainer": "bp", "a": "y"},
         {"trainer": "lin-thresh", "a": "none"},
     ]
     with pytest.raises(Refused, match="per: given b, allowed is one of a, trainer"):
-        selection.select(rows, ["b"], 1, "max")
+        selection.select(rows, ["b"], 1, ACCURACY)
 
 
 def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
     rows = frame(("bp", "complete", 1.0, "x"), ("exact-inv", "pruned", 2.0, "x"))
-    chosen = selection.select(rows, ["trainer"], 1, "max")
+    chosen = selection.select(rows, ["trainer"], 1, ACCURACY)
     assert selection.warnings(rows, chosen, ["trainer"], None) == [
         "exact-inv: no trial ran its whole budget, none is selected"
     ]
@@ -146,19 +150,22 @@ def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["metric=test_accuracy"], "metric: given test_accuracy, allowed is one of valid_accuracy"),
+        (
+            ["metric=test_accuracy"],
+            "metric: given test_accuracy, allowed is null or a metric of the val",
+        ),
         (["study=plantet"], "study: given plantet, allowed is one of planted .*did you mean"),
         (["top=0"], "top: given 0, allowed is a whole number of at least 1"),
         (["per=learning_rate"], "per: given learning_rate, allowed is one of"),
         (["selected=/nowhere/selected.yaml"], "selected: given /nowhere/selected.yaml, allowed is"),
         (["tops=1"], "tops: unknown option; did you mean top?"),
-        (["--top"], "given --top .*needed is python -m analysis.selection"),
+        (["--top"], "top: given nothing, allowed is a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(given, message, study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=message) as refusal:
-        selection.main([*given, f"tracking.uri={study.uri}"])
+    with pytest.raises(InputError, match=message) as refusal:
+        selection.main([f"tracking.uri={study.uri}", *given])
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
 

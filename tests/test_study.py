@@ -30,7 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from rich.console import Console
 
-from disinhib import config, errors, training
+from disinhib import cli, config, training
 from disinhib.checks import flatten
 from disinhib.errors import ConfigError
 from disinhib.tuning import (
@@ -511,7 +511,7 @@ def refuse(monkeypatch, capsys):
     def refused(*overrides):
         monkeypatch.setattr(sys, "argv", ["tune_main.py", *overrides])
         with pytest.raises(SystemExit) as exit:
-            errors.run(study.main)
+            cli.run(study.main)
         assert exit.value.code == 2
         said = capsys.readouterr()
         (line,) = said.err.strip().splitlines()

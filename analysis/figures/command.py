@@ -1,12 +1,11 @@
-"""What the figures' commands share: their options, how they look, and how they are saved."""
+"""Shared by the figures' commands: options, style, and how figures are saved."""
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,10 +13,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from disinhib import cli
+from disinhib.checks import FLAG, TEXT, Option
 from disinhib.errors import InputError, one_line
 
 Tables = Mapping[str, pd.DataFrame]  # by the ending of the file's name: "" for the main one
-LOOKS: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,45 +35,33 @@ GREY, BLACK = "#8C8C8C", "#000000"
 SHADES = ("#9ECAE1", "#6BAED6", "#3182BD", "#08519C")  # of something that grows
 
 
-class Parser(argparse.ArgumentParser):
-    """Refuses as every command here does: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the options)")
+OUT = Option("out", "out/figures", TEXT, "folder to write to")
+QUICK = Option("quick", False, FLAG, "fewer points, as a trial run")
 
 
-def parser(name: str, help: str | None) -> Parser:
-    """Options of every figure: `--out FOLDER` and `--quick`."""
-    made = Parser(
-        prog=f"python -m analysis.figures.{name}",
-        description=(help or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    default = Path("out/figures")
-    made.add_argument("--out", type=Path, default=default, help=f"folder to write in ({default})")
-    made.add_argument("--quick", action="store_true", help="fewer points, to see it work")
-    return made
+def command(name: str, text: str | None, *options: Option, alone: str | None = None) -> cli.Command:
+    """A figure's command: its own options, then those of every figure."""
+    return cli.Command(f"analysis.figures.{name}", text, (*options, OUT, QUICK), alone)
 
 
-def check_folder(folder: Path) -> None:
-    """Makes `folder`. Raises InputError if it cannot be, or nothing can be written there."""
+def check_folder(name: str) -> Path:
+    """Makes the folder that `out` names. Raises InputError if nothing can be written there."""
+    folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"--out: given {folder}, allowed is a folder that can be written ({error.strerror})"
+            f"out: given {folder}, allowed is a folder that can be written ({error.strerror})"
         ) from error
+    return folder
 
 
 def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
-    """Writes `name`.pdf, .png and a .csv for each table, each whole or not at all, and says so.
-
-    Raises InputError if they cannot be written.
-    """
-    with mpl.rc_context(LOOKS):
+    """Writes `name`.pdf, .png and a .csv for each table, each whole or not at all, and prints their
+    names. Raises InputError if they cannot be written."""
+    with mpl.rc_context(STYLE):
         figure = draw(tables)
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
@@ -86,20 +75,19 @@ def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figur
                 for file in sorted(Path(part).iterdir()):
                     print(file.replace(folder / file.name))
         except OSError as error:
-            raise InputError(f"--out: given {folder}: {one_line(error)}") from error
+            raise InputError(f"out: given {folder}: {one_line(error)}") from error
 
 
 def main(
-    name: str,
-    help: str | None,
-    numbers: Callable[[bool], Tables],
+    command: cli.Command,
+    numbers: Callable[..., Tables],
     draw: Callable[[Tables], Figure],
-    given: Sequence[str],
+    arguments: Sequence[str],
 ) -> None:
-    """The command of a figure that has no options of its own."""
-    options = parser(name, help).parse_args(given)
-    check_folder(options.out)
-    save(options.out, name, numbers(options.quick), draw)
+    """Runs a figure's command; `numbers` takes all of its options but `out`."""
+    options = command.parse(arguments)
+    folder = check_folder(options.pop("out"))
+    save(folder, command.name.rpartition(".")[2], numbers(**options), draw)
 
 
 def curves(table: pd.DataFrame, *columns: str) -> list[tuple[list[Any], pd.DataFrame]]:

@@ -1,4 +1,4 @@
-"""`python -m analysis.figures.fig3 [--out FOLDER] [--quick]`: the paper's Figure 3.
+"""`python -m analysis.figures.fig3`: the paper's Figure 3.
 
 One microcircuit as a plasticity experiment: the weight change against the neuron's rate with
 top-down feedback (A), without it (B), and of an isolated neuron whose inhibition is clamped (C);
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, BLUE, GREEN, ORANGE, SHADES, VERMILION, Tables
-from disinhib import errors
+from disinhib import cli
 from disinhib.paper import plasticity
 
 Fit = tuple[float, float]  # (theta, delta): u_I is about theta + delta r_I
@@ -122,7 +122,8 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-main = partial(command.main, "fig3", __doc__, numbers, draw)
+COMMAND = command.command("fig3", __doc__)
+main = partial(command.main, COMMAND, numbers, draw)
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""`python -m analysis.figures.fig4 [--form FORM] [--out FOLDER] [--quick]`: the paper's Figure 4.
+"""`python -m analysis.figures.fig4 [form=FORM]`: the paper's Figure 4.
 
 A student learns, while it runs, to do what its teacher does: inputs, output and target before and
 after learning (control is switched on half-way), and for both learning rules the open-loop loss and
@@ -7,7 +7,7 @@ the least-control loss in time. fig4.csv has the losses, fig4-traces.csv the res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,8 @@ from rich.progress import Progress
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Tables
-from disinhib import errors
+from disinhib import cli
+from disinhib.checks import Option, one_of
 from disinhib.paper import student_teacher
 from disinhib.paper.student_teacher import EPOCH, FORMS, RULES
 
@@ -105,18 +106,10 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-def main(given: Sequence[str]) -> None:
-    parser = command.parser("fig4", __doc__)
-    parser.add_argument(
-        "--form",
-        choices=list(FORMS),
-        default="published",
-        help="of the learning rules: as the published code has them, or as the paper's equations",
-    )
-    options = parser.parse_args(given)
-    command.check_folder(options.out)
-    command.save(options.out, "fig4", numbers(options.quick, options.form), draw)
-
+WORDS = "the learning rules as in the published code, or as in the paper's equations"
+FORM = Option("form", "published", one_of(FORMS), WORDS)
+COMMAND = command.command("fig4", __doc__, FORM)
+main = partial(command.main, COMMAND, numbers, draw)
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

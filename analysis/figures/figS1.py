@@ -1,4 +1,4 @@
-"""`python -m analysis.figures.figS1 [--out FOLDER] [--quick]`: the paper's Supplementary Figure S1.
+"""`python -m analysis.figures.figS1`: the paper's Supplementary Figure S1.
 
 The experiment of Figure 3 with four other models of error-modulated plasticity: with feedback
 towards a target, without feedback, and with inhibition clamped.
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.figures import command
 from analysis.figures.command import BLACK, ORANGE, SHADES, VERMILION, Tables
 from analysis.figures.fig3 import POINTS, QUICK_POINTS, TARGETS
-from disinhib import errors
+from disinhib import cli
 from disinhib.paper.error_modulation import MODELS
 
 CLAMPED = (0.0, 1.0, 2.0, 3.0)  # r_I
@@ -77,7 +77,8 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-main = partial(command.main, "figS1", __doc__, numbers, draw)
+COMMAND = command.command("figS1", __doc__)
+main = partial(command.main, COMMAND, numbers, draw)
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""`python -m analysis.figures.figS2 [--out FOLDER] [--quick]`: the paper's Supplementary Figure S2.
+"""`python -m analysis.figures.figS2`: the paper's Supplementary Figure S2.
 
 The panels of Figure 3 in rows, one for each line (theta, delta) in place of the interneuron's
 inverse activation, good ones and bad ones.
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command, fig3
 from analysis.figures.command import Tables
-from disinhib import errors
+from disinhib import cli
 
 FITS: tuple[fig3.Fit, ...] = ((1.5, 0.5), (-0.5, 1.5), (1.5, 2.0), (4.0, 1.0), (1.75, 1.25))
 RANGES = {"A": 20.0, "B": 20.0, "C": 10.0}
@@ -36,7 +36,8 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-main = partial(command.main, "figS2", __doc__, numbers, draw)
+COMMAND = command.command("figS2", __doc__)
+main = partial(command.main, COMMAND, numbers, draw)
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

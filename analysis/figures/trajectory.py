@@ -1,5 +1,4 @@
-"""`python -m analysis.figures.trajectory RUN [--sample N] [--out FOLDER] [--quick]`: a trained
-network in time.
+"""`python -m analysis.figures.trajectory RUN [sample=N]`: a trained network in time.
 
 RUN is the folder of a training run (`python -m disinhib`) or a trained network's file
 (`model.msgpack`, an artifact of a retrained seed). One sample is shown to it, in open loop from
@@ -26,9 +25,10 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
-from disinhib import checkpoint, errors, export, training
+from disinhib import checkpoint, cli, export, training
+from disinhib.checks import INDEX, TEXT, Option
 from disinhib.config import RunConfig, parse
-from disinhib.errors import InputError
+from disinhib.errors import InputError, one_line
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
 from disinhib.network import NetworkState, Parameters
@@ -42,6 +42,12 @@ INTEGRATION = Ode(rtol=1e-6, atol=1e-9, early_termination=False)
 NEWTON = Newton(tolerance=1e-6, max_iterations=100)
 
 
+NETWORK = (TEXT[0], "the folder of a training run, or a model.msgpack")
+RUN = Option("run", cli.REQUIRED, NETWORK, "the trained network")
+SAMPLE = Option("sample", 0, INDEX, "the sample of the validation set that is shown")
+COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone="run")
+
+
 class Trained(NamedTuple):
     """A training run's configuration and one lane's parameters."""
 
@@ -52,21 +58,20 @@ class Trained(NamedTuple):
 def trained(path: Path) -> Trained:
     """Raises InputError unless a trained network with dynamics is in the folder or the file."""
     try:
-        found = _from_folder(path) if path.is_dir() else _from_file(path)
+        run = _from_folder(path) if path.is_dir() else _from_file(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        why = str(error) if isinstance(error, InputError) else errors.one_line(error)
-        allowed = "the folder of a training run, or a model.msgpack"
-        raise InputError(f"RUN: given {path}, allowed is {allowed} ({why})") from error
-    architecture = found.config.architecture
+        reason = str(error) if isinstance(error, InputError) else one_line(error)
+        raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({reason})") from error
+    architecture = run.config.architecture
     if architecture.circuit == "non-dale":
-        raise InputError(f"RUN: given {path}, a plain MLP, which has no dynamics; needed is dale")
+        raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")
     if not RULES[architecture.rule].has_feedback:
         rules = ", ".join(name for name, rule in RULES.items() if rule.has_feedback)
         raise InputError(
-            f"RUN: given {path}, trained by {architecture.rule}, which has no closed loop;"
+            f"run: given {path}, trained by {architecture.rule}, which has no closed loop;"
             f" needed is one of {rules}"
         )
-    return found
+    return run
 
 
 def _from_folder(folder: Path) -> Trained:
@@ -92,7 +97,7 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
     images = training.prepare(config)
     count = len(images.validation.labels)
     if not 0 <= sample < count:
-        raise InputError(f"--sample: given {sample}, allowed is 0 to {count - 1}")
+        raise InputError(f"sample: given {sample}, allowed is 0 to {count - 1}")
     chosen = slice(sample, sample + 1)
     with jax.enable_x64(True):
         wide = lambda value: jnp.asarray(value, jnp.float64)
@@ -117,7 +122,7 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
     moving = _columns(jax.tree.map(lambda v: v[0], states.network), signal[0])
     ends = [_columns(end.state, end.control) for end in (opened, closed)]
     at_rest = {name: np.concatenate([end[name] for end in ends]) for name in moving}
-    found = {
+    equilibria = {
         "loop": LOOPS,
         "converged": [bool(end.converged[0]) for end in (opened, closed)],
         "label": int(images.validation.labels[sample]),
@@ -125,7 +130,7 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
     loop = np.repeat(LOOPS, len(times))
     return {
         "": pd.DataFrame({"loop": loop, "seconds": seconds, **moving}),
-        "-equilibria": pd.DataFrame({**found, **at_rest}),
+        "-equilibria": pd.DataFrame({**equilibria, **at_rest}),
     }
 
 
@@ -165,7 +170,7 @@ def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame
         # The same neurons of both kinds: where feedback moves the excitatory ones most.
         excitatory = [name.replace("u_I", "u_E") for name in names]
         moved = (rest[excitatory].iloc[1] - rest[excitatory].iloc[0]).abs()
-        names = [names[place] for place in np.argsort(-moved.to_numpy())[:NEURONS]]
+        names = [names[index] for index in np.argsort(-moved.to_numpy())[:NEURONS]]
     for name in names:
         number = int(name.rpartition("_")[2])
         is_class = group in ("u_y", "c")
@@ -183,16 +188,12 @@ def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame
         axes.legend()
 
 
-def main(given: Sequence[str]) -> None:
-    parser = command.parser("trajectory", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument("--sample", type=int, default=0, help="of the validation set (0)")
-    options = parser.parse_args(given)
-    run = trained(options.run)
-    command.check_folder(options.out)
-    tables = numbers(run, options.sample, options.quick)
-    command.save(options.out, "trajectory", tables, draw)
+def main(arguments: Sequence[str]) -> None:
+    options = COMMAND.parse(arguments)
+    run = trained(Path(options["run"]))
+    folder = command.check_folder(options["out"])
+    command.save(folder, "trajectory", numbers(run, options["sample"], options["quick"]), draw)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

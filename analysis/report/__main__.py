@@ -1,4 +1,54 @@
-from analysis.report import __doc__ as USAGE, main
-from disinhib import errors
+"""`python -m analysis.report [study=NAME] [out=FOLDER]`: the numbers of a study.
 
-errors.run(main, USAGE)
+Reads the study's trials and its retrained seeds from MLflow and writes their tables, report.md,
+report.csv and report.tex, and report.html: one self-contained page with tables and figures. All of
+them are attached to the study's run in MLflow, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis import runs, store as stores
+from analysis.report import contents, forms
+from analysis.store import Refused
+from disinhib import cli
+from disinhib.checks import OPTIONAL_TEXT, Option
+from disinhib.errors import one_line
+from disinhib.tuning.provenance import masked
+
+OUT = Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME")
+COMMAND = cli.Command("analysis.report", __doc__, (stores.STUDY, stores.TRACKING, OUT))
+ARTIFACTS = "report"  # folder in the study's run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 0, or 1 if MLflow did not take the files."""
+    options = COMMAND.parse(arguments)
+    store = stores.connect(stores.address(options["tracking.uri"]))
+    study = stores.find_study(store, options["study"])
+    folder = Path(options["out"] or f"out/report-{study.name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"out: given {folder}, allowed is a folder ({error.strerror})") from error
+    report = contents.read(store, study)
+    files = {folder / name: form(report) for name, form in forms.FORMS.items()}
+    for file, text in files.items():
+        runs.write(file, text)
+    print(forms.as_markdown(report))
+    print(f"written: {', '.join(map(str, files))}")
+    try:
+        for file in files:
+            store.client.log_artifact(study.run.info.run_id, str(file), ARTIFACTS)
+    except Exception as error:  # MLflow's stores of artifacts raise their own kinds
+        print(f"error: MLflow did not take the report: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"attached: {ARTIFACTS}/ of run {study.run.info.run_id} in {masked(store.uri)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

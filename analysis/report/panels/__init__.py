@@ -1,12 +1,12 @@
-"""The figures of a study's report: `panels` has those that have something to show, `html` makes one
-a piece of a page.
+"""The figures of a report: `panels` draws those that have something to show, `html` turns one into
+an element of a page.
 
-What Optuna draws well (`optuna.visualization`) is only dressed here; the rest is drawn with plotly.
-In a room, the numbers come before the drawing. Each imports only from those above it:
+Optuna's figures (`optuna.visualization`) are restyled where they are good, the others drawn with
+plotly. In each module, the numbers come before the drawing:
 
-- `material`: what figures are drawn from, and what several of them compute
-- `studies`: a rule's trials as a study of Optuna
-- `drawing`: colours, looks, axes, names and numbers in words
+- `plot_data`: the numbers behind the plots
+- `studies`: the trials of a rule as an Optuna study
+- `drawing`: colours, style, axes
 - `search`: history, budget
 - `importances`: importances
 - `parameters`: parallel, slices, failures
@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from analysis.report.panels.drawing import Drawn
+from analysis.report.panels.drawing import PanelFigures
 from analysis.report.panels.importances import draw_importances
 from analysis.report.panels.parameters import draw_failures, draw_parallel, draw_slices
-from analysis.report.panels.plot_data import Material
+from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.retraining import draw_learning, draw_ode
 from analysis.report.panels.search import draw_budget, draw_history
 
@@ -45,90 +45,90 @@ class Drawing(NamedTuple):
 class Panel(NamedTuple):
     id: str
     title: str
-    sentence: str  # what it shows, to a reader who knows nothing
+    sentence: str  # that explains it to a reader who has not seen such a figure
     figures: list[Drawing]
     note: str  # may be empty
 
 
-PANELS: tuple[tuple[str, str, str, Callable[[Material], Drawn]], ...] = (
+PANELS: tuple[tuple[str, str, str, Callable[[PlotData], PanelFigures]], ...] = (
     (
         "learning",
         "Learning curves",
-        "Each thin line is one retrained network (a selected configuration with one seed), epoch by"
-        " epoch: first the share of images it does not train on that it tells rightly (higher is"
-        " better), then its loss on those that it trains on, which for the dis-inhibitory rules is"
-        " that of the closed loop, with the target fed back (lower is better).",
+        "Each thin line is one retrained network (a selected configuration with one seed): first"
+        " its accuracy on images it was not trained on (higher is better), then its loss on the"
+        " training images (lower is better), which the dis-inhibitory rules compute in closed loop,"
+        " with the target fed back.",
         draw_learning,
     ),
     (
         "history",
         "History of the search",
-        "Each dot is a trial (one configuration, trained for its whole budget), from left to right"
-        " as they were tried; the line is the best score of its rule so far: if it has been flat"
-        " for long, the search had stopped finding better ones.",
+        "Each dot is a trial (one configuration, trained for its whole budget), in the order in"
+        " which they were tried; the line is the best score of the rule so far: where it is flat,"
+        " the search found nothing better.",
         draw_history,
     ),
     (
         "budget",
         "Best score against budget",
-        "How good the best of k trials is: to be expected from any k of a rule's trials (solid),"
-        " and as the study found it in its first k (dotted); compare rules at the same k.",
+        "The best score of k trials: the expected best of any k trials of a rule (solid), and the"
+        " best of the first k of the study (dotted); compare rules at the same k.",
         draw_budget,
     ),
     (
         "importances",
         "Which parameters matter",
-        "How much of the difference between a rule's complete trials each parameter explains by"
-        " itself (fANOVA): the longer its bar, the more the score depends on it.",
+        "The share of the variance between a rule's complete trials that each parameter explains by"
+        " itself (fANOVA): the longer the bar, the more the score depends on the parameter.",
         draw_importances,
     ),
     (
         "parallel",
         "All parameters at once",
-        "Each line is a complete trial: it starts on the left at its score and passes every"
-        " parameter's axis at the value it had (an axis spans the values tried, None: the trial had"
-        " no such parameter); the stronger the line, the better its score.",
+        "Each line is a complete trial: it starts at its score on the left and crosses the axis of"
+        " each parameter at the trial's value (an axis spans the values tried; None means that the"
+        " trial had no such parameter); the stronger the line, the better the score.",
         draw_parallel,
     ),
     (
         "slices",
         "Score against each parameter",
-        "Each mark is a trial, at its value of one parameter (dimensionless, but for times tau in"
-        " seconds) and at its score; between the dashed lines lies what was searched, and if the"
-        " best trial (star) is near one of them, a wider range might hold a better one.",
+        "Each mark is a trial, at its value of one parameter (dimensionless, except time constants"
+        " tau, in seconds) and its score; dashed lines mark the range that was searched, and if the"
+        " best trial (star) lies near one of them, a wider range may hold a better one.",
         draw_slices,
     ),
     (
         "failures",
         "Where trials failed",
-        "Crosses are trials that failed, circles all others, for each parameter at their place in"
-        " its range: crosses that crowd on one side say which values break training.",
+        "Crosses are failed trials, circles all others, at their position in the range of each"
+        " parameter: crosses that cluster on one side show which values break training.",
         draw_failures,
     ),
     (
         "ode",
         "Do the dynamics reach the equilibrium?",
-        "For each retrained network, how far its dynamics, integrated in time, end from the"
-        " equilibrium that training computed (the gap: smaller is better), and how fast a small"
-        " disturbance of that equilibrium grows (right of the dashed line it is unstable); a gap"
-        " above 0.001 or an unstable equilibrium flags a seed.",
+        "For each retrained network, the distance from the end of its dynamics, integrated in time,"
+        " to the equilibrium that training computed (the gap: smaller is better), and the growth"
+        " rate of a small disturbance of that equilibrium (unstable right of the dashed line);"
+        " a gap above 0.001 or an unstable equilibrium flags a seed.",
         draw_ode,
     ),
 )
 
 
-def panels(material: Material) -> list[Panel]:
+def panels(data: PlotData) -> list[Panel]:
     """Those that have something to show."""
-    made = []
+    panels = []
     for name, title, sentence, draw in PANELS:
-        drawn = draw(material)
-        figures = [
-            Drawing(f"{name}-{number}", caption, figure, drawn.width)
-            for number, (caption, figure) in enumerate(drawn.figures, start=1)
+        figures, note, width = draw(data)
+        drawings = [
+            Drawing(f"{name}-{number}", caption, figure, width)
+            for number, (caption, figure) in enumerate(figures, start=1)
         ]
-        if figures:
-            made.append(Panel(name, title, sentence, figures, drawn.note))
-    return made
+        if drawings:
+            panels.append(Panel(name, title, sentence, drawings, note))
+    return panels
 
 
 def html(drawing: Drawing) -> str:

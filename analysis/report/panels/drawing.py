@@ -1,4 +1,4 @@
-"""What figures share: colours, looks, axes, and names and numbers in words."""
+"""Shared by all figures: colours, style, axes, and how names and numbers are written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from analysis.report.panels.plot_data import Material, Row, records
+from analysis.report.panels.plot_data import PlotData, Row, records
+from disinhib.metrics import Metric
 
-SCORES = {
-    "valid_accuracy": "validation accuracy (%)",
-    "valid_loss": "validation loss (dimensionless)",
-}
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: a rule has one colour.
 COLOURS = {
     "bp": "#000000",
@@ -28,22 +25,27 @@ MORE_COLOURS = ("#E69F00", "#56B4E9")  # for other rules
 LIGHT, GREY, INK = "#E6E9ED", "#7F7F7F", "#1C1E21"
 
 
-class Drawn(NamedTuple):
-    """What a function of PANELS gives."""
+class PanelFigures(NamedTuple):
+    """The figures of a panel, before they are part of a page."""
 
-    figures: Sequence[tuple[str, go.Figure]]  # with captions
+    figures: Sequence[tuple[str, go.Figure]]  # (caption, figure)
     note: str = ""
-    width: int = 0
+    width: int = 0  # pixels that each needs at least
 
 
-def colours(material: Material) -> dict[str, str]:
-    tried = {row["rule"] for row in records(material.trials) + records(material.retrained)}
-    others = sorted(tried - {*COLOURS})
+def colours(data: PlotData) -> dict[str, str]:
+    """By rule."""
+    rules = {row["rule"] for row in records(data.trials) + records(data.retrained)}
+    others = sorted(rules - {*COLOURS})
     return COLOURS | {rule: MORE_COLOURS[i % len(MORE_COLOURS)] for i, rule in enumerate(others)}
 
 
+def axis_title(metric: Metric) -> str:
+    return f"{metric.words} ({metric.unit})"
+
+
 def styled(figure: go.Figure, height: int) -> go.Figure:
-    """In the looks of the report: as wide as the page, its legend below."""
+    """In the style of the report: as wide as the page, the legend below."""
     figure.update_layout(
         template="none",
         title=None,
@@ -65,17 +67,16 @@ def numbered(figure: go.Figure, title: str, last: int) -> go.Figure:
     return figure.update_xaxes(title_text=title, rangemode="tozero", dtick=dtick)
 
 
-def dashed(figure: go.Figure, *places: float, **cell: Any) -> None:
+def dashed(figure: go.Figure, *values: float, **cell: Any) -> None:
     """Draws vertical lines; `cell` is the row and column of a subplot."""
-    for place in places:
-        figure.add_vline(place, line={"dash": "dash", "color": GREY, "width": 1}, **cell)
+    for value in values:
+        figure.add_vline(value, line={"dash": "dash", "color": GREY, "width": 1}, **cell)
 
 
 def lined(figure: go.Figure, title: str, names: Sequence[str]) -> go.Figure:
     """With a vertical axis that has a line for each name."""
-    places = list(range(len(names)))
-    shown = [-0.5, len(names) - 0.5]
-    return figure.update_yaxes(title_text=title, tickvals=places, ticktext=names, range=shown)
+    heights, limits = list(range(len(names))), [-0.5, len(names) - 0.5]
+    return figure.update_yaxes(title_text=title, tickvals=heights, ticktext=names, range=limits)
 
 
 def counted(number: int, what: str) -> str:
@@ -83,8 +84,8 @@ def counted(number: int, what: str) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Lines of plotly's own markup, in which the text stands as it is; brackets are not broken."""
-    whole = re.sub(r"\(.*?\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    """In lines, escaped for plotly's markup; no line break falls within brackets."""
+    whole = re.sub(r"\(.*?\)", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
     return "<br>".join(map(markup.escape, textwrap.wrap(whole, width)))
 
 
@@ -100,6 +101,6 @@ def wrapped_name(parameter: str, width: int = 16) -> str:
     return "<br>".join(map(markup.escape, lines))
 
 
-def told(value: Any) -> str:
-    """A reason or flag in a hover text: none is None, or NaN in a column of others."""
+def hover_text(value: Any) -> str:
+    """A reason or flag, escaped; empty if there is none (None, or NaN in a column of others)."""
     return markup.escape(value) if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""Which parameters matter, of those that all complete trials of a rule have."""
+"""Importances of the parameters that all complete trials of a rule have."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, create_trial
 
-from analysis.report.panels.drawing import Drawn, colours, counted, styled, wrapped_name
-from analysis.report.panels.plot_data import Material
+from analysis.report.panels.drawing import PanelFigures, colours, counted, styled, wrapped_name
+from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.studies import complete_trials, studies, study_of
 
 ENOUGH = 4  # complete trials of a rule, for importances
@@ -28,20 +28,20 @@ def in_every(trials: Sequence[FrozenTrial]) -> list[str]:
 
 
 def cannot_rank(trials: Sequence[FrozenTrial]) -> str | None:
-    """Why complete trials do not tell which parameters matter; None if they do."""
+    """Why importances cannot be estimated from these complete trials; None if they can."""
     if len(trials) < ENOUGH:
-        return f"it has {counted(len(trials), 'complete trial')}, needed are {ENOUGH}"
+        return f"it has {counted(len(trials), 'complete trial')}, at least {ENOUGH} are needed"
     if len({trial.value for trial in trials}) == 1:
         return "all its complete trials have the same score"
     varied = [n for n in in_every(trials) if len({str(t.params[n]) for t in trials}) > 1]
     if len(varied) < 2:
-        return f"all its complete trials share {counted(len(varied), 'parameter')} that varied"
+        return f"its complete trials share only {counted(len(varied), 'parameter')} that varied"
     return None
 
 
 def on_search_scale(study: optuna.Study) -> optuna.Study:
-    """Its complete trials, with logarithms of what was searched on a log scale: fANOVA weighs a
-    range evenly as it is given, and would see little but the highest decade."""
+    """The complete trials, with the logarithm of every parameter that was searched on a log scale:
+    fANOVA weighs a range evenly, and would see little but its highest decade."""
 
     def scaled(trial: FrozenTrial) -> FrozenTrial:
         kinds, values = dict(trial.distributions), dict(trial.params)
@@ -54,14 +54,15 @@ def on_search_scale(study: optuna.Study) -> optuna.Study:
     return study_of(study.study_name, study.direction, map(scaled, complete_trials(study)))
 
 
-def draw_importances(material: Material) -> Drawn:
-    figures, notes = [], [f"With fewer than about {ROUGH} complete trials this is a rough guess."]
-    for rule, study in studies(material).items():
+def draw_importances(data: PlotData) -> PanelFigures:
+    figures = []
+    notes = [f"With fewer than about {ROUGH} complete trials, this is a rough estimate."]
+    for rule, study in studies(data).items():
         trials = complete_trials(study)
         names = in_every(trials)
-        why = cannot_rank(trials)
-        if why is not None:
-            notes.append(f"{rule} is left out: {why}.")
+        reason = cannot_rank(trials)
+        if reason is not None:
+            notes.append(f"{rule} is left out: {reason}.")
             continue
         figure: Any = visualization.plot_param_importances(
             on_search_scale(study),
@@ -71,7 +72,7 @@ def draw_importances(material: Material) -> Drawn:
         )
         bars = figure.data[0]
         bars.update(y=[wrapped_name(name, 24) for name in bars.y], hovertemplate=None)
-        bars.marker.color = colours(material)[rule]
+        bars.marker.color = colours(data)[rule]
         styled(figure, 100 + 34 * len(names))
         figure.update_yaxes(title_text="parameter")
         figure.update_xaxes(
@@ -81,5 +82,5 @@ def draw_importances(material: Material) -> Drawn:
         figures.append((f"{rule}, {counted(len(trials), 'complete trial')}", figure))
         others = sorted({name for trial in trials for name in trial.params} - {*names})
         if others:
-            notes.append(f"{rule}: left out, as not every trial has it: {', '.join(others)}.")
-    return Drawn(figures, " ".join(notes))
+            notes.append(f"{rule}: left out because not every trial has it: {', '.join(others)}.")
+    return PanelFigures(figures, " ".join(notes))

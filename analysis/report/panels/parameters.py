@@ -1,4 +1,4 @@
-"""The trials at the values of their parameters: all at once, one by one, and where they failed."""
+"""Scores and failures against the parameters: all at once, one by one, and where trials failed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,11 @@ import plotly.graph_objects as go
 from optuna import visualization
 from plotly.subplots import make_subplots
 
-from analysis.report.panels.drawing import (
-    GREY,
-    SCORES,
-    Drawn,
-    colours,
-    counted,
-    dashed,
-    lined,
-    styled,
-    told,
-    wrapped,
-    wrapped_name,
-)
-from analysis.report.panels.plot_data import (
-    BEST,
-    Material,
-    Row,
-    Setting,
-    fence,
-    grouped,
-    settings,
-    trials_of,
-)
+from analysis.report.panels import drawing, plot_data
+from analysis.report.panels.drawing import GREY, PanelFigures
+from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped
 from analysis.report.panels.studies import complete_trials, studies
+from disinhib.metrics import Metric
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 LOOKS = {  # marks of slices
@@ -47,48 +28,50 @@ LOOKS = {  # marks of slices
 WIDE = 88  # pixels of an axis of parallel coordinates
 
 
-def best_trial(rows: Sequence[Row], mode: str) -> int | None:
-    """The number of the best complete one; of equals, that which was tried first."""
-    sign = -1 if mode == "max" else 1
-    complete = [(sign * r["score"], r["trial"]) for r in rows if r["state"] == COMPLETE]
+def best_trial(rows: Sequence[Row]) -> int | None:
+    """The number of the best complete trial; of equals, the one that was tried first."""
+    complete = [(-row["merit"], row["trial"]) for row in rows if row["state"] == COMPLETE]
     return min(complete)[1] if complete else None
 
 
-def side_by_side(its: Sequence[Setting]) -> list[float]:
-    """Their places, where those with the same choice do not hide each other."""
-    keys = [(setting.name, setting.about["value"]) for setting in its]
-    same, seen, places = Counter(keys), Counter(), []
-    for setting, key in zip(its, keys, strict=True):
-        step = min(0.012, 0.4 / same[key]) if setting.about["kind"] == "categorical" else 0.0
-        places.append(setting.place + seen[key] * (-step if setting.place > 0.5 else step))
+def side_by_side(settings: Sequence[Setting]) -> list[float]:
+    """Their positions, shifted so that trials with the same choice do not hide each other."""
+    keys = [(setting.name, setting.parameter["value"]) for setting in settings]
+    same, seen, positions = Counter(keys), Counter(), []
+    for setting, key in zip(settings, keys, strict=True):
+        step = min(0.012, 0.4 / same[key]) if setting.parameter["kind"] == "categorical" else 0.0
+        shift = seen[key] * (-step if setting.position > 0.5 else step)
+        positions.append(setting.position + shift)
         seen[key] += 1
-    return places
+    return positions
 
 
-def draw_parallel(material: Material) -> Drawn:
+def draw_parallel(data: PlotData) -> PanelFigures:
     figures, notes, most = [], [], 0
-    for rule, study in studies(material).items():
+    for rule, study in studies(data).items():
         trials = complete_trials(study)
         names = sorted({name for trial in trials for name in trial.params})
-        has = counted(len(trials), "complete trial")
+        complete = drawing.counted(len(trials), "complete trial")
         if len(trials) < 2 or len(names) < 2:
-            notes.append(f"{rule} is left out: {has}, {counted(len(names), 'parameter')}.")
+            notes.append(
+                f"{rule} is left out: {complete}, {drawing.counted(len(names), 'parameter')}."
+            )
             continue
-        figures.append((f"{rule}, {has}", _parallel(study, names, material)))
+        figures.append((f"{rule}, {complete}", _parallel(study, names, data)))
         most = max(most, len(names))
-    return Drawn(figures, " ".join(notes), width=WIDE * (most + 1))  # and the score
+    return PanelFigures(figures, " ".join(notes), width=WIDE * (most + 1))  # and the score
 
 
-def _parallel(study: optuna.Study, names: Sequence[str], material: Material) -> go.Figure:
-    """Optuna's, with whole names (it cuts them after 17 characters), and in the rule's colour: its
-    own palest cannot be seen."""
+def _parallel(study: optuna.Study, names: Sequence[str], data: PlotData) -> go.Figure:
+    """Optuna's figure, with whole names (it cuts them after 17 characters) and in the rule's colour
+    (Optuna's palest is invisible)."""
     figure: Any = visualization.plot_parallel_coordinate(study)
-    colour = colours(material)[study.study_name]
+    colour = drawing.colours(data)[study.study_name]
     scores = [trial.value for trial in complete_trials(study)]
     low, high = min(scores), max(scores)
     figure.data = figure.data[: len(scores)]  # what follows the lines is a scale of colours
     for line in figure.data:
-        good = line.y[0] if material.mode == "max" else 1 - line.y[0]
+        good = line.y[0] if data.metric.sign > 0 else 1 - line.y[0]
         line.line = {"color": colour, "width": 1 + good}
         line.opacity = 0.2 + 0.8 * good
     ticks = []
@@ -99,10 +82,10 @@ def _parallel(study: optuna.Study, names: Sequence[str], material: Material) -> 
                 tick.text = f"{low + tick.y * (high - low):.4g}"
             ticks.append(tick)
     figure.layout.annotations = ticks
-    styled(figure, 420)
-    score = wrapped(SCORES[material.metric], 14)
+    drawing.styled(figure, 420)
+    score = drawing.wrapped(drawing.axis_title(data.metric), 14)
     return figure.update_xaxes(
-        ticktext=[score, *(wrapped_name(name, 14) for name in names)],
+        ticktext=[score, *(drawing.wrapped_name(name, 14) for name in names)],
         side="top",
         tickangle=0,
         tickfont_size=10.5,
@@ -111,139 +94,139 @@ def _parallel(study: optuna.Study, names: Sequence[str], material: Material) -> 
     )
 
 
-def draw_slices(material: Material) -> Drawn:
+def draw_slices(data: PlotData) -> PanelFigures:
     figures = []
-    for rule, its in settings(material).items():
-        shown = [setting for setting in its if setting.trial["state"] != FAILED]
-        if shown:
-            figures.append((rule, _slices(shown, material, colours(material)[rule])))
+    for rule, of_rule in plot_data.settings(data).items():
+        scored = [setting for setting in of_rule if setting.trial["state"] != FAILED]
+        if scored:
+            figures.append((rule, _slices(scored, data, drawing.colours(data)[rule])))
     note = "A pruned trial has the score at which it was stopped, before its budget was used up."
-    return Drawn(figures, note)
+    return PanelFigures(figures, note)
 
 
-def _slices(its: Sequence[Setting], material: Material, colour: str) -> go.Figure:
-    """Optuna's slices have complete trials alone, and are one row of 300 pixels each."""
-    trials = [*{setting.trial["trial"]: setting.trial for setting in its}.values()]
-    edge = fence([trial["score"] for trial in trials], material.mode)
-    best = best_trial(trials, material.mode)
-    panes = grouped(its, lambda setting: setting.name)
+def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figure:
+    """Not Optuna's, which show complete trials only, in one row of plots 300 pixels wide."""
+    trials = [*{setting.trial["trial"]: setting.trial for setting in settings}.values()]
+    edge = plot_data.fence([trial["merit"] for trial in trials])
+    best = best_trial(trials)
+    panes = grouped(settings, lambda setting: setting.name)
     columns = min(2, len(panes))
     rows = math.ceil(len(panes) / columns)
     height = 230 * rows + 100
     figure = make_subplots(
         rows, columns, vertical_spacing=80 / height, horizontal_spacing=0.12, shared_yaxes=True
     )
-    styled(figure, height)
+    drawing.styled(figure, height)
     shown = set()
-    for i, (name, there) in enumerate(sorted(panes.items())):
+    for i, (name, of_pane) in enumerate(sorted(panes.items())):
         cell: Row = {"row": i // columns + 1, "col": i % columns + 1}
-        for mark in _marks(there, edge, best, material.mode, colour):
+        for mark in _marks(of_pane, edge, best, data.metric, colour):
             figure.add_trace(mark.update(showlegend=mark.name not in shown), **cell)
             shown.add(mark.name)
-        about = there[0].about
-        figure.update_xaxes(**_axis(about), **cell, title_text=wrapped_name(name, 26))
-        if about["kind"] != "categorical":
-            dashed(figure, about["low"], about["high"], **cell)
+        parameter = of_pane[0].parameter
+        figure.update_xaxes(**_axis(parameter), **cell, title_text=drawing.wrapped_name(name, 26))
+        if parameter["kind"] != "categorical":
+            drawing.dashed(figure, parameter["low"], parameter["high"], **cell)
     return figure.update_yaxes(matches="y").update_yaxes(
-        title_text=SCORES[material.metric], title_font_size=11, col=1
+        title_text=drawing.axis_title(data.metric), title_font_size=11, col=1
     )
 
 
 def _marks(
-    its: Sequence[Setting], edge: float, best: int | None, mode: str, colour: str
+    settings: Sequence[Setting], edge: float, best: int | None, metric: Metric, colour: str
 ) -> list[go.Scatter]:
-    """One mark for each trial; what is worse than `edge` stands on it."""
-    clip = BEST[mode]
+    """One mark for each trial; if its merit is below `edge`, it is drawn there."""
 
     def look(setting: Setting) -> str:
         trial = setting.trial
         if trial["trial"] == best:
             return "best"
-        shown = clip(trial["score"], edge) == trial["score"]
-        return trial["state"] if shown else "worse than shown"
+        return trial["state"] if trial["merit"] >= edge else "worse than shown"
 
-    found = grouped(its, look)
+    by_look = grouped(settings, look)
     return [
         go.Scatter(
-            x=[_x(setting) for setting in found[name]],
-            y=[clip(setting.trial["score"], edge) for setting in found[name]],
+            x=[_x(setting) for setting in by_look[name]],
+            y=[metric.sign * max(setting.trial["merit"], edge) for setting in by_look[name]],
             mode="markers",
             marker={"color": colour, **marker},
             name=name,
             legendgroup=name,
             text=[
                 f"trial {trial['trial']}, {trial['state']} after"
-                f" {counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
-                for _, _, _, trial in found[name]
+                f" {drawing.counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
+                for _, _, _, trial in by_look[name]
             ],
             hovertemplate="%{text} at %{x}",
         )
         for name, marker in LOOKS.items()
-        if name in found
+        if name in by_look
     ]
 
 
 def _x(setting: Setting) -> Any:
-    value = setting.about["value"]
-    return str(value) if setting.about["kind"] == "categorical" else value
+    value = setting.parameter["value"]
+    return str(value) if setting.parameter["kind"] == "categorical" else value
 
 
-def _axis(about: Row) -> Row:
-    """A parameter's axis: a little wider than its range, whose ends are ticks."""
-    if about["kind"] == "categorical":
-        choices = list(map(str, about["choices"]))
-        shown = [-0.5, len(choices) - 0.5]
-        return {"type": "category", "categoryarray": choices, "range": shown}
-    forth, back = (math.log10, lambda x: 10**x) if about["log"] else (float, float)
-    low, high = forth(about["low"]), forth(about["high"])
+def _axis(parameter: Row) -> Row:
+    """A parameter's axis: a little wider than its range, with ticks at both ends."""
+    if parameter["kind"] == "categorical":
+        choices = list(map(str, parameter["choices"]))
+        limits = [-0.5, len(choices) - 0.5]
+        return {"type": "category", "categoryarray": choices, "range": limits}
+    forth, back = (math.log10, lambda x: 10**x) if parameter["log"] else (float, float)
+    low, high = forth(parameter["low"]), forth(parameter["high"])
     ticks = [back(x) for x in (low, (low + high) / 2, high)]
     pad = 0.08 * (high - low) or 0.5
     return {
-        "type": "log" if about["log"] else "linear",
+        "type": "log" if parameter["log"] else "linear",
         "range": [low - pad, high + pad],
         "tickvals": ticks,
         "ticktext": [f"{tick:.3g}" for tick in ticks],
     }
 
 
-def draw_failures(material: Material) -> Drawn:
+def draw_failures(data: PlotData) -> PanelFigures:
     figures = []
-    trials = trials_of(material)
-    for rule, its in settings(material).items():
+    trials = plot_data.trials_of(data)
+    for rule, of_rule in plot_data.settings(data).items():
         failed = sum(row["state"] == FAILED for row in trials[rule])
-        if failed and its:
-            caption = f"{rule}, {failed} of {counted(len(trials[rule]), 'trial')} failed"
-            figures.append((caption, _failures(its, colours(material)[rule])))
-    note = "Of choices, 0 is the first, 1 the last; trials stand side by side there."
-    return Drawn(figures, note)
+        if failed and of_rule:
+            caption = f"{rule}, {failed} of {drawing.counted(len(trials[rule]), 'trial')} failed"
+            figures.append((caption, _failures(of_rule, drawing.colours(data)[rule])))
+    note = (
+        "Of a choice, the first option is at 0 and the last at 1; equal choices stand side by side."
+    )
+    return PanelFigures(figures, note)
 
 
-def _failures(its: Sequence[Setting], colour: str) -> go.Figure:
-    names = sorted({setting.name for setting in its}, reverse=True)  # plotly counts upwards
+def _failures(settings: Sequence[Setting], colour: str) -> go.Figure:
+    names = sorted({setting.name for setting in settings}, reverse=True)  # plotly counts upwards
     figure = go.Figure()
     for label, failed, above, marker in (
         ("did not fail", False, -0.14, {"symbol": "circle-open", "color": GREY}),
         ("failed", True, 0.14, {"symbol": "x", "color": colour, "size": 9}),
     ):
-        there = [setting for setting in its if (setting.trial["state"] == FAILED) == failed]
+        marked = [one for one in settings if (one.trial["state"] == FAILED) == failed]
         figure.add_scatter(
-            x=side_by_side(there),
-            y=[names.index(setting.name) + above for setting in there],
+            x=side_by_side(marked),
+            y=[names.index(setting.name) + above for setting in marked],
             mode="markers",
             marker=marker,
             name=label,
-            text=[
-                f"trial {trial['trial']}: {told(_plain(about['value']))} {told(trial['reason'])}"
-                for _, about, _, trial in there
-            ],
+            text=[_described(setting) for setting in marked],
             hovertemplate="%{text}",
         )
-    dashed(figure, 0, 1)
-    styled(figure, 110 + 44 * len(names))
-    figure.update_xaxes(title_text="place in its range (dimensionless)", range=[-0.08, 1.08])
+    drawing.dashed(figure, 0, 1)
+    drawing.styled(figure, 110 + 44 * len(names))
+    figure.update_xaxes(title_text="position in the range (dimensionless)", range=[-0.08, 1.08])
     figure.update_xaxes(tickvals=[0, 0.5, 1], ticktext=["0: low edge", "0.5", "1: high edge"])
-    return lined(figure, "parameter", [wrapped_name(name) for name in names])
+    return drawing.lined(figure, "parameter", [drawing.wrapped_name(name) for name in names])
 
 
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _described(setting: Setting) -> str:
+    value = setting.parameter["value"]
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    reason = drawing.hover_text(setting.trial["reason"])
+    return f"trial {setting.trial['trial']}: {drawing.hover_text(text)} {reason}"

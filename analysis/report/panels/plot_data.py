@@ -1,4 +1,4 @@
-"""What the figures of a study are drawn from, and what several of them compute."""
+"""The numbers behind the plots, and what several plots compute from them."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ import numpy as np
 import pandas as pd
 
 from analysis import runs
+from disinhib.metrics import Metric
 from disinhib.tuning.space_tree import RULE, option_of
 
-BEST = {"max": max, "min": min}  # of scores, by the mode
-WORST = {"max": min, "min": max}
 FAR = 3.0  # see `fence`
-NOTHING = {"parameters": {}, "branches": []}  # a space in which nothing is searched
+EMPTY_SPACE = {"parameters": {}, "branches": []}
 Row = dict[str, Any]
 T = TypeVar("T")
 
 
-class Material(NamedTuple):
-    """All that a report's figures are drawn from."""
+class PlotData(NamedTuple):
+    """All numbers that the figures of a report are drawn from."""
 
-    metric: str  # of drawing.SCORES
-    mode: str  # "max" or "min"
-    space: Mapping[str, Any] | None  # spaces.definition; None if nothing was searched
-    trials: pd.DataFrame  # rows of runs.trials
-    retrained: pd.DataFrame  # rows of runs.retrained
-    curves: pd.DataFrame  # runs.curves of the retrained, for retraining.CURVES
-    labels: Mapping[str, str]  # of configurations, as in tables
+    metric: Metric  # of metrics.SELECTION, the study's
+    space: Mapping[str, Any] | None  # space_tree.definition; None if nothing was searched
+    trials: pd.DataFrame  # runs.trials
+    retrained: pd.DataFrame  # runs.retrained
+    curves: pd.DataFrame  # runs.curves of the retrained seeds, of the metrics retraining.CURVES
+    labels: Mapping[str, str]  # of configurations, as in the tables
 
 
 class Setting(NamedTuple):
-    """A parameter of a trial."""
+    """The value of one parameter in one trial."""
 
     name: str
-    about: Row  # of runs.parameters_of
-    place: float  # in its range: 0 the low, 1 the high edge
-    trial: Row  # of runs.trials
+    parameter: Row  # of runs.parameters_of
+    position: float  # in its range: 0 is the low, 1 the high edge
+    trial: Row  # of trials_of
 
 
 def records(table: pd.DataFrame) -> list[Row]:
@@ -47,50 +45,54 @@ def records(table: pd.DataFrame) -> list[Row]:
 
 def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """In the order in which the keys first come."""
-    found: dict[Hashable, list[T]] = {}
+    groups: dict[Hashable, list[T]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
-def trials_of(material: Material) -> dict[str, list[Row]]:
-    """Rows of the trials of each rule."""
-    return grouped(records(material.trials), lambda row: row["rule"])
+def trials_of(data: PlotData) -> dict[str, list[Row]]:
+    """The trials of each rule: rows of runs.trials, and `merit`, their score with the sign that
+    makes more better."""
+    rows = records(data.trials)
+    for row in rows:
+        row["merit"] = data.metric.sign * row["score"]
+    return grouped(rows, lambda row: row["rule"])
 
 
-def settings(material: Material) -> dict[str, list[Setting]]:
-    """Of each rule, without the choice of the rule itself."""
-    found = {}
-    for rule, rows in trials_of(material).items():
-        about = [(row, runs.parameters_of(material.space or NOTHING, row)) for row in rows]
-        names = short_names(sorted({name for _, its in about for name in its} - {RULE}))
-        found[rule] = [
-            Setting(names[name], its[name], place(its[name]), row)
-            for row, its in about
-            for name in names
-            if name in its
+def settings(data: PlotData) -> dict[str, list[Setting]]:
+    """The settings of each rule's trials, without the choice of the rule itself."""
+    settings = {}
+    for rule, rows in trials_of(data).items():
+        searched = [(row, runs.parameters_of(data.space or EMPTY_SPACE, row)) for row in rows]
+        names = short_names(
+            sorted({name for _, of_trial in searched for name in of_trial} - {RULE})
+        )
+        settings[rule] = [
+            Setting(short, parameters[name], position_in_range(parameters[name]), row)
+            for row, parameters in searched
+            for name, short in names.items()
+            if name in parameters
         ]
-    return found
+    return settings
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """What parameters are called: the options that they move, where no two move the same."""
+    """Parameters by the option that they set, or by their full name if two of them set the same."""
     options = Counter(map(option_of, names))
     return {name: option_of(name) if options[option_of(name)] == 1 else name for name in names}
 
 
-def place(parameter: Mapping[str, Any]) -> float:
-    """As runs.position, and for choices: evenly, in their order."""
+def position_in_range(parameter: Mapping[str, Any]) -> float:
+    """As runs.position; choices are spaced evenly, in their order."""
     if parameter["kind"] != "categorical":
         return runs.position(parameter)
     choices = parameter["choices"]
     return choices.index(parameter["value"]) / (len(choices) - 1) if len(choices) > 1 else 0.5
 
 
-def fence(scores: Sequence[float], mode: str) -> float:
-    """The worst of the scores that is drawn where it is: not farther from the median than FAR times
-    the best. Trials that learnt nothing would press all others into one line."""
-    if mode == "min":
-        return -fence([-score for score in scores], "max")
-    median = float(np.median(scores))
-    return min(score for score in scores if score >= median - FAR * (max(scores) - median))
+def fence(merits: Sequence[float]) -> float:
+    """The lowest merit that is drawn where it is: at most FAR times as far below the median as the
+    best lies above it. Trials that learned nothing would otherwise squeeze all others together."""
+    median = float(np.median(merits))
+    return min(merit for merit in merits if merit >= median - FAR * (max(merits) - median))

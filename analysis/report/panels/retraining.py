@@ -1,4 +1,4 @@
-"""What was retrained with other seeds: how each learnt, and where its dynamics end."""
+"""Retrained seeds: their learning curves, and whether their dynamics reach the equilibrium."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from analysis.report.panels.drawing import (
-    SCORES,
-    Drawn,
-    colours,
-    counted,
-    dashed,
-    lined,
-    numbered,
-    styled,
-    told,
-    wrapped,
-)
-from analysis.report.panels.plot_data import Material, Row, grouped, records
+from analysis.report.panels import drawing
+from analysis.report.panels.drawing import PanelFigures
+from analysis.report.panels.plot_data import PlotData, Row, grouped, records
+from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import FAILED
 
 CURVES = {  # metrics of the learning curves: caption, axis, its kind
-    "valid_accuracy": ("validation accuracy", SCORES["valid_accuracy"], "linear"),
+    "valid_accuracy": (
+        "validation accuracy",
+        drawing.axis_title(SELECTION["valid_accuracy"]),
+        "linear",
+    ),
     "train_CL_loss": ("training loss", "training loss (dimensionless)", "log"),
 }
 PROBES = {  # metrics of the ODE's integration: caption, axis, its kind
@@ -50,57 +45,57 @@ class Curve(NamedTuple):
     values: tuple[float, ...]
 
 
-def seeds(material: Material) -> list[Seed]:
+def seeds(data: PlotData) -> list[Seed]:
     alike: dict[tuple, list[str]] = {}
-    found = []
-    for row in records(material.retrained):
+    seeds = []
+    for row in records(data.retrained):
         name = row["configuration"]
         others = alike.setdefault((row["rule"], row["dataset"], row["depth"]), [])
         if name not in others:
             others.append(name)
-        label = material.labels.get(name, f"{row['rule']} ({name})")
-        found.append(Seed(name, label, others.index(name), row))
-    return found
+        label = data.labels.get(name, f"{row['rule']} ({name})")
+        seeds.append(Seed(name, label, others.index(name), row))
+    return seeds
 
 
-def learning_curves(material: Material, metric: str) -> list[Curve]:
-    """Of the seeds that have any epoch of this metric."""
-    mine = [row for row in records(material.curves) if row["metric"] == metric]
-    points = grouped(mine, lambda row: row["run_id"])
+def learning_curves(data: PlotData, metric: str) -> list[Curve]:
+    """The curves of the seeds that have any epoch of this metric."""
+    of_metric = [row for row in records(data.curves) if row["metric"] == metric]
+    by_run = grouped(of_metric, lambda row: row["run_id"])
     curves = []
-    for seed in seeds(material):
-        there = sorted((row["epoch"], row["value"]) for row in points.get(seed.row["run_id"], ()))
-        if there:
-            epochs, values = zip(*there, strict=True)
+    for seed in seeds(data):
+        points = sorted((row["epoch"], row["value"]) for row in by_run.get(seed.row["run_id"], ()))
+        if points:
+            epochs, values = zip(*points, strict=True)
             curves.append(Curve(seed, epochs, values))
     return curves
 
 
-def probes(material: Material, metric: str) -> list[tuple[Seed, float]]:
-    """Seeds with a number from the ODE's integration: bp on the MLP has no dynamics."""
-    found = [(seed, seed.row.get(metric)) for seed in seeds(material)]
-    return [(seed, x) for seed, x in found if isinstance(x, float) and math.isfinite(x)]
+def probes(data: PlotData, metric: str) -> list[tuple[Seed, float]]:
+    """Seeds with a finite value of the check of the dynamics: bp on the MLP has no dynamics."""
+    values = [(seed, seed.row.get(metric)) for seed in seeds(data)]
+    return [(seed, x) for seed, x in values if isinstance(x, float) and math.isfinite(x)]
 
 
-def draw_learning(material: Material) -> Drawn:
-    colour = colours(material)
+def draw_learning(data: PlotData) -> PanelFigures:
+    colour = drawing.colours(data)
     figures = {}
-    for metric, (what, axis, kind) in CURVES.items():
+    for metric, (name, axis, kind) in CURVES.items():
         curves = grouped(
-            learning_curves(material, metric),
+            learning_curves(data, metric),
             lambda c: (c.seed.row["dataset"], c.seed.row["depth"]),
         )
-        for (dataset, depth), there in curves.items():
-            figure = _learning(there, colour).update_yaxes(title_text=axis, type=kind)
+        for (dataset, depth), of_figure in curves.items():
+            figure = _learning(of_figure, colour).update_yaxes(title_text=axis, type=kind)
             if kind == "log":
-                figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(there))
-            caption = f"{dataset}, {counted(depth, 'hidden layer')}: {what}"
+                figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(of_figure))
+            caption = f"{dataset}, {drawing.counted(depth, 'hidden layer')}: {name}"
             figures.setdefault((dataset, depth), []).append((caption, figure))
-    return Drawn([*chain.from_iterable(figures.values())])
+    return PanelFigures([*chain.from_iterable(figures.values())])
 
 
 def _log_ticks(curves: Sequence[Curve]) -> str | None:
-    """1, 2 and 5 of each decade; None (plotly chooses) where that is too few or too many."""
+    """Ticks at 1, 2 and 5 of each decade; None (plotly chooses) if too few or too many."""
     values = [value for curve in curves for value in curve.values if value > 0]
     return "D2" if values and 4 < max(values) / min(values) < 1000 else None
 
@@ -109,13 +104,13 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
     figure = go.Figure()
     shown = set()
     for seed, epochs, values in curves:
-        of = colour[seed.row["rule"]]
+        of_rule = colour[seed.row["rule"]]
         figure.add_scatter(
             x=epochs,
             y=values,
             mode="lines" if len(epochs) > 1 else "markers",
-            line={"color": of, "width": 1.3, "dash": DASHES[seed.nth % len(DASHES)]},
-            name=wrapped(seed.label, 38),
+            line={"color": of_rule, "width": 1.3, "dash": DASHES[seed.nth % len(DASHES)]},
+            name=drawing.wrapped(seed.label, 38),
             legendgroup=seed.configuration,
             showlegend=seed.configuration not in shown,
             hovertemplate=f"seed {seed.row['seed']}, epoch %{{x}}: %{{y:.4g}}",
@@ -126,62 +121,71 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
                 x=epochs[-1:],
                 y=values[-1:],
                 mode="markers",
-                marker={"symbol": "x", "size": 10, "color": of},
+                marker={"symbol": "x", "size": 10, "color": of_rule},
                 name="a seed failed after this epoch",
                 legendgroup=FAILED,
                 legendrank=2000,  # last
                 showlegend=FAILED not in shown,
-                text=[f"seed {seed.row['seed']} failed: {told(seed.row['reason'])}"],
+                text=[f"seed {seed.row['seed']} failed: {drawing.hover_text(seed.row['reason'])}"],
                 hovertemplate="%{text}",
             )
             shown.add(FAILED)
-    return numbered(styled(figure, 460), "epoch", max(curve.epochs[-1] for curve in curves))
+    return drawing.numbered(
+        drawing.styled(figure, 460), "epoch", max(curve.epochs[-1] for curve in curves)
+    )
 
 
-def draw_ode(material: Material) -> Drawn:
+def draw_ode(data: PlotData) -> PanelFigures:
     figures = []
     for metric, (caption, axis, kind) in PROBES.items():
-        found = probes(material, metric)
-        if found:
-            figure = _strip(found, colours(material))
+        values = probes(data, metric)
+        if values:
+            figure = _strip(values, drawing.colours(data))
             figure.update_xaxes(title_text=axis, type=kind)
             if kind == "log":
                 figure.update_xaxes(exponentformat="power", dtick=1)
             else:
-                dashed(figure, 0)
+                drawing.dashed(figure, 0)
             figures.append((caption, figure))
     note = (
-        "Not shown are seeds that diverged, and back-propagation on the plain MLP, which has no"
-        " dynamics. A flagged seed is one that failed the check."
+        "Diverged seeds are not shown, nor is back-propagation on the plain MLP, which has no"
+        " dynamics. Flagged seeds failed the check."
     )
-    return Drawn(figures, note)
+    return PanelFigures(figures, note)
 
 
-def _strip(found: Sequence[tuple[Seed, float]], colour: Mapping[str, str]) -> go.Figure:
-    """A line for each configuration, as their names are too long to stand side by side."""
-    lines = {seed.configuration: seed.label for seed, _ in reversed(found)}  # plotly counts upwards
+def _strip(values: Sequence[tuple[Seed, float]], colour: Mapping[str, str]) -> go.Figure:
+    """A line for each configuration: their names are too long to stand side by side."""
+    # Reversed, as plotly counts upwards.
+    lines = {seed.configuration: seed.label for seed, _ in reversed(values)}
     heights = {name: height for height, name in enumerate(lines)}
     figure = go.Figure()
     for name, flagged, symbol in (("a seed", False, "circle-open"), ("a flagged seed", True, "x")):
-        there = [(s, value) for s, value in found if bool(told(s.row.get("flag"))) == flagged]
-        if there:
+        marks = [
+            (s, value)
+            for s, value in values
+            if bool(drawing.hover_text(s.row.get("flag"))) == flagged
+        ]
+        if marks:
             figure.add_scatter(
-                x=[value for _, value in there],
-                y=[heights[seed.configuration] for seed, _ in there],
+                x=[value for _, value in marks],
+                y=[heights[seed.configuration] for seed, _ in marks],
                 mode="markers",
-                marker={"size": 10, "color": [colour[seed.row["rule"]] for seed, _ in there]},
+                marker={"size": 10, "color": [colour[seed.row["rule"]] for seed, _ in marks]},
                 marker_symbol=symbol,
                 name=name,
                 showlegend=True,
-                text=[_probed(seed.row) for seed, _ in there],
+                text=[_probed(seed.row) for seed, _ in marks],
                 hovertemplate="%{x:.3g}, %{text}",
             )
-    styled(figure, 130 + 70 * len(lines))
-    return lined(figure, "configuration", [wrapped(label, 20) for label in lines.values()])
+    drawing.styled(figure, 130 + 70 * len(lines))
+    return drawing.lined(
+        figure, "configuration", [drawing.wrapped(label, 20) for label in lines.values()]
+    )
 
 
 def _probed(row: Row) -> str:
-    """What a hover text says of a seed's probe; of a row of runs.retrained."""
+    """The hover text of a seed; of a row of runs.retrained."""
     reached = row.get("ode_reached", math.nan)
     share = "" if math.isnan(reached) else f", {100 * reached:.0f} % of the samples reached it"
-    return f"seed {row['seed']}{share} {told(row.get('flag'))}".strip()
+    return f"seed {row['seed']}{share} {drawing.hover_text(row.get('flag'))}".strip()

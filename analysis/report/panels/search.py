@@ -1,4 +1,4 @@
-"""How the search went: its best score by the number of trials."""
+"""The course of the search: the best score by the number of trials."""
 
 from __future__ import annotations
 
@@ -10,48 +10,47 @@ import numpy as np
 import plotly.graph_objects as go
 from optuna import visualization
 
-from analysis.report.panels.drawing import SCORES, Drawn, colours, numbered, styled
-from analysis.report.panels.plot_data import BEST, WORST, Material, fence, trials_of
+from analysis.report.panels.drawing import PanelFigures, axis_title, colours, numbered, styled
+from analysis.report.panels.plot_data import PlotData, fence, trials_of
 from analysis.report.panels.studies import complete_trials, studies
 from analysis.stats import expected_maximum
 from disinhib.tuning.event_log import COMPLETE, FAILED
 
 
 class Budget(NamedTuple):
-    """What the first k trials of a rule, k = 1.., give."""
+    """The best score of a rule by the number k = 1.. of its trials."""
 
     rule: str
     expected: list[float]  # the best score of any k of its trials
     best: list[float]  # the best complete one so far; NaN before there is any
 
 
-def budgets(material: Material) -> list[Budget]:
-    """Of the rules of which any trial has a score.
+def budgets(data: PlotData) -> list[Budget]:
+    """One for each rule of which any trial has a score.
 
     In `expected` a pruned trial has the score at which it was stopped, a failed one the worst of
     its rule.
     """
-    found = []
-    mode = "max" if material.mode == "max" else "min"
-    better = np.fmax if mode == "max" else np.fmin
-    for rule, rows in trials_of(material).items():
-        scores = [row["score"] for row in rows if row["state"] != FAILED]
-        if scores:
-            scores += [WORST[mode](scores)] * (len(rows) - len(scores))
-            complete = [r["score"] if r["state"] == COMPLETE else math.nan for r in rows]
-            expected = expected_maximum(scores, mode)
-            found.append(Budget(rule, expected.tolist(), better.accumulate(complete).tolist()))
-    return found
+    budgets = []
+    for rule, rows in trials_of(data).items():
+        merits = [row["merit"] for row in rows if row["state"] != FAILED]
+        if merits:
+            merits += [min(merits)] * (len(rows) - len(merits))
+            complete = [row["merit"] if row["state"] == COMPLETE else math.nan for row in rows]
+            curves = expected_maximum(merits), np.fmax.accumulate(complete)
+            # As scores again; 0.0 is added so that none is -0.0.
+            budgets.append(Budget(rule, *((data.metric.sign * c + 0.0).tolist() for c in curves)))
+    return budgets
 
 
-def draw_history(material: Material) -> Drawn:
-    having = {rule: s for rule, s in studies(material).items() if complete_trials(s)}
-    if not having:
-        return Drawn([])
-    drawn: Any = visualization.plot_optimization_history([*having.values()]).data
-    palette, kept = colours(material), []
-    # Of each study Optuna draws scores, the best so far, and what is infeasible (nothing here).
-    for (rule, study), i in zip(having.items(), range(0, len(drawn), 3), strict=True):
+def draw_history(data: PlotData) -> PanelFigures:
+    complete = {rule: s for rule, s in studies(data).items() if complete_trials(s)}
+    if not complete:
+        return PanelFigures([])
+    drawn: Any = visualization.plot_optimization_history([*complete.values()]).data
+    palette, traces = colours(data), []
+    # Optuna draws three traces a study: scores, the best so far, and infeasible ones (none here).
+    for (rule, study), i in zip(complete.items(), range(0, len(drawn), 3), strict=True):
         (dots, line), colour = drawn[i : i + 2], palette[rule]
         dots.update(
             x=[x + 1 for x in dots.x],
@@ -66,20 +65,20 @@ def draw_history(material: Material) -> Drawn:
             name=f"{rule}: best so far",
             line={"color": colour, "width": 1.5, "shape": "hv"},
         )
-        kept += [dots, line]
-    figure = styled(go.Figure(kept), 440)
-    numbered(figure, "trials of the rule", max(len(study.trials) for study in having.values()))
-    scores = [[trial.value for trial in complete_trials(study)] for study in having.values()]
-    note = "Pruned and failed trials have a place on the horizontal axis, but no dot."
-    return Drawn([("", figure)], f"{note} {scored(figure, material, scores)}".strip())
+        traces += [dots, line]
+    figure = styled(go.Figure(traces), 440)
+    numbered(figure, "trials of the rule", max(len(study.trials) for study in complete.values()))
+    scores = [[trial.value for trial in complete_trials(study)] for study in complete.values()]
+    note = "Pruned and failed trials are counted on the horizontal axis, but have no dot."
+    return PanelFigures([("", figure)], f"{note} {scored(figure, data, scores)}".strip())
 
 
-def draw_budget(material: Material) -> Drawn:
-    found = budgets(material)
-    if not found:
-        return Drawn([])
-    figure, palette, scores = go.Figure(), colours(material), []
-    for rule, expected, best in found:
+def draw_budget(data: PlotData) -> PanelFigures:
+    every_rule = budgets(data)
+    if not every_rule:
+        return PanelFigures([])
+    figure, palette, scores = go.Figure(), colours(data), []
+    for rule, expected, best in every_rule:
         k, colour = list(range(1, len(expected) + 1)), palette[rule]
         figure.add_scatter(
             x=k, y=expected, mode="lines", line_color=colour, name=f"{rule}: expected best of k"
@@ -94,26 +93,28 @@ def draw_budget(material: Material) -> Drawn:
                 name=f"{rule}: best of the first k",
             )
     styled(figure, 460)
-    numbered(figure, "number k of trials of the rule", max(len(b.expected) for b in found))
+    numbered(figure, "number k of trials of the rule", max(len(b.expected) for b in every_rule))
     note = (
-        "Expected is the mean over all sets of k trials of the rule (unbiased), where a pruned"
-        " trial has the score at which it was stopped, a failed one the worst score of its rule; it"
-        " takes trials for independent draws, which they are not if the searcher learns. The best"
-        " of the first k is of complete trials only."
+        "The expected best is the mean over all sets of k trials of the rule (unbiased); a pruned"
+        " trial counts with the score at which it was stopped, a failed one with the worst score of"
+        " its rule. It assumes independent trials, which does not hold if the searcher learns from"
+        " them. The best of the first k counts complete trials only."
     )
-    return Drawn([("", figure)], f"{note} {scored(figure, material, scores)}".strip())
+    return PanelFigures([("", figure)], f"{note} {scored(figure, data, scores)}".strip())
 
 
-def scored(figure: go.Figure, material: Material, groups: Sequence[Sequence[float]]) -> str:
-    """Gives the figure a vertical axis for the scores of each rule; returns what to know of it."""
-    figure.update_yaxes(title_text=SCORES[material.metric])
-    scores = [score for group in groups for score in group]
-    best, worst = BEST[material.mode], WORST[material.mode]
-    # The worst of the rules' own: no rule is out of sight, however much worse than the others.
-    edge = worst(fence(group, material.mode) for group in groups)
-    if edge == worst(scores):
+def scored(figure: go.Figure, data: PlotData, groups: Sequence[Sequence[float]]) -> str:
+    """Scales the vertical axis to the scores, a group for each rule; returns a note if some lie
+    outside."""
+    figure.update_yaxes(title_text=axis_title(data.metric))
+    sign = data.metric.sign
+    merits = [[sign * score for score in group] for group in groups]
+    # The lowest of the rules' fences: every rule is in sight, however much worse than the others.
+    edge = min(map(fence, merits))
+    if edge == min(map(min, merits)):
         return ""
-    low, high = sorted((edge, best(scores)))
+    edge = sign * edge
+    low, high = sorted((edge, sign * max(map(max, merits))))
     pad = 0.06 * (high - low) or 1
     figure.update_yaxes(range=[low - pad, high + pad])
     return f"Scores worse than {edge:.4g} lie outside the figure; zoom out to see them."

@@ -1,4 +1,4 @@
-"""A rule's trials as a study of Optuna, for the figures that Optuna draws."""
+"""The trials of a rule as an Optuna study, for the figures that Optuna draws."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from optuna.distributions import (
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from analysis.report.panels.plot_data import Material, Row, Setting, grouped, settings, trials_of
+from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped, settings, trials_of
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 
 
-def studies(material: Material) -> dict[str, optuna.Study]:
-    """A study in memory for each rule; a trial's number in all of them is in its user_attrs."""
-    maximize = material.mode == "max"
-    direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
-    searched = settings(material)
-    made = {}
-    for rule, rows in trials_of(material).items():
-        its = grouped(searched[rule], lambda setting: setting.trial["trial"])
-        trials = [optuna_trial(row, its.get(row["trial"], ())) for row in rows]
-        made[rule] = study_of(rule, direction, trials)
-    return made
+def studies(data: PlotData) -> dict[str, optuna.Study]:
+    """A study in memory for each rule. Optuna numbers its trials anew; the user attribute `trial`
+    is the number in the study."""
+    direction = DIRECTIONS[data.metric.mode]
+    by_rule = settings(data)
+    studies = {}
+    for rule, rows in trials_of(data).items():
+        by_trial = grouped(by_rule[rule], lambda setting: setting.trial["trial"])
+        trials = [optuna_trial(row, by_trial.get(row["trial"], ())) for row in rows]
+        studies[rule] = study_of(rule, direction, trials)
+    return studies
 
 
 def study_of(name: str, direction: StudyDirection, trials: Iterable[FrozenTrial]) -> optuna.Study:
@@ -42,19 +43,18 @@ def study_of(name: str, direction: StudyDirection, trials: Iterable[FrozenTrial]
 
 
 def optuna_trial(row: Row, searched: Sequence[Setting]) -> FrozenTrial:
-    """Of a row of runs.trials."""
+    """A row of runs.trials with its settings."""
     return create_trial(
         state=STATES[row["state"]],
         value=row["score"] if row["state"] == COMPLETE else None,
-        params={setting.name: setting.about["value"] for setting in searched},
-        distributions={setting.name: distribution(setting.about) for setting in searched},
-        intermediate_values=dict(enumerate(row["scores"], start=1)),
+        params={setting.name: setting.parameter["value"] for setting in searched},
+        distributions={setting.name: distribution(setting.parameter) for setting in searched},
         user_attrs={"trial": row["trial"]},
     )
 
 
 def distribution(described: Mapping[str, Any]) -> BaseDistribution:
-    """The inverse of spaces.described."""
+    """The inverse of space_tree.described."""
     if described["kind"] == "categorical":
         return CategoricalDistribution(described["choices"])
     kind = IntDistribution if described["kind"] == "int" else FloatDistribution

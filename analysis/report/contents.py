@@ -1,0 +1,185 @@
+"""What a report says, before it is written in any form: numbers, notes, warnings, provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from analysis import runs, selection, stats
+from analysis.report import RULES, tables
+from analysis.report.panels.plot_data import PlotData
+from analysis.report.panels.retraining import CURVES
+from analysis.selection import TRAINER, Choice
+from analysis.store import Refused, Store, StudyRun
+from disinhib.metrics import SELECTION
+from disinhib.tuning.event_log import COMPLETE, FAILED
+
+SEARCH_NOTE = (
+    "The search budget of each rule. Epochs are summed over all seeds of a trial, hours over all"
+    " trials. Pruned trials were stopped by the scheduler; failed trials diverged or raised an"
+    " error. Only complete trials compete."
+)
+
+
+class Report(NamedTuple):
+    study: StudyRun
+    data: PlotData  # all rows that were read
+    results: pd.DataFrame  # tables.results
+    search: pd.DataFrame  # tables.search
+    warnings: list[str]
+
+
+def read(store: Store, study: StudyRun) -> Report:
+    """Raises Refused if no trial and no retrained seed has ended."""
+    metric = study.options["metric"]
+    trials, dropped = runs.trials(store, study)
+    retrained, unfinished = runs.retrained(store, study)
+    if trials.empty and retrained.empty:
+        raise Refused(f"study {study.name}: nothing has ended yet that could be reported")
+    data = PlotData(
+        metric=SELECTION[metric],
+        space=study.space,
+        trials=trials,
+        retrained=retrained,
+        curves=runs.curves(store, list(retrained["run_id"]), tuple(CURVES)),
+        labels={row["configuration"]: _label(row) for row in retrained.to_dict("records")},
+    )
+    left_out = [f"left out: {reason}" for reason in (*dropped, *unfinished)]
+    return Report(
+        study,
+        data,
+        tables.results(retrained, trials, metric),
+        tables.search(trials, data.metric) if len(trials) else pd.DataFrame(),
+        [*left_out, *_warnings(data)],
+    )
+
+
+def _warnings(data: PlotData) -> list[str]:
+    lines = []
+    seeds = data.retrained.to_dict("records")
+    if len(data.trials):
+        selected = {row["of_run"] for row in seeds}
+        choices = [
+            Choice({TRAINER: row["rule"]}, 1, row, [], [])
+            for row in data.trials.to_dict("records")
+            if row["run_id"] in selected
+        ]
+        lines += selection.warnings(data.trials, choices, [TRAINER], data.space)
+    for row in seeds:
+        if row["state"] == FAILED:
+            lines.append(f"{_label(row)}, seed {row['seed']} diverged: {row['reason']}")
+        elif row["flag"]:
+            lines.append(f"{_label(row)}, seed {row['seed']}: {row['flag']}")
+    if len({row["code"] for row in seeds}) > 1:
+        lines.append("the retrained seeds were trained by different versions of the code")
+    return lines
+
+
+def _label(row: Mapping[Any, Any]) -> str:
+    """A configuration in words; of a row of `runs.retrained`."""
+    return runs.called(row["rule"], row["averaged"], row["depth"], row["dataset"], row["trial"])
+
+
+def datasets(report: Report) -> list[tuple[str, pd.DataFrame, str]]:
+    """(data set, its table as texts, the note below it)."""
+    if report.results.empty:
+        return []
+    return [
+        (str(dataset), tables.shown(numbers), _note(numbers))
+        for dataset, numbers in report.results.groupby("dataset", sort=False)
+    ]
+
+
+def _note(numbers: pd.DataFrame) -> str:
+    """How to read the table, and how far its intervals can be trusted."""
+    sentences = [
+        "Accuracies in %, mean ± standard deviation over n seeds that no search has used. The test"
+        " set was evaluated once, after the last epoch."
+    ]
+    rows = numbers.to_dict("records")
+    paired = {row["bp_paired"] for row in rows if not math.isnan(row["bp_mean"])}
+    if paired:
+        words = {True: "paired by seed", False: "unpaired"}
+        kinds = " or ".join(words[kind] for kind in sorted(paired, reverse=True))
+        sentences.append(f"Differences to bp (same data set, depth and epochs) are {kinds}.")
+    if not all(math.isnan(row["tuned"]) for row in rows):
+        sentences.append(
+            "“tuned” is the selected trial's score in the search; what it loses on fresh seeds was"
+            " due to chance in the selection."
+        )
+    warning = stats.low_coverage(min(row["n"] for row in rows))
+    sentences.append(
+        "Intervals are bootstrapped (10,000 resamples, expanded percentiles)"
+        + (f"; {warning}." if warning else ".")
+    )
+    if any(row["diverged"] for row in rows):
+        sentences.append("Means exclude diverged seeds.")
+    if any(row["flagged"] for row in rows):
+        sentences.append(
+            "Flagged seeds failed the final check: integrating the dynamics did not confirm the"
+            " steady states that training computes."
+        )
+    return " ".join(sentences)
+
+
+def summary(report: Report) -> list[str]:
+    """The table in sentences, best first."""
+    lines = []
+    rows = report.results.to_dict("records")
+    for row in sorted(rows, key=lambda row: row["test_mean"] if row["n"] else 0, reverse=True):
+        label = _label({**row, "averaged": row["feedback"] == tables.FEEDBACK["true"]})
+        if row["n"] == 0:
+            lines.append(f"{label}: no seed completed its training.")
+            continue
+        line = f"{label}: {row['test_mean']:.2f} % test accuracy (n = {row['n']})"
+        if not pd.isna(row["bp_mean"]):
+            words = "above" if row["bp_mean"] >= 0 else "below"
+            line += f", {abs(row['bp_mean']):.2f} points {words} bp"
+        lines.append(line + ".")
+    return lines
+
+
+def rules(report: Report) -> list[tuple[str, str]]:
+    """(rule, what it is), of the rules in the report."""
+    rows = [*report.data.trials.to_dict("records"), *report.data.retrained.to_dict("records")]
+    present = {row["rule"] for row in rows}
+    return [(rule, words) for rule, words in RULES.items() if rule in present]
+
+
+def subtitle(report: Report) -> str:
+    parts = []
+    if len(report.data.trials):
+        complete = list(report.data.trials["state"]).count(COMPLETE)
+        parts.append(f"{len(report.data.trials)} trials, {complete} of them complete")
+    if len(report.data.retrained):
+        parts.append(f"{len(report.data.retrained)} retrained seeds")
+    return f"{', '.join(parts)}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def provenance(report: Report) -> list[tuple[str, str]]:
+    """Where the numbers come from: (name, value)."""
+    study = report.study
+    about = study.provenance
+    code, machine = about["code"], about["machine"]
+    seeds = report.data.retrained.to_dict("records")
+    values = lambda name: ", ".join(sorted({str(row[name]) for row in seeds if row[name]}))
+    data = {(about["data"]["name"], about["data"]["sha256"])}
+    data |= {(row["dataset"], row["data"]) for row in seeds}
+    return [
+        ("study", f"{study.name} ({study.id})"),
+        ("command", study.run.data.tags.get("command", "")),
+        ("report", f"python -m analysis.report study={study.name}"),
+        ("code", f"disinhib {code['version']}, commit {code['commit'] or 'unknown'}"
+         + (", with uncommitted changes" if code["diff"] else "")),
+        ("packages", ", ".join(f"{n} {v}" for n, v in about["packages"].items() if v)),
+        ("python", about["python"]),
+        ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"),
+        ("data", ", ".join(f"{name}, SHA-256 {sha256}" for name, sha256 in sorted(data))),
+        *([("retrained on", f"{values('device')} ({values('host')})"),
+           ("code of the retraining", f"SHA-256 of its files begins with {values('code')}")]
+          if seeds else []),
+    ]  # fmt: skip

@@ -1,0 +1,110 @@
+"""The four forms of a report. All tables in them are texts (`tables.shown`), the same in each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import plotly.offline
+from markupsafe import Markup
+
+from analysis.report import contents, panels
+from analysis.report.contents import SEARCH_NOTE, Report
+from analysis.report.tables import NOTHING, shown_search
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def as_markdown(report: Report) -> str:
+    parts = [f"# {report.study.name}\n"]
+    for dataset, table, note in contents.datasets(report):
+        parts += [f"## Test accuracy on {dataset}\n", markdown(table), note + "\n"]
+    if len(report.search):
+        table = markdown(shown_search(report.search))
+        parts += ["## What the search cost\n", table, SEARCH_NOTE + "\n"]
+    if report.warnings:
+        parts += ["## Warnings\n", "".join(f"- {line}\n" for line in report.warnings)]
+    return "\n".join(parts)
+
+
+def as_csv(report: Report) -> str:
+    """The numbers of `tables.results`, unrounded, or of the search if nothing was retrained."""
+    numbers = report.search if report.results.empty else report.results
+    return numbers.to_csv(index=False, lineterminator="\n")
+
+
+def as_latex(report: Report) -> str:
+    parts = [f"% {report.study.name}; needs \\usepackage{{booktabs}}\n"]
+    for dataset, table, note in contents.datasets(report):
+        parts.append(f"% Test accuracy on {dataset}. {note}\n{latex(table)}")
+    if len(report.search):
+        parts.append(f"% {SEARCH_NOTE}\n{latex(shown_search(report.search))}")
+    return "\n".join(parts)
+
+
+def as_html(report: Report) -> str:
+    """One page that needs no other file."""
+    tables = [
+        {"title": f"Test accuracy on {name}", "note": note, "html": html(table)}
+        for name, table, note in contents.datasets(report)
+    ]
+    search = None
+    if len(report.search):
+        table = html(shown_search(report.search))
+        search = {"title": "What the search cost", "note": SEARCH_NOTE, "html": table}
+    return page(
+        title=report.study.name,
+        subtitle=contents.subtitle(report),
+        rules=contents.rules(report),
+        summary=contents.summary(report),
+        tables=tables,
+        search=search,
+        warnings=report.warnings,
+        panels=panels.panels(report.data),
+        provenance=contents.provenance(report),
+        provenance_json=json.dumps(report.study.provenance, indent=1),
+        plotly_js=Markup(plotly.offline.get_plotlyjs()),
+    )
+
+
+def page(**context: object) -> str:
+    """The template, filled in. It escapes everything that is not Markup."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["plot"] = lambda drawing: Markup(panels.html(drawing))
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(**context)
+
+
+FORMS: dict[str, Callable[[Report], str]] = {
+    "report.md": as_markdown,
+    "report.csv": as_csv,
+    "report.tex": as_latex,
+    "report.html": as_html,
+}
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A pipe table."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A tabular for the package booktabs."""
+    plain = table.map(_in_latex).rename(columns=_in_latex)
+    return plain.to_latex(index=False, escape=False)
+
+
+def _in_latex(text: str) -> str:
+    for sign, command in (
+        ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$"), ("−", "$-$"), (NOTHING, "--"),
+    ):  # fmt: skip
+        text = text.replace(sign, command)
+    return text
+
+
+def html(table: pd.DataFrame) -> Markup:
+    """A table element, whose texts are escaped."""
+    return Markup(table.to_html(index=False, border=0, escape=True, justify="unset"))

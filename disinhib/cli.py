@@ -1,0 +1,167 @@
+"""The command line of every command here: `name=value`, as Hydra writes it.
+
+Lists are `a,b` or `[a,b]`; true, false and null are values. `--name value` and `--name=value` mean
+`name=value`, and `--flag` means `flag=true`. `--help`, `-h` or `help=true` prints the help, which
+comes from the module's docstring and the table of its options.
+
+A command declares its options once and reads them in its `main`, which `run` calls:
+
+    COMMAND = cli.Command("analysis.runs", __doc__, (Option("out", None, OPTIONAL_TEXT, "..."),))
+
+    def main(arguments: Sequence[str]) -> int:
+        options = COMMAND.parse(arguments)
+
+Commands whose options Hydra composes (training, tuning, retraining) use `run` alone, or `split`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
+from disinhib.errors import ConfigError, InputError, nearest
+
+REQUIRED: Any = object()  # the default of an option that has to be given
+
+
+class Help(Exception):
+    """Raised instead of running if help is asked for; the message is the help."""
+
+
+class Command(NamedTuple):
+    """A command's options. `alone` names the one that a word without `name=` sets, if any does."""
+
+    name: str  # as `python -m` takes it
+    text: str | None  # the module's docstring
+    options: tuple[Option, ...] = ()
+    alone: str | None = None
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Every option's value by name. Raises ConfigError if one is unknown, missing or not what
+        its check allows, and Help."""
+        table = {option.name: option for option in self.options}
+        flags = {option.name for option in self.options if option.check is FLAG}
+        words, overrides = split(arguments, self.help(), flags)
+        if len(words) > (self.alone is not None):
+            allowed = "name=value" + (f" and one {self.alone}" if self.alone else "")
+            raise ConfigError(
+                f"given {' '.join(words)}, allowed is {allowed} (python -m {self.name} --help)"
+            )
+        values = {option.name: option.default for option in self.options}
+        for override in [*(f"{self.alone}={word}" for word in words), *overrides]:
+            name, _, text = override.partition("=")
+            if name not in table:
+                names = f"; options of {self.name}: {', '.join(table)}"
+                raise ConfigError(f"{name}: unknown option{nearest(name, table) or names}")
+            values[name] = read(table[name], text)
+        for name, value in values.items():
+            if value is REQUIRED:
+                raise ConfigError(f"{name}: missing, needed is {table[name].check[1]}")
+        return values
+
+    def help(self) -> str:
+        lines = [(self.text or "").strip(), "", "Options:"]
+        for name, default, (_, allowed), words in self.options:
+            lines.append(f"  {name}{'' if default is REQUIRED else f'={_in_hydra(default)}'}")
+            lines += textwrap.wrap(
+                f"{words} ({allowed})", 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+        return "\n".join(lines)
+
+
+def split(
+    arguments: Sequence[str], help: str, flags: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """(words that stand alone, options as `name=value`), in order. An option of `flags` needs no
+    value. Raises Help, and ConfigError for an option without a value."""
+    words, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help", "help=true"):
+            raise Help(help)
+        name = argument.removeprefix("--")
+        if name == argument:
+            (overrides if "=" in argument else words).append(argument)
+        elif "=" in name:
+            overrides.append(name)
+        elif name in flags:
+            has_value = bool(rest) and rest[0].lower() in ("true", "false")
+            overrides.append(f"{name}={rest.pop(0) if has_value else 'true'}")
+        else:
+            has_value = bool(rest) and not rest[0].startswith("--")
+            overrides.append(f"{name}={rest.pop(0) if has_value else ''}")
+    return words, overrides
+
+
+def read(option: Option, text: str) -> Any:
+    """The first reading of `text` that the option's check allows. Raises ConfigError."""
+    if not text:
+        raise refusal(option.name, "nothing", option.check[1])
+    for reading in _readings(text):
+        if option.check[0](reading):
+            return reading
+    return check(option.name, text, option.check)  # raises: `text` was one of the readings
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """A study may be called 5, and a list may have a single item."""
+    items = text.removeprefix("[").removesuffix("]").split(",")
+    yield [*map(_value, items)] if len(items) > 1 or text[0] == "[" else _value(text)
+    yield text
+    yield [*map(_value, items)]
+    yield items
+
+
+def _value(text: str) -> Any:
+    plain = {"true": True, "false": False, "null": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def list_of(items: Check) -> Check:
+    test, allowed = items
+    return (
+        lambda values: isinstance(values, list) and bool(values) and all(map(test, values)),
+        f"a comma-separated list, each {allowed}",
+    )
+
+
+def _in_hydra(value: Any) -> str:
+    return ",".join(map(in_hydra, value)) if isinstance(value, list) else in_hydra(value)
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Calls `main` with the command line's arguments and exits with its code.
+
+    Bad input is one line on stderr and exit code 2, Ctrl-C is 130, help 0. A reader that closes the
+    pipe (`... | head`) ends the command quietly, with 1.
+    """
+    try:
+        try:
+            code = main(sys.argv[1:])
+        except Help as text:
+            print(text)
+            code = 0
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
