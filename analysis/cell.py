@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disinhib.tuning.worker import place, share_compilations
+from disinhib.tuning.worker import place
 
 COMPLETE, FAILED = "complete", "failed"
 
@@ -42,8 +42,9 @@ def train(
 
     Raises what training raises, but for divergence.
     """
-    share_compilations()
-    from disinhib import checkpoint, config, training
+    from disinhib import checkpoint, compilation_cache, config, training
+
+    compilation_cache.share()
 
     run = config.parse({**options, "test_at_end": True})
     data = training.prepare(run)

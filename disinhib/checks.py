@@ -1,7 +1,8 @@
 """What an option may be: checks with their words, and options that are declared once.
 
-An entry of a table (a rule, an activation, an optimizer, a sampler ...) carries its options: Hydra's
-defaults, the checks at the border and the compiled program's scalars are all made from them.
+An entry of a table (a rule, an activation, an optimizer, a sampler ...) carries its options:
+Hydra's defaults, the checks at the border and the compiled program's scalars are all made from
+them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import resource
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
-import pooch
 from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
@@ -67,7 +65,6 @@ class TrainingTrial(tune.Trainable):
     """
 
     def setup(self, config: dict) -> None:
-        share_compilations()
         self._compilations = count_compilations()
         self.reset_config(config)
 
@@ -97,8 +94,10 @@ class TrainingTrial(tune.Trainable):
     def _begin(self) -> None:
         """Loads data, and the trial's checkpoint if it has one; data and compiled programs of
         earlier trials are still there."""
-        from disinhib import checkpoint, config, training
+        from disinhib import checkpoint, compilation_cache, config, memory, training
 
+        compilation_cache.share()  # here, as it asks for the device, which may be missing
+        self._memory = memory.start()
         self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
@@ -111,12 +110,12 @@ class TrainingTrial(tune.Trainable):
             self._state = training.initial_state(self._run, self._trial["seeds"])
 
     def _epoch(self) -> dict[str, Any]:
-        from disinhib import training
+        from disinhib import memory, training
 
         self._state, lanes = training.run_epoch(self._run, self._data, self._state)
         metrics = over_lanes(lanes)
         metrics["compilations"] = len(self._compilations) - self._compiled
-        metrics["peak_memory_mb"] = peak_memory_mb()
+        metrics["peak_memory_mb"] = memory.peak_mb(self._memory)
         self._compiled = len(self._compilations)
         return {SCORE: metrics[self._trial["metric"]], METRICS: metrics, PLACE: place()}
 
@@ -171,15 +170,6 @@ def over_lanes(lanes: Mapping[str, np.ndarray]) -> dict[str, float]:
     return means | spread
 
 
-def peak_memory_mb() -> float:
-    """The most memory that this process has held so far: of the GPU if it uses one."""
-    import jax
-
-    on_device = jax.devices()[0].memory_stats() or {}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return on_device.get("peak_bytes_in_use", resident) / 1e6
-
-
 def place() -> dict[str, str]:
     """Where this process computes."""
     import jax
@@ -202,21 +192,6 @@ def environment(cpus: float, gpus: float) -> dict[str, str]:
         **({} if gpus else {"JAX_PLATFORMS": "cpu"}),
         **{name: os.environ[name] for name in ("DISINHIB_DATA",) if name in os.environ},
     }
-
-
-def share_compilations() -> None:
-    """Lets a worker load what another one compiled, now or in an earlier study.
-
-    A program takes XLA 2 to 8 s and 0.1 s to load (measured: E-I rules on a core). jax's own
-    thresholds would keep none of them. By machine, as XLA compiles for its very CPU.
-    """
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = pooch.os_cache("disinhib") / "xla" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def count_compilations() -> list[float]:
