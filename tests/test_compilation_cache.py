@@ -52,9 +52,8 @@ def test_a_second_process_compiles_nothing(tmp_path):
     def compiled():
         run = subprocess.run(
             [sys.executable, "-c", COMPILE, str(tmp_path)],
-            **{"capture_output": True, "text": True, "check": True},
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
+            env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
         return tuple(map(int, run.stdout.split()))
 
     hits, misses = compiled()

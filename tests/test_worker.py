@@ -146,6 +146,15 @@ def test_a_trial_that_diverges_raises_and_keeps_nothing(told, tmp_path):
     assert list(tmp_path.glob("*.msgpack")) == []
 
 
+def test_a_trials_peak_memory_is_not_that_of_an_earlier_one(told):
+    worker = TrainingTrial(told())
+    before = steps(worker, 1)[0]["metrics"]["peak_memory_mb"]
+    held = np.ones(400_000_000, np.uint8)  # what a larger trial would have needed
+    del held
+    assert worker.reset_config(told(number=1))
+    assert steps(worker, 1)[0]["metrics"]["peak_memory_mb"] < before + 200
+
+
 def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, told):
     worker = TrainingTrial(told(number=1, seeds=[8, 9], every_seconds=0))
     other = steps(worker, 2)
@@ -160,15 +169,6 @@ def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, told):
 
 
 @pytest.mark.parametrize("done", [1, 3, EPOCHS])
-def test_a_trials_peak_memory_is_not_that_of_an_earlier_one(told):
-    worker = TrainingTrial(told())
-    before = steps(worker, 1)[0]["metrics"]["peak_memory_mb"]
-    held = np.ones(400_000_000, np.uint8)  # what a larger trial would have needed
-    del held
-    assert worker.reset_config(told(number=1))
-    assert steps(worker, 1)[0]["metrics"]["peak_memory_mb"] < before + 200
-
-
 def test_a_trial_that_goes_on_tells_its_results_again_and_then_the_same_as_if_uninterrupted(
     whole, told, done
 ):

@@ -7,7 +7,6 @@ written; such an error is one line (ConfigError).
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import shutil
 import sys
@@ -24,6 +23,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import hydra_config
+from disinhib.commands import tool, tune_words
 from disinhib.errors import ConfigError
 from disinhib.tuning import (
     manifest as origins,
@@ -63,11 +63,16 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print((hydra_config.CONFIGURATIONS / "study.yaml").read_text(), end="")
         return 0
-    study = compose(arguments)
+    return carry_out(compose(arguments))[0]
+
+
+def carry_out(study: Study) -> tuple[int, Finished | None]:
+    """Runs `study`, or plans it, and prints what comes of it: the exit code of `main`, and what
+    the study left, if it ran and nothing kept it from going on."""
     console = Console()
     if study.plan:
         plan.run(study, console)
-        return 0
+        return 0, None
     try:
         finished = run(study, console)
     except Exception as error:
@@ -75,11 +80,11 @@ def main(arguments: list[str]) -> int:
         if full is None:
             raise
         print(f"error: {full}: make room, then go on: {_resume(study)}", file=sys.stderr)
-        return 1
+        return 1, None
     summary(finished, console)
     if not finished.whole:
-        return 130
-    return 0 if progress.best(finished.records, study.mode) else 1
+        return 130, finished
+    return 0 if progress.best(finished.records, study.mode) else 1, finished
 
 
 def run(
@@ -254,8 +259,7 @@ def _full_disk(error: BaseException | None) -> str | None:
 
 def _resume(study: Study) -> str:
     out = [] if study.options["out_dir"] == "out" else [f"out_dir={study.options['out_dir']}"]
-    words = [_tool("python"), "tune_main.py", f"study={study.name}", *out, "resume=true"]
-    return shlex.join(words)
+    return shlex.join(tune_words(f"study={study.name}", *out, "resume=true"))
 
 
 def summary(finished: Finished, console: Console) -> None:
@@ -274,16 +278,10 @@ def summary(finished: Finished, console: Console) -> None:
     for name, count in finished.undelivered.items():
         say(f"{name} has not taken {count} records: resume the study when it answers")
     uri = shlex.quote(finished.tracking_uri)
-    ui = uri if uri.startswith("http") else f"{_tool('mlflow')} ui --backend-store-uri {uri}"
+    ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
     if finished.undelivered or not finished.whole:
         say(f"go on:       {_resume(study)}")
     if top := progress.best(records, study.mode):
-        say(f"best trial:  {_tool('python')} {top.config['command'].removeprefix('python ')}")
-
-
-def _tool(name: str) -> str:
-    """The environment's command `name`, as short as it can be typed from here."""
-    path = Path(sys.executable).parent / name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        say(f"best trial:  {tool('python')} {top.config['command'].removeprefix('python ')}")
