@@ -55,16 +55,27 @@ def share(root: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
 
 
 def machine() -> str:
-    """What XLA compiles for: the processor's model and instruction set, and the GPU if one is used.
+    """What XLA compiles for: the processor and, if one is used, the GPU.
 
     (The versions of jaxlib and of the GPU's driver are in jax's own key of each program.)
     """
-    described = hashlib.sha256("\n".join(_processor()).encode()).hexdigest()[:12]
-    parts = [platform.machine(), described]
     device = jax.devices()[0]
-    if device.platform != "cpu":
-        parts.append(re.sub(r"\W+", "-", device.device_kind).lower())
-    return "-".join(parts)
+    if device.platform == "cpu":
+        return processor()
+    return f"{processor()}-{re.sub(r'[^a-z0-9]+', '-', device.device_kind.lower())}"
+
+
+def processor() -> str:
+    """The architecture, and a hash of the processor's model and instruction-set flags."""
+    try:
+        first = CPU_INFO.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        first = [f"model name: {platform.processor()}"]
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in first)}
+    models = ("model name", "CPU implementer", "CPU part")  # the last two: ARM
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    described = "\n".join([*(fields.get(name, "") for name in models), *sorted(flags)])
+    return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def trim(root: Path, max_bytes: int) -> None:
@@ -84,15 +95,3 @@ def trim(root: Path, max_bytes: int) -> None:
             return
         path.unlink(missing_ok=True)
         size -= file_size
-
-
-def _processor() -> list[str]:
-    """The processor's model and instruction-set flags, in an order of their own."""
-    try:
-        first = CPU_INFO.read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return [platform.processor()]
-    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in first)}
-    models = ("model name", "CPU implementer", "CPU part")  # the last two: ARM
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return [*(fields.get(name, "") for name in models), *sorted(flags)]

@@ -10,6 +10,8 @@ from analysis import pipeline
 from disinhib.errors import ConfigError
 from disinhib.tuning import options, study as studies
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):

@@ -19,6 +19,8 @@ from analysis.cell import Seed
 from analysis.report import tables
 from analysis.store import Refused
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)
 BEGAN = planted.BEGAN + 1e6

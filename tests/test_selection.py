@@ -14,6 +14,8 @@ import yaml
 from analysis import runs, selection, store as stores
 from analysis.store import Refused
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):

@@ -34,8 +34,7 @@ def settings_of_jax(tmp_path_factory):
     )
     before = {name: jax.config.values[name] for name in names}
     with pytest.MonkeyPatch.context() as patch:
-        # No shared compilations in the user's cache; and Ray's Trainable makes a folder.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        # Ray's Trainable makes a folder.
         patch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH",
                       str(tmp_path_factory.mktemp("ray")), raising=False)  # fmt: skip
         yield
