@@ -15,18 +15,16 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test quick lint lint-format lint-check lint-types format lock
+.PHONY: help install study figures test quick lint lint-format lint-check lint-types format lock \
+	wheel wheel-check
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the environment .venv; done again only when the lock or pyproject.toml changes
 
 study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seeds, the test set
-	$(BIN)/python tune_main.py $(ARGS)
-	$(BIN)/python -m analysis.selection selected=out/selected.yaml
-	$(BIN)/python -m analysis.retrain out/selected.yaml seeds=3
-	$(BIN)/python -m analysis.report
+	$(BIN)/python -m analysis.pipeline $(ARGS)
 
 figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="out=FOLDER")
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
@@ -55,6 +53,20 @@ format: $(STAMP) ## rewrite the code as ruff wants it
 lock: $(UV_STAMP) ## resolve pyproject.toml into requirements.lock (newest versions: ARGS=--upgrade)
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes \
 		--no-header $(ARGS) pyproject.toml -o requirements.lock
+
+wheel: $(STAMP) ## build the package, dist/*.whl
+	rm -rf build dist # a build keeps files that are gone from the source
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --no-index -w dist .
+	rm -rf build
+
+# Of the lock, only the versions: what is installed is what the wheel itself asks for.
+wheel-check: wheel ## install the wheel into an empty environment, run a small study from an empty folder
+	@set -e; place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; unset PYTHONPATH; \
+	$(BIN)/uv venv -q --python $(BIN)/python "$$place/venv"; \
+	$(BIN)/uv pip install -q --compile-bytecode --python "$$place/venv/bin/python" \
+		--constraint requirements.lock dist/*.whl; \
+	mkdir "$$place/empty"; cd "$$place/empty"; \
+	../venv/bin/disinhib --help; ../venv/bin/disinhib study experiment=smoke
 
 # A venv that works is kept; one that is broken, or of another Python, is made again.
 $(UV_STAMP):

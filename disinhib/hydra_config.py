@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
 
-CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf"
+# Where the package is installed, conf/ lies within it (setup.py); in a checkout, beside it.
+_INSTALLED = Path(__file__).resolve().with_name("conf")
+CONFIGURATIONS = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "conf"
 TRAINING = "train"  # conf/train.yaml
 
 Options = dict[str, Any]

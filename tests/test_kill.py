@@ -54,8 +54,7 @@ def test_a_study_whose_workers_are_killed_goes_on_by_itself(folder):
     assert kill.check_training(done, again) == []
 
 
-def test_a_trial_goes_on_whose_worker_dies_as_it_is_given_to_it(folder, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+def test_a_trial_goes_on_whose_worker_dies_as_it_is_given_to_it(folder):
     words = ["experiment=smoke", "trials=4", "space=bp", "scheduler=none", f"out_dir={folder}"]
     asked = options.compose([*words, "study=reset"])
     records = study.run(asked, Console(), kill.DiesOnce).records

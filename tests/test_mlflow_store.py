@@ -22,6 +22,8 @@ from disinhib.tuning.event_log import (
 )
 from disinhib.tuning.outbox import Delivery
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 IDS = itertools.count(1)
 BEGAN = 1_700_000_000.0  # s since 1970
 

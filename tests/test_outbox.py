@@ -28,6 +28,8 @@ from disinhib.tuning.event_log import (
 from disinhib.tuning.optuna_store import OptunaStore
 from disinhib.tuning.outbox import Delivery
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):

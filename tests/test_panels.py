@@ -13,9 +13,9 @@ from analysis import runs
 from analysis.report import forms, panels
 from analysis.report.panels.drawing import COLOURS, axis_title, wrapped
 from analysis.report.panels.plot_data import PlotData
-from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 from disinhib.metrics import SELECTION
 from disinhib.tuning import space_tree
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 EVIL = "</script><b>&"
 

@@ -17,8 +17,8 @@ from analysis.report.panels import (
     search,
     studies,
 )
-from disinhib.tuning.event_log import COMPLETE, PRUNED
 from disinhib.tuning import space_tree
+from disinhib.tuning.event_log import COMPLETE, PRUNED
 
 
 def test_what_k_trials_give():

@@ -137,11 +137,7 @@ def mixed(trial):
 
 
 def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    programs, here = (tmp_path / name for name in ("programs", "here"))
-    for folder in (programs, here):
-        folder.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SPACES, "mixed", mixed)
     asked = ["experiment=smoke", "space=mixed", "solver.max_iterations=1"]
     assert study.main(["plan=true", *asked]) == 0
@@ -160,7 +156,7 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert "not counted, as none of their structures ran: exact-inv" in lines
     for start in ("with scheduler=asha: ", "memory: ", "disk: at most ", "cluster: "):
         assert any(line.startswith(start) for line in lines)
-    assert not list(here.iterdir())
+    assert not list(tmp_path.iterdir())
     assert list(programs.iterdir())  # for the study to load
 
 

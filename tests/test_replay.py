@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -95,12 +96,9 @@ def folder(tmp_path_factory):
 
 
 def process(*arguments, folder, **variables):
-    """Python in another folder, with its compilations kept to save the next one's time."""
+    """Python in another folder."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         **variables,
     }
     return subprocess.run(
@@ -113,7 +111,8 @@ def process(*arguments, folder, **variables):
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
+def runs(folder, mlflow_template):
+    shutil.copy(mlflow_template, folder / "mlflow.db")
     arguments = ("-c", WRITER, str(folder), *OPTIONS)
     done = process(*arguments, folder=folder, PJRT_NPROC="1", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr

@@ -10,14 +10,16 @@ import pandas as pd
 import planted
 import pytest
 import yaml
+from analysis.cell import Seed
 from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
 from analysis import ledger, runs, store as stores
-from analysis.cell import Seed
 from analysis.report import __main__ as program, forms, tables
 from disinhib.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("copied_stores")
 
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)

@@ -24,18 +24,19 @@ from disinhib import config, data, errors, hydra_config, training
 from disinhib.tuning import mlflow_store
 from disinhib.tuning.worker import environment
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 SELECTED = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted`
 SEEDS = 2
 GRID = ("experiment=smoke_table1", "checkpoints.every_seconds=0", "trainer=bp,exact-inv")
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Environment of processes that share what they compile, quickly, to slower programs."""
+def programs():
+    """Environment of processes that compile quickly, to slower programs."""
     return {
         **os.environ,
         **environment(1, 0),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 

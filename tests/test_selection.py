@@ -18,6 +18,8 @@ from disinhib.metrics import SELECTION
 
 ACCURACY, LOSS = SELECTION["valid_accuracy"], SELECTION["valid_loss"]
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):

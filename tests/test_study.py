@@ -48,6 +48,8 @@ from disinhib.tuning.event_log import COMPLETE, FAILED, KILLED, PRUNED, RUNNING,
 from disinhib.tuning.worker import OVER_CAP, TrainingTrial, checkpoint_file, environment
 from search_spaces import SPACES
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 ROOT = Path(__file__).parent.parent
 RULES = {"bp": "non-dale", "exact-inv": "dale", "lin-thresh": "dale"}
 TRIALS, PRUNED_TRIAL, DIVERGED_TRIAL, RAISED_TRIAL = 7, 4, 5, 6
@@ -92,13 +94,9 @@ def tiny_space():
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Environment of processes that share what they compile, with each other only, and compile it
-    in half the time, to programs that run slower."""
+def programs():
+    """Environment of processes that compile in half the time, to programs that run slower."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
 

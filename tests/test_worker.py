@@ -34,8 +34,7 @@ def settings_of_jax(tmp_path_factory):
     )
     before = {name: jax.config.values[name] for name in names}
     with pytest.MonkeyPatch.context() as patch:
-        # No shared compilations in the user's cache; and Ray's Trainable makes a folder.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        # Ray's Trainable makes a folder.
         patch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH",
                       str(tmp_path_factory.mktemp("ray")), raising=False)  # fmt: skip
         yield
@@ -144,6 +143,15 @@ def test_a_trial_that_diverges_raises_and_keeps_nothing(told, tmp_path):
     with pytest.raises(training.Diverged, match="epoch 1"):
         worker.step()
     assert list(tmp_path.glob("*.msgpack")) == []
+
+
+def test_a_trials_peak_memory_is_not_that_of_an_earlier_one(told):
+    worker = TrainingTrial(told())
+    before = steps(worker, 1)[0]["metrics"]["peak_memory_mb"]
+    held = np.ones(400_000_000, np.uint8)  # what a larger trial would have needed
+    del held
+    assert worker.reset_config(told(number=1))
+    assert steps(worker, 1)[0]["metrics"]["peak_memory_mb"] < before + 200
 
 
 def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, told):

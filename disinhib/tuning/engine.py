@@ -71,7 +71,7 @@ class Finished:
 
     job: Job
     records: list[Record]
-    tracking_uri: str | None
+    tracking_uri: str  # "" if no store was told
     run_id: str | None  # of the study in MLflow; None if that never answered
     seconds: float
     undelivered: dict[str, int]  # events that a store did not take, if any
@@ -139,7 +139,7 @@ def run(
     return Finished(
         job,
         [records[number] for number in sorted(records)],
-        mlflow.address if mlflow else None,
+        mlflow.address if mlflow else "",
         getattr(mlflow, "study_run", None),
         time.monotonic() - started,
         {name: count for name, count in missing.items() if count},

@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +96,22 @@ def code(root: Path) -> dict[str, Any]:
         "commit": commit,
         "diff": "" if commit is None else _patch(root),
         "files": {
-            file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(chain.from_iterable(root.glob(pattern) for pattern in DECISIVE))
+            name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for name, file in sorted(_decisive(root).items())
         },
+    }
+
+
+def _decisive(root: Path) -> dict[str, Path]:
+    """Every decisive file by its name in a checkout; a wheel has conf/ within the package."""
+    installed = root / "disinhib"
+    places = dict.fromkeys(DECISIVE, root)
+    if (installed / "conf").is_dir():
+        places["conf/**/*.yaml"] = installed
+    return {
+        file.relative_to(place).as_posix(): file
+        for pattern, place in places.items()
+        for file in place.glob(pattern)
     }
 
 

@@ -7,17 +7,16 @@ found before a trial is started or anything is written; such an error is one lin
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from ray import tune
 from rich.console import Console
 
 from disinhib import hydra_config
+from disinhib.commands import tool, tune_words
 from disinhib.tuning import engine, manifest, plan, progress
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.loop import StudyStopped, from_search
@@ -34,11 +33,16 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print((hydra_config.CONFIGURATIONS / "study.yaml").read_text(), end="")
         return 0
-    study = compose(arguments)
+    return carry_out(compose(arguments))[0]
+
+
+def carry_out(study: Study) -> tuple[int, Finished | None]:
+    """Runs `study`, or plans it, and prints what comes of it: the exit code of `main`, and what
+    the study left, if it ran and nothing kept it from going on."""
     console = Console()
     if study.plan:
         plan.run(study, console)
-        return 0
+        return 0, None
     try:
         finished = run(study, console)
     except Exception as error:
@@ -46,11 +50,11 @@ def main(arguments: list[str]) -> int:
         if obstacle is None:
             raise
         print(f"error: {obstacle}: make room, then go on: {resume_command(study)}", file=sys.stderr)
-        return 1
+        return 1, None
     summary(finished, study, console)
     if not finished.whole:
-        return 130
-    return 0 if progress.best(finished.records) else 1
+        return 130, finished
+    return 0 if progress.best(finished.records) else 1, finished
 
 
 def run(
@@ -102,8 +106,7 @@ def _full_disk(error: BaseException | None) -> str | None:
 
 def resume_command(study: Study) -> str:
     out = [] if study.options["out_dir"] == "out" else [f"out_dir={study.options['out_dir']}"]
-    words = [tool("python"), "tune_main.py", f"study={study.name}", *out, "resume=true"]
-    return shlex.join(words)
+    return shlex.join(tune_words(f"study={study.name}", *out, "resume=true"))
 
 
 def summary(finished: Finished, study: Study, console: Console) -> None:
@@ -121,7 +124,7 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
         say(line)
     for name, count in finished.undelivered.items():
         say(f"{name} has not taken {count} records: resume the study when it answers")
-    uri = shlex.quote(finished.tracking_uri or "")
+    uri = shlex.quote(finished.tracking_uri)
     ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
@@ -129,9 +132,3 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
         say(f"go on:       {resume_command(study)}")
     if top := progress.best(records):
         say(f"best trial:  {tool('python')} {top.config['command'].removeprefix('python ')}")
-
-
-def tool(name: str) -> str:
-    """The environment's command `name`, as short as it can be typed from here."""
-    path = Path(sys.executable).parent / name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -15,16 +15,13 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import platform
-import resource
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import pooch
 from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
@@ -55,7 +52,6 @@ class TrainingTrial(tune.Trainable):
     """
 
     def setup(self, config: dict) -> None:
-        share_compilations()
         self._compilations = count_compilations()
         self.reset_config(config)
 
@@ -103,8 +99,10 @@ class TrainingTrial(tune.Trainable):
     def _begin(self) -> None:
         """Loads data, and the trial's checkpoint if it has one; data and compiled programs of
         earlier trials are still there."""
-        from disinhib import checkpoint, config, training
+        from disinhib import checkpoint, compilation_cache, config, memory, training
 
+        compilation_cache.share()  # here, as it asks for the device, which may be missing
+        self._memory = memory.start()
         self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
@@ -120,7 +118,7 @@ class TrainingTrial(tune.Trainable):
     def _epoch(self) -> dict[str, Any]:
         """The report of one epoch. Raises training.Diverged where one seed's divergence is the
         trial's: such numbers are a failure, never a score."""
-        from disinhib import training
+        from disinhib import memory, training
 
         advance = training.advance if self._trial["final"] else training.run_epoch
         self._state, lanes = advance(self._run, self._data, self._state)
@@ -140,7 +138,7 @@ class TrainingTrial(tune.Trainable):
         self._compiled = len(self._compilations)
         metrics["compilations"] = [float(len(compilations))]
         metrics["compilation_seconds"] = [sum(compilations)]
-        metrics["peak_memory_mb"] = [peak_memory_mb()]
+        metrics["peak_memory_mb"] = [memory.peak_mb(self._memory)]
         return {"metrics": metrics, "place": place(), "diverged": diverged}
 
     def _diverged(self) -> dict[str, str]:
@@ -212,35 +210,11 @@ def _bytes_beside(file: Path) -> int:
     return sum(sizes)
 
 
-def peak_memory_mb() -> float:
-    """The most memory that this process has held so far: of the GPU if it uses one."""
-    import jax
-
-    on_device = jax.devices()[0].memory_stats() or {}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return on_device.get("peak_bytes_in_use", resident) / 1e6
-
-
 def place() -> dict[str, str]:
     """Where this process computes."""
     import jax
 
     return {"device": jax.devices()[0].device_kind, "host": platform.node()}
-
-
-def share_compilations() -> None:
-    """Lets a worker load what another one compiled, now or in an earlier study.
-
-    A program takes XLA 2 to 8 s and 0.1 s to load (measured: E-I rules on a core). jax's own
-    thresholds would keep none of them. By machine, as XLA compiles for its very CPU.
-    """
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = pooch.os_cache("disinhib") / "xla" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def count_compilations() -> list[float]:

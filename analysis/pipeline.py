@@ -1,0 +1,77 @@
+"""`python -m analysis.pipeline [seeds=3] [option=value ...]`: a study, to its report.
+
+    tune       the study, as `python tune_main.py [option=value ...]` runs it
+    select     its best trial of each rule, by validation data
+    retrain    those over `seeds` fresh seeds, to their whole budget, and the test set
+    report     its tables and plots
+
+Each goes on from the study of the one before, wherever `out_dir`, `study` and `tracking.uri` put
+it. If interrupted, run it again with study=NAME resume=true.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from disinhib import cli
+from disinhib.tuning import study as studies
+from disinhib.tuning.options import Study, compose
+from disinhib.tuning.provenance import masked
+
+SEEDS = "seeds=3"
+# Options of a study that say where its configurations are trained again.
+HANDED_ON = ("cluster=", "cluster.", "device=", "gpu_id=", "dataset.path=")
+
+
+class Stage(NamedTuple):
+    module: str  # whose `main` gets them
+    arguments: list[str]
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of the first stage that does not end well, or 0."""
+    _, arguments = cli.split(arguments, __doc__ or "")
+    seeds = [text for text in arguments if text.startswith("seeds=")]
+    study = compose([text for text in arguments if text not in seeds])
+    code, finished = studies.carry_out(study)
+    if code or finished is None:
+        return code
+    if finished.undelivered or finished.run_id is None:
+        print("error: MLflow lacks some of the study: nothing is selected of it", file=sys.stderr)
+        return 1
+    for module, given in stages(study, finished.run_id, finished.tracking_uri, seeds or [SEEDS]):
+        print(masked(f"\n{shlex.join(['python', '-m', module, *given])}"), flush=True)
+        if code := _main_of(module)(given):
+            return code
+    return 0
+
+
+def stages(study: Study, run_id: str, uri: str, seeds: Sequence[str]) -> list[Stage]:
+    """What is left to do when `study` has ended, which MLflow at `uri` knows as `run_id`.
+
+    (Several studies in a store may have the same name, if their `out_dir` differs.)
+    """
+    selected, tracking = study.folder / "selected.yaml", f"tracking.uri={uri}"
+    where = [text for text in study.overrides if text.startswith(HANDED_ON)]
+    retraining = [str(selected), *seeds, f"out_dir={study.out_dir}", tracking, *where]
+    report = f"out={study.out_dir / f'report-{study.name}'}"
+    return [
+        Stage("analysis.selection", [f"study={run_id}", f"selected={selected}", tracking]),
+        Stage("analysis.retrain", retraining),
+        Stage("analysis.report", [f"study={run_id}", report, tracking]),
+    ]
+
+
+def _main_of(module: str) -> Callable[[list[str]], int]:
+    # Here, as the report's libraries take seconds to import, and a wrong option should take none.
+    from importlib import import_module, util
+
+    is_package = getattr(util.find_spec(module), "submodule_search_locations", None) is not None
+    return import_module(f"{module}.__main__" if is_package else module).main
+
+
+if __name__ == "__main__":
+    cli.run(main)

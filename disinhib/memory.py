@@ -1,0 +1,61 @@
+"""The most memory that a piece of work held, in a process that has done other work before.
+
+    mark = memory.start()
+    ...
+    memory.peak_mb(mark)
+
+On a GPU it is the device's memory, else the process's. What the process held at the start (its
+libraries, data and compiled programs) counts, as the work could not have been done without.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+RESET = Path("/proc/self/clear_refs")  # Linux, as is the next
+STATUS = Path("/proc/self/status")
+RESET_PEAK = "5"  # proc_pid_clear_refs(5): the high-water mark becomes what is held now
+
+
+class Memory(NamedTuple):
+    """In bytes."""
+
+    peak: int  # the most so far, since the process began or the mark was reset
+    in_use: int
+
+
+def start() -> Memory:
+    """Marks the beginning of a piece of work. There is one mark a process: the newest."""
+    with suppress(OSError):  # no Linux, or a container that forbids it: `peak_mb` knows what to do
+        RESET.write_text(RESET_PEAK)
+    return _now()
+
+
+def peak_mb(mark: Memory) -> float:
+    """The most memory held since `mark`, in MB.
+
+    A high-water mark that could not be reset says so only if it has risen since. If it has not,
+    this is what is held now: no less than that was needed, and nothing of earlier work is counted.
+    """
+    now = _now()
+    return (now.peak if now.peak > mark.peak else max(now.in_use, mark.in_use)) / 1e6
+
+
+def _now() -> Memory:
+    device = jax.devices()[0].memory_stats() or {}  # none of a CPU
+    if "peak_bytes_in_use" in device:
+        return Memory(device["peak_bytes_in_use"], device["bytes_in_use"])
+    try:
+        lines = (line.split() for line in STATUS.read_text().splitlines())
+        kibibytes = {words[0]: int(words[1]) for words in lines if words[0] in ("VmHWM:", "VmRSS:")}
+        return Memory(kibibytes["VmHWM:"] * 1024, kibibytes["VmRSS:"] * 1024)
+    except (OSError, KeyError):  # no Linux: only the most that the process ever held is known
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return Memory(peak, peak)
