@@ -1,7 +1,7 @@
 """What an option may be: checks with their words, and options that are declared once.
 
-An entry of a table (a rule, an activation, an optimizer, a sampler ...) carries its options: Hydra's
-defaults, the checks at the border and the compiled program's scalars are all made from them.
+An entry of a table (a rule, an activation, an optimizer, a sampler ...) carries its options:
+Hydra's defaults, the checks at the border and the compiled program's scalars are made from them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ class Option(NamedTuple):
     default: Any
     check: Check
     words: str  # its meaning and unit
+
+
+def defaults(options: Iterable[Option]) -> dict[str, Any]:
+    """The default of each option, by name."""
+    return {option.name: option.default for option in options}
 
 
 def is_number(value: Any) -> bool:

@@ -27,7 +27,7 @@ from analysis.report.panels import retraining
 from analysis.runs import COMPLETE, FAILED
 from analysis.selection import METRICS, Choice
 from analysis.store import Refused, Store, StudyRun
-from disinhib import errors
+from disinhib import errors, rules
 from disinhib.errors import one_line
 from disinhib.tuning.provenance import masked
 
@@ -161,15 +161,6 @@ def _named(row: Any) -> str:
     return _called({**row, "averaged": row["feedback"] == tables.FEEDBACK["true"]})
 
 
-RULES = {  # to a reader who has not seen them
-    "bp": "back-propagation through a plain network, which the others are compared with",
-    "bp-ei": "back-propagation through the network of excitatory-inhibitory microcircuits",
-    "exact-inv": "dis-inhibitory control, by which each excitatory neuron of a microcircuit learns"
-    " from how far top-down feedback has moved its interneuron",
-    "lin-thresh": "the same where a neuron knows its interneuron's activation only as a straight"
-    " line at its mean rate",
-    "taylor": "the same with that line at a fixed rate",
-}
 SEARCH_NOTE = (
     "What each rule got of the search. Epochs are counted over all seeds of a trial; hours are its"
     " trials' one after another. Pruned trials were stopped by the scheduler, failed ones"
@@ -227,7 +218,7 @@ def as_html(report: Report) -> str:
     return template.render(
         title=report.study.name,
         subtitle=_subtitle(report),
-        rules=[(rule, words) for rule, words in RULES.items() if rule in _rules(report)],
+        rules=[(name, rules.words(name)) for name in rules.COMPETITORS if name in _rules(report)],
         summary=summary(report),
         tables=[
             {"title": f"Test accuracy on {name}", "note": note, "html": Markup(tables.html(table))}

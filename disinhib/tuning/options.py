@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import yaml
 
-from disinhib import config, hydra_config, training
+from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
 from disinhib.tuning import space_tree, suggest
@@ -88,7 +88,7 @@ def compose(overrides: Sequence[str]) -> Study:
     check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(space_tree.branches(SPACES[settings["space"]])).overrides
-    groups = [f"{name}={value}" for name, value in first.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
     with _blaming(settings["space"]):
         hydra_config.compose("study", groups)
     options, _ = hydra_config.compose("study", [*overrides, *groups])
@@ -141,7 +141,7 @@ def _on_top_of(
     if own["extend"]:
         left |= {"warm_start", "points"}
     # What was given for the searcher, say, goes with the searcher.
-    groups = tuple(name.replace("/", ".") + "." for name in left if _is_group(name))
+    groups = tuple(name.replace("/", ".") + "." for name in left if hydra_config.is_group(name))
     before = [
         o
         for o in earlier["overrides"]
@@ -194,11 +194,11 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
     seeds = suggest.trial_seeds(study.seed, number, study.replicates)
-    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
     options = training_options(options)
     for name, value in overrides.items():
-        if not _is_group(name):
+        if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
     # A trial writes no folder of its own, so where it would do so is no part of its command.
@@ -220,11 +220,6 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 _composed = lru_cache(maxsize=64)(hydra_config.compose)
 
 
-def _is_group(name: str) -> bool:
-    """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
-    return (hydra_config.CONFIGURATIONS / name.partition("@")[0]).is_dir()
-
-
 def _set(options: dict[str, Any], name: str, value: Any) -> None:
     """Sets the dotted option `name`; raises ConfigError if there is none."""
     known = flatten(options)
@@ -237,10 +232,8 @@ def _set(options: dict[str, Any], name: str, value: Any) -> None:
 
 
 def rule_name(choices: Mapping[str, str]) -> str:
-    """Under what name a trial competes: back-propagation through the E-I network is another rule
-    than through the plain one."""
-    on_microcircuits = choices["trainer"] == "bp" and choices["model/vf"] == "dale"
-    return "bp-ei" if on_microcircuits else choices["trainer"]
+    """Under what name a trial competes."""
+    return rules.reported_name(choices["trainer"], choices["model/vf"])
 
 
 def check_space(study: Study) -> list[TrialConfig]:
@@ -323,5 +316,5 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
 
 def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
     """The study's options, flat, under the groups that a branch of its space chooses."""
-    groups = [f"{name}={value}" for name, value in overrides.items() if _is_group(name)]
+    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     return flatten(_composed("study", (*study.overrides, *groups))[0])
