@@ -1,5 +1,6 @@
 """Shapes are checked in tests only; numerics run in float64 where a module asks for it."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,32 @@ CORE = sorted(
     if not BORDERS & {*module.parts} and module.parts != ("disinhib", "__init__")
 )
 install_import_hook(CORE, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory) -> Path:
+    """A new MLflow store in SQLite, whose tables take MLflow seconds to make: a copy of it, put
+    where a study will look for its store, is a new store too."""
+    from disinhib.tuning import mlflow_store
+
+    file = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow_store._make_sqlite(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def copied_stores(mlflow_template):
+    """The module's studies begin with a copy of an MLflow store, where they would make one."""
+    from disinhib.tuning import mlflow_store
+
+    def copy(file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            shutil.copyfile(mlflow_template, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "_make_sqlite", copy)
+        yield
 
 
 @pytest.fixture(scope="module")
