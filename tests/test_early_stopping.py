@@ -12,7 +12,6 @@ from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from disinhib import hydra_config
-from disinhib.checks import flatten
 from disinhib.errors import ConfigError
 from disinhib.tuning import early_stopping, validation
 from disinhib.tuning.early_stopping import EARLY_STOPPING, asha, bracket, decide, median
