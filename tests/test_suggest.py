@@ -494,7 +494,7 @@ def test_optuna_is_told_every_state_by_its_name_and_failed_trials_have_no_value(
         trial = suggest.frozen_trial(suggest.tried(record))
         assert trial.state == states.get(record.state, TrialState.RUNNING)
         assert trial.intermediate_values == dict(enumerate(record.scores, start=1))
-        assert trial.value == (record.score if record.state == COMPLETE else None)
+        assert trial.value == (record.score if record.state in (COMPLETE, PRUNED) else None)
         assert trial.params == course.params[number]
         trial._validate()
 
