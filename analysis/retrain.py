@@ -32,14 +32,15 @@ from disinhib.tuning import engine, mlflow_settings, mlflow_store, provenance
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.event_log import (
     COMPLETE,
+    FAILED,
     Asked,
     EpochDone,
     EventLog,
     Point,
     Record,
     TrialConfig,
+    replay,
 )
-from disinhib.tuning.loop import Source
 from disinhib.tuning.manifest import Manifest, read
 from disinhib.tuning.resume import FILE
 
@@ -113,6 +114,10 @@ def job(
         raise refusal("study", name, f"another name: {folder} is a search")
     origin = manifest.id if study is None else study.id
     about = _about(planned, threads, origin)
+    source = Planned(planned, seeds, about)
+    if resume:
+        with closing(EventLog(folder)) as log:
+            check_code(replay(log.events()), about(planned[0])[0]["code_sha256"])
     options = {**settings, "metric": runs.DEFAULT_METRIC}
     return Job(
         name=name,
@@ -122,8 +127,8 @@ def job(
         kept={"options": options},
         command=command,
         metric=runs.DEFAULT_METRIC,
-        source=_source(planned, seeds, about),
-        trials=lambda records: len(records) + len(_missing(planned, seeds, records)),
+        source=source,
+        trials=source.trials,
         cluster=settings["cluster"],
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
@@ -158,50 +163,52 @@ def _about(planned: Sequence[Configuration], threads: int, study_id: str) -> Abo
     return about
 
 
-def _source(planned: Sequence[Configuration], seeds: Sequence[int], about: About) -> Source:
-    """The configurations whose seeds are neither done nor being trained, one after the other."""
-    checked: list[str] = []
+class Planned:
+    """The configurations whose seeds are neither done nor being trained, as a source of trials.
 
-    def source(records: Mapping[int, Record]) -> list[Asked]:
-        if not checked:
-            checked.append("once")
-            _refuse_other_code(records, about(planned[0])[0]["code_sha256"])
-        for one, missing in _missing(planned, seeds, records):
-            number = len(records)
-            tags, files = about(one)
+    What had failed before this command is tried once more; what fails now is not."""
+
+    def __init__(self, configurations: Sequence[Configuration], seeds: Sequence[int], about: About):
+        self.configurations, self.seeds, self.about = configurations, seeds, about
+        self.failed_before: set[int] | None = None
+
+    def trials(self, records: Mapping[int, Record]) -> int:
+        """In all."""
+        return len(records) + len(self.missing(records))
+
+    def missing(self, records: Mapping[int, Record]) -> list[tuple[Configuration, list[int]]]:
+        """Seeds that no record has, of each configuration that has such."""
+        if self.failed_before is None:
+            self.failed_before = {n for n, record in records.items() if _could_not_end(record)}
+        known = {
+            (_key(record), seed)
+            for record in records.values()
+            if record.number not in self.failed_before
+            for seed in record.config["seeds"]
+        }
+        left = (
+            (one, [seed for seed in self.seeds if (one.key, seed) not in known])
+            for one in self.configurations
+        )
+        return [(one, seeds) for one, seeds in left if seeds]
+
+    def __call__(self, records: Mapping[int, Record]) -> list[Asked]:
+        """The next trial, as the study loop asks for it."""
+        for one, seeds in self.missing(records):
+            tags, files = self.about(one)
             trial = TrialConfig(
-                number=number,
+                number=len(records),
                 rule=one.rule,
                 searched=dict(one.searched),
                 command=one.command,
-                options={**one.options, "test_at_end": True, "seed": missing[0]},
-                seeds=missing,
+                options={**one.options, "test_at_end": True, "seed": seeds[0]},
+                seeds=seeds,
                 epochs=one.options["epochs"],
                 final=True,
             )
             point = Point(params=dict(one.searched), distributions={}, system_attrs={})
-            return [Asked(number, trial, point, tags, files)]
+            return [Asked(trial["number"], trial, point, tags, files)]
         return []
-
-    return source
-
-
-def _missing(
-    planned: Sequence[Configuration], seeds: Sequence[int], records: Mapping[int, Record]
-) -> list[tuple[Configuration, list[int]]]:
-    """The seeds of each configuration that no record has, or whose training could not end."""
-    left = []
-    for one in planned:
-        known = {
-            seed
-            for record in records.values()
-            if _key(record) == one.key and not _could_not_end(record)
-            for seed in record.config["seeds"]
-        }
-        missing = [seed for seed in seeds if seed not in known]
-        if missing:
-            left.append((one, missing))
-    return left
 
 
 def _key(record: Record) -> str:
@@ -210,19 +217,17 @@ def _key(record: Record) -> str:
 
 def _could_not_end(record: Record) -> bool:
     """Whether it raised or lost its workers: not that its seeds diverged, which is a result."""
-    return record.state == "failed" and len(record.diverged) < len(record.config["seeds"])
+    return record.state == FAILED and len(record.diverged) < len(record.config["seeds"])
 
 
-def _refuse_other_code(records: Mapping[int, Record], code: str) -> None:
-    """What other code has begun cannot go on; what it has finished stands, and is named."""
+def check_code(records: Mapping[int, Record], code: str) -> None:
+    """What other code has finished stands, and is named. Raises ConfigError if it has begun what it
+    did not finish: that cannot go on."""
     for record in records.values():
         if record.tags["code_sha256"] != code:
             if not record.ended:
-                raise refusal(
-                    "study",
-                    "one that other code has begun",
-                    "another name (study=NAME), or that code",
-                )
+                allowed = "another name (study=NAME), or the code that began it"
+                raise refusal("study", "one that other code has begun", allowed)
             print(f"warning: trial {record.number} was trained by other code")
 
 

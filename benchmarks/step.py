@@ -24,8 +24,8 @@ from rich.table import Table
 
 from disinhib import cli, training
 from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
-from disinhib.config import RunConfig
-from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
+from disinhib.config import RunConfig, published
+from disinhib.hyperparameters import Architecture, Newton, Ode
 
 BATCH = 100
 ODE_STEPS = 2  # it is that slow
@@ -71,9 +71,7 @@ def prepared(
     """A function that runs `steps` training steps of every lane, compiled, and returns seconds a
     step (of all lanes)."""
     structure = architecture(rule, hidden, solver)
-    hyper = training.as_arrays(
-        Hyperparameters({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8})
-    )
+    hyper = training.as_arrays(published(structure))
     config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0, 0.9, 1e3)
     state = training.initial_state(config, range(lanes))
     data = random_data(steps)

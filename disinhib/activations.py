@@ -8,7 +8,7 @@ that still can be told apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,15 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from disinhib.checks import ANY_NUMBER, POSITIVE, SHARE, Check, Option, defaults, is_number
+
 Elementwise = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
-class Shape(NamedTuple):
-    """Parameters of the soft rectifier (dimensionless); the other activations have none."""
-
-    scale: Float[Array, ""] | float = 1.0
-    sharpness: Float[Array, ""] | float = 1.0
-    shift: Float[Array, ""] | float = 0.0
+Scalars = Mapping[str, Float[Array, ""] | float]
 
 
 class Activation(NamedTuple):
@@ -36,9 +33,30 @@ class Activation(NamedTuple):
     inverse_derivative: Elementwise
 
 
-def bind(kind: str, shape: Shape) -> Activation:
-    """The activation `kind` (a key of ACTIVATIONS) with its shape parameters filled in."""
-    return Activation(*(partial(function, shape) for function in ACTIVATIONS[kind]))
+class Kind(NamedTuple):
+    """An entry of ACTIVATIONS: four elementwise functions of (scalars, x), where `scalars` has a
+    value for each of `options`."""
+
+    value: Callable
+    derivative: Callable
+    inverse: Callable
+    inverse_derivative: Callable
+    rates: Check  # those at which the inverse has a tangent
+    words: str
+    options: tuple[Option, ...] = ()
+
+
+# Of an option that is a rate of the interneurons: what it may be, their activation's entry says.
+RATE: Check = (is_number, "a rate of the interneurons' activation")
+
+
+def bind(kind: str, scalars: Scalars | None = None) -> Activation:
+    """The activation `kind` (a key of ACTIVATIONS); `scalars` are its options, those left out
+    having their defaults."""
+    entry = ACTIVATIONS[kind]
+    values = defaults(entry.options) | dict(scalars or {})
+    functions = (entry.value, entry.derivative, entry.inverse, entry.inverse_derivative)
+    return Activation(*(partial(function, values) for function in functions))
 
 
 def tangent_of_inverse(
@@ -57,8 +75,8 @@ def _smallest(y):
     return jnp.finfo(y.dtype).tiny
 
 
-def _softrelu(shape, x):
-    return shape.scale * _softplus(shape.sharpness * (x - shape.shift))
+def _softrelu(scalars, x):
+    return scalars["scale"] * _softplus(scalars["sharpness"] * (x - scalars["shift"]))
 
 
 @jax.custom_jvp
@@ -93,36 +111,36 @@ def _log1p_of_share(e):
     return 2 * w * series
 
 
-def _softrelu_derivative(shape, x):
-    z = shape.sharpness * (x - shape.shift)
-    return shape.scale * shape.sharpness * _softplus_slope(z)
+def _softrelu_derivative(scalars, x):
+    z = scalars["sharpness"] * (x - scalars["shift"])
+    return scalars["scale"] * scalars["sharpness"] * _softplus_slope(z)
 
 
-def _softrelu_inverse(shape, y):
+def _softrelu_inverse(scalars, y):
     # log(expm1(w)) = w + log(-expm1(-w)): right for large w, where expm1 overflows.
     # Published `SoftReLu.inv` drops shift and sharpness for w > 50.
-    w = jnp.maximum(y / shape.scale, _smallest(y))
-    return shape.shift + (w + jnp.log(-jnp.expm1(-w))) / shape.sharpness
+    w = jnp.maximum(y / scalars["scale"], _smallest(y))
+    return scalars["shift"] + (w + jnp.log(-jnp.expm1(-w))) / scalars["sharpness"]
 
 
-def _softrelu_inverse_derivative(shape, y):
-    w = jnp.maximum(y / shape.scale, _smallest(y))
-    return -1 / (shape.scale * shape.sharpness * jnp.expm1(-w))
+def _softrelu_inverse_derivative(scalars, y):
+    w = jnp.maximum(y / scalars["scale"], _smallest(y))
+    return -1 / (scalars["scale"] * scalars["sharpness"] * jnp.expm1(-w))
 
 
-def _linear(shape, x):
+def _linear(scalars, x):
     return x
 
 
-def _linear_derivative(shape, x):
+def _linear_derivative(scalars, x):
     return jnp.ones_like(x)
 
 
-def _tanh(shape, x):
+def _tanh(scalars, x):
     return jnp.tanh(x)
 
 
-def _tanh_derivative(shape, x):
+def _tanh_derivative(scalars, x):
     return 1 - jnp.tanh(x) ** 2
 
 
@@ -132,52 +150,76 @@ def _inside(y, low, high):
     return jnp.clip(y, low + (_smallest(y) if low == 0 else eps), high - eps)
 
 
-def _tanh_inverse(shape, y):
+def _tanh_inverse(scalars, y):
     return jnp.arctanh(_inside(y, -1.0, 1.0))
 
 
-def _tanh_inverse_derivative(shape, y):
+def _tanh_inverse_derivative(scalars, y):
     y = _inside(y, -1.0, 1.0)
     return 1 / ((1 - y) * (1 + y))
 
 
-def _relu(shape, x):
+def _relu(scalars, x):
     return jnp.maximum(x, 0)
 
 
-def _relu_derivative(shape, x):
+def _relu_derivative(scalars, x):
     return jnp.where(x > 0, 1.0, 0.0).astype(x.dtype)
 
 
-def _sigmoid(shape, x):
+def _sigmoid(scalars, x):
     return jax.nn.sigmoid(x)
 
 
-def _sigmoid_derivative(shape, x):
+def _sigmoid_derivative(scalars, x):
     return jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
 
 
-def _sigmoid_inverse(shape, y):
+def _sigmoid_inverse(scalars, y):
     y = _inside(y, 0.0, 1.0)
     return jnp.log(y) - jnp.log1p(-y)
 
 
-def _sigmoid_inverse_derivative(shape, y):
+def _sigmoid_inverse_derivative(scalars, y):
     y = _inside(y, 0.0, 1.0)
     return 1 / (y * (1 - y))
 
 
-# kind: (value, derivative, inverse, derivative of the inverse), each of (shape, x).
-ACTIVATIONS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
-    "softrelu": (
+ACTIVATIONS: dict[str, Kind] = {
+    "softrelu": Kind(
         _softrelu,
         _softrelu_derivative,
         _softrelu_inverse,
         _softrelu_inverse_derivative,
+        rates=POSITIVE,
+        words="scale * log(1 + exp(sharpness * (u - shift)))",
+        options=(
+            Option("scale", 1.0, POSITIVE, "dimensionless"),
+            Option("sharpness", 1.0, POSITIVE, "dimensionless; a larger one is nearer to ReLU"),
+            Option("shift", 0.0, ANY_NUMBER, "a potential, dimensionless"),
+        ),
     ),
-    "linear": (_linear, _linear_derivative, _linear, _linear_derivative),
-    "tanh": (_tanh, _tanh_derivative, _tanh_inverse, _tanh_inverse_derivative),
+    "linear": Kind(
+        _linear, _linear_derivative, _linear, _linear_derivative, rates=ANY_NUMBER, words="u"
+    ),
+    "tanh": Kind(
+        _tanh,
+        _tanh_derivative,
+        _tanh_inverse,
+        _tanh_inverse_derivative,
+        rates=(lambda v: is_number(v) and -1 < v < 1, "a number between -1 and 1"),
+        words="tanh(u)",
+    ),
     # The published inverse of ReLU is y for y > 0, else 0: its tangent is the identity.
-    "relu": (_relu, _relu_derivative, _relu, _linear_derivative),
-    "sigmoid": (_sigmoid, _sigmoid_derivative, _sigmoid_inverse, _sigmoid_inverse_derivative),
+    "relu": Kind(
+        _relu, _relu_derivative, _relu, _linear_derivative, rates=POSITIVE, words="max(u, 0)"
+    ),
+    "sigmoid": Kind(
+        _sigmoid,
+        _sigmoid_derivative,
+        _sigmoid_inverse,
+        _sigmoid_inverse_derivative,
+        rates=SHARE,
+        words="1 / (1 + exp(-u))",
+    ),
 }

@@ -46,7 +46,7 @@ def save(
     content = serialization.msgpack_serialize(
         {
             "architecture": _described(config.architecture),
-            "state": serialization.to_state_dict(jax.device_get(state)),
+            "state": serialization.to_state_dict(jax.device_get(_plain(state))),
             "results": json.dumps([dict(epoch) for epoch in results]),
         }
     )
@@ -89,10 +89,33 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
         raise ConfigError(f"resume: {path} is of another architecture: {', '.join(differences)}")
     template = initial_state(config, seeds)
     try:
-        restored = serialization.from_state_dict(template, state)
+        restored = serialization.from_state_dict(_plain(template), state)
     except ValueError as error:  # parts that are missing or unknown
         raise _no_checkpoint(path, error) from error
-    return Checkpoint(jax.tree.map(jnp.asarray, restored), results)
+    return Checkpoint(_with_rule_of(template, jax.tree.map(jnp.asarray, restored)), results)
+
+
+def _plain(state: TrainingState) -> TrainingState:
+    """`state` in types that flax and MessagePack know: a rule's may be any pytree, so it is written
+    as the list of its leaves, and random keys as their bits."""
+    leaves = jax.tree.leaves(state.rule)
+    return state._replace(
+        rule=[jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+    )
+
+
+def _with_rule_of(template: TrainingState, plain: TrainingState) -> TrainingState:
+    """What `_plain` made of a state whose rule's is like that of `template`."""
+    leaves, structure = jax.tree.flatten(template.rule)
+    restored = [
+        jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else bits
+        for leaf, bits in zip(leaves, plain.rule, strict=True)
+    ]
+    return plain._replace(rule=jax.tree.unflatten(structure, restored))
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _no_checkpoint(path: Path, error: Exception) -> ConfigError:

@@ -24,6 +24,11 @@ class Option(NamedTuple):
     words: str  # its meaning and unit
 
 
+def defaults(options: Iterable[Option]) -> dict[str, Any]:
+    """The default of each option, by name."""
+    return {option.name: option.default for option in options}
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -6,28 +6,26 @@ is wrong with them is a ConfigError of one line: the option, what was given, wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from disinhib.activations import ACTIVATIONS, Shape
+from disinhib.activations import ACTIVATIONS, RATE
 from disinhib.checks import (
     ANY_NUMBER,
     COUNT,
-    DECAY,
     FLAG,
     INDEX,
-    NOT_NEGATIVE,
     OPTIONAL_TEXT,
     POSITIVE,
     SEED,
-    SHARE,
     TEXT,
     UNIT,
     Check,
+    Option,
     check,
+    defaults,
     flatten,
-    is_number,
     one_of,
     refusal,
 )
@@ -38,6 +36,8 @@ from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES
+
+CIRCUITS = ("dale", "non-dale")  # E-I microcircuits, and the plain MLP
 
 
 @dataclass(frozen=True)
@@ -72,52 +72,111 @@ class _Options:
         self.left.pop(name, None)
         return check(name, self.flat[name], wanted)
 
+    def take_all(self, prefix: str, options: Iterable[Option], rates: Check) -> dict[str, Any]:
+        """The values of an entry's options; `rates` is the check of those that are a RATE."""
+        return {
+            option.name: self.take(
+                f"{prefix}.{option.name}", rates if option.check is RATE else option.check
+            )
+            for option in options
+        }
+
     def refuse_the_rest(self) -> None:
         for name in self.left:
             raise ConfigError(f"{name}: unknown option{nearest(name, set(self.flat) - {name})}")
+
+
+# A part of Hyperparameters: the field of Architecture that names its entry, and the table.
+PARTS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "optimizer": ("optimizer", OPTIMIZERS),
+    "rule": ("rule", RULES),
+    "controller": ("controller", CONTROLLERS),
+    "loss": ("loss", LOSSES),
+    "activation_e": ("activation_e", ACTIVATIONS),
+    "activation_i": ("activation_i", ACTIVATIONS),
+}
+STRUCTURE = {field.name for field in fields(Architecture)}
+
+
+def _traced(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those of an entry's options that are no structure; a flag is 0 or 1."""
+    return {
+        name: float(value) if isinstance(value, bool) else value
+        for name, value in values.items()
+        if name not in STRUCTURE
+    }
+
+
+def published(architecture: Architecture) -> Hyperparameters:
+    """The published defaults of every scalar of a structure."""
+    parts: dict[str, Any] = {
+        part: _traced(defaults(table[getattr(architecture, field)].options))
+        for part, (field, table) in PARTS.items()
+    }
+    return Hyperparameters(**parts)
 
 
 def parse(options: Mapping[str, Any]) -> RunConfig:
     """The run that `options` describe. Raises ConfigError."""
     given = _Options(options)
     take = given.take
-    optimizer = take("optimizer.name", one_of(OPTIMIZERS))
-    soft_target = take("dataset.soft_target_val", SHARE)
-    hyper: dict[str, Any] = {
-        "optimizer": {
-            name: take(f"optimizer.{name}", check) for name, check in OPTIMIZER_CHECKS[optimizer]
-        },
-        "soft_target": soft_target if take("dataset.soft_targets", FLAG) else 1.0,
-    }
+    dataset = take("dataset.name", one_of(DATASETS))
+    data = given.take_all("dataset", DATASETS[dataset].options, ANY_NUMBER)
     structure: dict[str, Any] = {
         "rule": take("trainer.name", one_of(RULES)),
-        "circuit": take("model.vf.name", one_of(("dale", "non-dale"))),
+        "circuit": take("model.vf.name", one_of(CIRCUITS)),
         "use_bias": take("model.vf.use_bias", FLAG),
         "loss": take("dataset.loss.name", one_of(LOSSES)),
-        "optimizer": optimizer,
+        "optimizer": take("optimizer.name", one_of(OPTIMIZERS)),
         "batch_size": take("batchsize", COUNT),
         "solver": _solver(take),
-        "sizes": _sizes(take),
+        "sizes": (data["dim_input"], *_hidden_sizes(take), data["dim_output"]),
     }
-    hyper["weight_scale"] = take("model.vf.weight_scale", POSITIVE)
+    hyper: dict[str, Any] = {
+        "weight_scale": take("model.vf.weight_scale", POSITIVE),
+        "soft_target": data["soft_target_val"] if data["soft_targets"] else 1.0,
+    }
     _check_rule_fits(structure["rule"], structure["circuit"])
-    read_circuit = _microcircuits if structure["circuit"] == "dale" else _perceptron
-    read_circuit(take, structure, hyper)
-    if RULES[structure["rule"]].has_feedback:
-        _feedback(take, structure, hyper)
+    places = {"optimizer": "optimizer", "rule": "trainer", "loss": "dataset.loss"}
+    if structure["circuit"] == "dale":
+        places |= {
+            "activation_e": "model.vf.actE",
+            "activation_i": "model.vf.actI",
+            "controller": "model.vf.controller",
+        }
+        structure["fb_to_readout"] = take("model.vf.fb_to_readout", FLAG)
+        for option, name in (
+            *(("tauE", "tau_e"), ("tauI", "tau_i")),
+            *(("g_EI", "g_ei"), ("g_IE", "g_ie")),
+        ):
+            hyper[name] = take(f"model.vf.{option}", POSITIVE)
+    else:
+        places["activation_e"] = "model.vf.activation"
+    for part, place in places.items():
+        field, table = PARTS[part]
+        if field not in structure:
+            structure[field] = take(f"{place}.name", one_of(table))
+    # The rates of the rule are the interneurons', if it has any.
+    inhibitory = structure.get("activation_i", structure["activation_e"])
+    for part, place in places.items():
+        field, table = PARTS[part]
+        values = given.take_all(
+            place, table[structure[field]].options, ACTIVATIONS[inhibitory].rates
+        )
+        structure |= {name: value for name, value in values.items() if name in STRUCTURE}
+        hyper[part] = _traced(values)
     on_train = take("OL_eval_on_train", FLAG)
-    share = take("dataset.OL_eval_subset_split", SHARE)
     take("out_dir", TEXT)
     take("resume", OPTIONAL_TEXT)
     config = RunConfig(
         architecture=Architecture(**structure),
         hyperparameters=Hyperparameters(**hyper),
-        dataset=take("dataset.name", one_of(DATASETS)),
-        dataset_path=take("dataset.path", OPTIONAL_TEXT),
-        valid_split=take("dataset.valid_split", SHARE),
+        dataset=dataset,
+        dataset_path=data["path"],
+        valid_split=data["valid_split"],
         epochs=take("epochs", COUNT),
         seed=take("seed", SEED),
-        evaluated_share_of_train=share if on_train else 0.0,
+        evaluated_share_of_train=data["OL_eval_subset_split"] if on_train else 0.0,
         test_at_end=take("test_at_end", FLAG),
         device=take("device", one_of(("auto", "cpu", "gpu"))),
         gpu_id=take("gpu_id", INDEX),
@@ -142,7 +201,7 @@ def _solver(take) -> Newton | Ode:
     return Newton(take("solver.tolerance", POSITIVE), take("solver.max_iterations", COUNT))
 
 
-def _sizes(take) -> tuple[int, ...]:
+def _hidden_sizes(take) -> list[int]:
     layers = take("model.vf.nb_hidden", INDEX)
     allowed = "one size of at least 1, or a size for each of model.vf.nb_hidden layers"
     hidden = take(
@@ -151,8 +210,7 @@ def _sizes(take) -> tuple[int, ...]:
     )
     if len(hidden) not in (1, layers):
         raise refusal("model.vf.sizes_hidden", hidden, f"{allowed} (given {layers})")
-    hidden = hidden * layers if len(hidden) == 1 else hidden
-    return (take("dataset.dim_input", COUNT), *hidden, take("dataset.dim_output", COUNT))
+    return hidden * layers if len(hidden) == 1 else hidden
 
 
 def _check_rule_fits(rule: str, circuit: str) -> None:
@@ -163,64 +221,3 @@ def _check_rule_fits(rule: str, circuit: str) -> None:
             f"trainer={rule}: needs model/vf={' or '.join(allowed)}, given model/vf={circuit}"
             f" (which {', '.join(fitting)} can train)"
         )
-
-
-def _activation(take, prefix: str) -> tuple[str, Shape]:
-    kind = take(f"{prefix}.name", one_of(ACTIVATIONS))
-    if kind != "softrelu":
-        return kind, Shape()
-    return kind, Shape(
-        take(f"{prefix}.scale", POSITIVE),
-        take(f"{prefix}.sharpness", POSITIVE),
-        take(f"{prefix}.shift", ANY_NUMBER),
-    )
-
-
-def _perceptron(take, structure: dict, hyper: dict) -> None:
-    structure["activation_e"], hyper["shape_e"] = _activation(take, "model.vf.activation")
-
-
-def _microcircuits(take, structure: dict, hyper: dict) -> None:
-    structure["activation_e"], hyper["shape_e"] = _activation(take, "model.vf.actE")
-    structure["activation_i"], hyper["shape_i"] = _activation(take, "model.vf.actI")
-    structure["fb_to_readout"] = take("model.vf.fb_to_readout", FLAG)
-    for option, name in (("tauE", "tau_e"), ("tauI", "tau_i"), ("g_EI", "g_ei"), ("g_IE", "g_ie")):
-        hyper[name] = take(f"model.vf.{option}", POSITIVE)
-    controller = take("model.vf.controller.name", one_of(CONTROLLERS))
-    structure["controller"] = controller
-    if controller == "leaky-pi":
-        hyper["k_p"] = take("model.vf.controller.k_p", NOT_NEGATIVE)
-        hyper["k_i"] = take("model.vf.controller.k_i", NOT_NEGATIVE)
-        hyper["leak"] = take("model.vf.controller.leak", POSITIVE)
-        hyper["tau_c"] = take("model.vf.controller.tau", POSITIVE)
-    else:
-        hyper["k_p"] = take("model.vf.controller.k_p", POSITIVE)
-
-
-def _feedback(take, structure: dict, hyper: dict) -> None:
-    for flag in ("average_fb_weights", "clip_fb_weights", "norm_fb_weights"):
-        structure[flag] = take(f"trainer.{flag}", FLAG)
-    hyper["strong_fb"] = float(take("trainer.strong_fb", FLAG))
-    hyper["clip_val"] = take("trainer.clip_val", POSITIVE)
-    hyper["norm_val"] = take("trainer.norm_val", POSITIVE)
-    hyper["target_nudge"] = take("trainer.target_nudge", POSITIVE)
-    rate = RATE_CHECKS[structure["activation_i"]]
-    if structure["rule"] == "lin-thresh":
-        hyper["avg_inh_lambda"] = take("trainer.avg_inh_lambda", UNIT)
-        hyper["avg_inh_init"] = take("trainer.avg_inh_init", rate)
-    if structure["rule"] == "taylor":
-        hyper["y0"] = take("trainer.y0", rate)
-
-
-OPTIMIZER_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
-    "adam": (("learning_rate", POSITIVE), ("b1", DECAY), ("b2", DECAY), ("eps", POSITIVE)),
-    "sgd": (("learning_rate", POSITIVE), ("momentum", DECAY)),
-}
-# Rates at which an interneuron's activation has an inverse with a tangent.
-RATE_CHECKS: dict[str, Check] = {
-    "softrelu": POSITIVE,
-    "relu": POSITIVE,
-    "sigmoid": SHARE,
-    "tanh": (lambda v: is_number(v) and -1 < v < 1, "a number between -1 and 1"),
-    "linear": ANY_NUMBER,
-}

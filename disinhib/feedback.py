@@ -11,9 +11,21 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from disinhib.checks import FLAG, POSITIVE, Option
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.microcircuit import Microcircuit
 from disinhib.network import NetworkState, Parameters
+
+# Of every rule that runs closed loop. Weights are averaged, clipped, normalised, in this order.
+OPTIONS = (
+    Option("average_fb_weights", False, FLAG, "one matrix, the batch's mean, for all samples"),
+    Option("clip_fb_weights", False, FLAG, "clip them to +-clip_val"),
+    Option("clip_val", 1.0, POSITIVE, "largest |feedback weight|, dimensionless"),
+    Option("norm_fb_weights", True, FLAG, "scale each sample's matrix to norm_val"),
+    Option("norm_val", 1.0, POSITIVE, "Frobenius norm of a sample's feedback weights"),
+    Option("strong_fb", True, FLAG, "control towards the target itself, else towards a nudge"),
+    Option("target_nudge", 0.015, POSITIVE, "of weak feedback: how far from the open-loop output"),
+)
 
 FeedbackWeights = tuple[Float[Array, "#batch out _neurons"], ...]
 
@@ -39,9 +51,11 @@ def modified(
     if architecture.average_fb_weights:
         weights = tuple(jnp.mean(q, axis=0, keepdims=True) for q in weights)
     if architecture.clip_fb_weights:
-        weights = tuple(jnp.clip(q, -hyper.clip_val, hyper.clip_val) for q in weights)
+        weights = tuple(
+            jnp.clip(q, -hyper.rule["clip_val"], hyper.rule["clip_val"]) for q in weights
+        )
     if architecture.norm_fb_weights:
-        weights = tuple(q * (hyper.norm_val / _frobenius(q)) for q in weights)
+        weights = tuple(q * (hyper.rule["norm_val"] / _frobenius(q)) for q in weights)
     return weights
 
 

@@ -1,7 +1,8 @@
 """The border to Hydra, shared by `python -m disinhib` and `tune_main.py`.
 
-Composes conf/, says in one line what is wrong with the options before anything is written, and
-turns a composed run back into the shortest command that composes it.
+Composes conf/ and the groups that are made from tables (`register`), says in one line what is wrong
+with the options before anything is written, and turns a composed run back into the shortest command
+that composes it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra import compose as hydra_compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,8 +24,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from disinhib.checks import flatten, refusal
+from disinhib.activations import ACTIVATIONS
+from disinhib.checks import Option, defaults, flatten, refusal
+from disinhib.controller import CONTROLLERS
+from disinhib.data import DATASETS
 from disinhib.errors import ConfigError, nearest
+from disinhib.losses import LOSSES
+from disinhib.optimizers import OPTIMIZERS
+from disinhib.rules import RULES
 
 # Where the package is installed, conf/ lies within it (setup.py); in a checkout, beside it.
 _INSTALLED = Path(__file__).resolve().with_name("conf")
@@ -32,6 +40,51 @@ TRAINING = "train"  # conf/train.yaml
 
 Options = dict[str, Any]
 Choices = dict[str, str]
+
+_REGISTERED: dict[str, list[str]] = {}  # the choices of each group that `register` was given
+
+
+def register(group: str, choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes a Hydra group of `choices`: the options of each, nested as in a YAML file of conf/, of
+    which "defaults" is Hydra's list. A choice that is there already is replaced."""
+    for name, node in choices.items():
+        ConfigStore.instance().store(name=name, node=dict(node), group=group)
+    _REGISTERED[group] = list(dict.fromkeys((*_REGISTERED.get(group, ()), *choices)))
+
+
+class Entry(Protocol):
+    """An entry of a table, as far as Hydra is concerned."""
+
+    @property
+    def options(self) -> tuple[Option, ...]: ...
+
+
+def nodes(table: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
+    """The choices of a group that are a table's entries: name and options, with their defaults."""
+    return {name: {"name": name, **defaults(entry.options)} for name, entry in table.items()}
+
+
+register("trainer", nodes(RULES))
+register("optimizer", nodes(OPTIMIZERS))
+register("model/vf/activation", nodes(ACTIVATIONS))
+register("model/vf/controller", nodes(CONTROLLERS))
+register("dataset/loss", nodes(LOSSES))
+LOSS = [{"loss": next(iter(LOSSES))}, "_self_"]
+register("dataset", {name: {"defaults": LOSS, **node} for name, node in nodes(DATASETS).items()})
+
+
+def is_group(name: str) -> bool:
+    """Whether an override's name is that of a group: `trainer`, `model/vf` and
+    `model/vf/activation@model.vf.actI` are, `optimizer.b1` is not."""
+    group = name.partition("@")[0]
+    return group in _REGISTERED or (group != "" and (CONFIGURATIONS / group).is_dir())
+
+
+def choices_of(group: str) -> list[str]:
+    """The choices of a group, sorted; none if there is no such group."""
+    group = group.partition("@")[0]
+    files = (file.stem for file in (CONFIGURATIONS / group).glob("*.yaml"))
+    return sorted({*files, *_REGISTERED.get(group, ())})
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
@@ -66,9 +119,9 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
             parsed.append(parser.parse_override(text))
         except HydraException:
             return ConfigError(f"{text}: not understood, allowed is option=value (Hydra's grammar)")
-    groups = [override for override in parsed if _choices_of(override.key_or_group)]
+    groups = [override for override in parsed if choices_of(override.key_or_group)]
     for override in groups:
-        allowed, given = _choices_of(override.key_or_group), override.value()
+        allowed, given = choices_of(override.key_or_group), override.value()
         if given not in allowed:
             return ConfigError(
                 f"{override.key_or_group}: given {given}, allowed is one of {', '.join(allowed)}"
@@ -80,11 +133,6 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
         if override not in groups and known and name not in known:
             return ConfigError(f"{name}: unknown option{nearest(name, known)}")
     return ConfigError(" ".join(str(error).split()))
-
-
-def _choices_of(group: str) -> list[str]:
-    folder = CONFIGURATIONS / group
-    return sorted(file.stem for file in folder.glob("*.yaml")) if folder.is_dir() else []
 
 
 def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]:
@@ -100,7 +148,7 @@ def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]
         for folder in CONFIGURATIONS.rglob("*")
         if folder.is_dir()
     }
-    return options | parents | groups
+    return options | parents | groups | {*_REGISTERED}
 
 
 def command(
@@ -189,11 +237,6 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return repr(value)
-
-
-def is_group(name: str) -> bool:
-    """Group `trainer`, `model/vf` or `model/vf/activation@model.vf.actI`; option `optimizer.b1`."""
-    return (CONFIGURATIONS / name.partition("@")[0]).is_dir()
 
 
 def option_of(override: str) -> str:

@@ -7,12 +7,11 @@ every trial of a structure.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
-
-from disinhib.activations import Shape
 
 Scalar = Float[Array, ""] | float
 
@@ -48,7 +47,10 @@ class Ode:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Structure of a network and of the rule that trains it; names are keys of the tables."""
+    """Structure of a network and of the rule that trains it; names are keys of the tables.
+
+    An option of an entry that has the name of a field here is structure; every other is traced.
+    """
 
     rule: str
     circuit: str  # "dale": E-I microcircuits; "non-dale": plain MLP
@@ -72,25 +74,38 @@ class Architecture:
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that a search may move; defaults are the published ones (rates dimensionless)."""
+    """Scalars that a search may move; defaults are the published ones (rates dimensionless).
 
-    optimizer: dict[str, Scalar]
-    shape_e: Shape = Shape()
-    shape_i: Shape = Shape()
+    The first six hold the options of an entry each, by name: `config.published` has their defaults.
+    """
+
+    optimizer: Mapping[str, Scalar] = {}
+    rule: Mapping[str, Scalar] = {}  # with those of the feedback, if it runs closed loop
+    controller: Mapping[str, Scalar] = {}
+    loss: Mapping[str, Scalar] = {}
+    activation_e: Mapping[str, Scalar] = {}
+    activation_i: Mapping[str, Scalar] = {}
     g_ei: Scalar = 1.0  # interneuron gain, E onto I
     g_ie: Scalar = 1.0  # interneuron gain, I onto E
     tau_e: Scalar = 20e-3  # s
     tau_i: Scalar = 5e-3  # s
-    tau_c: Scalar = 100e-3  # s
-    k_p: Scalar = 0.2
-    k_i: Scalar = 0.4
-    leak: Scalar = 1.0
-    norm_val: Scalar = 1.0  # Frobenius norm of a sample's feedback weights
-    clip_val: Scalar = 1.0
-    strong_fb: Scalar = 1.0  # 1: control towards the target itself, 0: towards a nudge
-    target_nudge: Scalar = 0.015  # how far the nudge lies from the open-loop output
-    avg_inh_lambda: Scalar = 1.0  # lin-thresh: weight of the newest batch in y0
-    avg_inh_init: Scalar = 0.8  # lin-thresh: y0 before the first batch
-    y0: Scalar = 1.0  # taylor: fixed point of linearisation
     weight_scale: Scalar = 1.0  # multiplies the initial kernels
     soft_target: Scalar = 0.99  # target value of the right class
+
+    def updated(self, **changes: Scalar | Mapping[str, Scalar]) -> Hyperparameters:
+        """With other values: `updated(g_ei=2.0, controller={"k_p": 0.1})`.
+
+        Raises ValueError for a name that is not there already.
+        """
+        values = self._asdict()
+        for name, change in changes.items():
+            before = values.get(name)
+            if isinstance(change, Mapping) and isinstance(before, Mapping):
+                unknown = [f"{name}[{key!r}]" for key in change if key not in before]
+                values[name] = {**before, **change}
+            else:
+                unknown = [] if name in values and not isinstance(before, Mapping) else [name]
+                values[name] = change
+            if unknown:
+                raise ValueError(f"no scalar {', '.join(unknown)}")
+        return Hyperparameters(**values)

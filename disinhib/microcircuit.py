@@ -31,8 +31,8 @@ class Microcircuit(NamedTuple):
 
 def microcircuit(architecture: Architecture, hyper: Hyperparameters) -> Microcircuit:
     return Microcircuit(
-        bind(architecture.activation_e, hyper.shape_e),
-        bind(architecture.activation_i, hyper.shape_i),
+        bind(architecture.activation_e, hyper.activation_e),
+        bind(architecture.activation_i, hyper.activation_i),
         hyper.g_ei,
         hyper.g_ie,
     )

@@ -55,7 +55,7 @@ def mlp_forward(
     architecture: Architecture, parameters: Parameters, hyper: Hyperparameters, x: Array
 ) -> NetworkState:
     """The plain ("non-dale") MLP with the same phi_E (published `src/models/nondale/vf.py`)."""
-    phi = bind(architecture.activation_e, hyper.shape_e)
+    phi = bind(architecture.activation_e, hyper.activation_e)
     rate, potentials = x, []
     for layer in range(architecture.hidden_layers):
         potentials.append(feedforward_input(parameters, layer, rate))

@@ -7,27 +7,37 @@ static `Architecture`, so that every run of a structure in a process shares them
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from disinhib import data as datasets
 from disinhib.checks import refusal
 from disinhib.config import RunConfig
+from disinhib.errors import one_line
 from disinhib.hyperparameters import Architecture, Hyperparameters
-from disinhib.losses import LOSSES, accuracy, soft_targets
+from disinhib.losses import accuracy, bind, soft_targets
+from disinhib.metrics import METRICS
 from disinhib.network import Parameters, initial_parameters
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES, RuleState
 from disinhib.solvers import open_loop
 
+log = logging.getLogger(__name__)
+
+# What training itself measures of an epoch.
+RESERVED = {
+    *("loss", "accuracy", "avg_solver_steps", "residual", "converged_share"),
+    *("weight_norm", "largest_weight"),
+}
 EVALUATION_BATCH = 500  # samples; open loop only, so larger than a training batch
 
 Metrics = dict[str, np.ndarray]
@@ -66,38 +76,45 @@ class TrainingState(NamedTuple):
 
 
 def check_data(config: RunConfig) -> None:
-    """Loads the data set on the host, once a process, and checks that the run fits it.
-
-    Raises data.DataError (files), ConfigError (a batch larger than the training set, sizes that
-    are not the data's).
-    """
-    splits = _on_host(config.dataset, config.dataset_path, config.valid_split)
-    samples, features = splits.train.images.shape
-    sizes, batch = config.architecture.sizes, config.architecture.batch_size
-    if batch > samples:
-        raise refusal("batchsize", batch, f"1 to {samples} ({config.dataset})")
-    for option, size, needed in (
-        ("dataset.dim_output", sizes[-1], splits.classes),
-        ("dataset.dim_input", sizes[0], features),
-    ):
-        if size != needed:
-            raise refusal(option, size, f"{needed} ({config.dataset})")
+    """Raises what `prepare` does, but touches no device: for a driver, which trains nothing."""
+    shape = _shape_of_train(config.dataset, config.dataset_path, config.valid_split)
+    _check_fit(config, *shape)
 
 
 def prepare(config: RunConfig) -> Data:
-    """The data set on the device, once a process. Raises as `check_data`."""
-    check_data(config)
-    return _on_device(
+    """Loads the data set and puts it on the device, once a process.
+
+    Raises data.DataError (files), ConfigError (a batch larger than the training set, inputs or
+    outputs that are not the data set's).
+    """
+    data = _on_device(
         config.dataset, config.dataset_path, config.valid_split, config.evaluated_share_of_train
     )
+    _check_fit(config, *data.train.images.shape)
+    return data
 
 
-_on_host = lru_cache(maxsize=4)(datasets.load)
+def _check_fit(config: RunConfig, samples: int, features: int) -> None:
+    architecture, name = config.architecture, config.dataset
+    if architecture.batch_size > samples:
+        raise refusal("batchsize", architecture.batch_size, f"1 to {samples} ({name})")
+    classes = datasets.DATASETS[name].classes
+    if architecture.sizes[-1] != classes:
+        raise refusal("dataset.dim_output", architecture.sizes[-1], f"{classes} ({name})")
+    if architecture.sizes[0] != features:
+        raise refusal("dataset.dim_input", architecture.sizes[0], f"{features} ({name})")
+
+
+@lru_cache(maxsize=16)  # numbers only: a driver asks for many configurations of the same data
+def _shape_of_train(name: str, path: str | None, valid_split: float) -> tuple[int, int]:
+    """(samples, features) of a training set."""
+    samples, features = datasets.load(name, path, valid_split).train.images.shape
+    return samples, features
 
 
 @lru_cache(maxsize=4)
 def _on_device(name: str, path: str | None, valid_split: float, subset_share: float) -> Data:
-    splits = _on_host(name, path, valid_split)
+    splits = datasets.load(name, path, valid_split)
     put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
     subset = math.ceil(subset_share * len(splits.train.labels))
     return Data(
@@ -118,12 +135,12 @@ def initial_state(config: RunConfig, seeds: Sequence[int]) -> TrainingState:
 @partial(jax.jit, static_argnums=0)
 def _initial_state(architecture, hyper, seeds):
     def one(seed):
-        initialisation, _ = _keys(seed)
-        parameters = initial_parameters(architecture, hyper.weight_scale, initialisation)
+        keys = _keys(seed)
+        parameters = initial_parameters(architecture, hyper.weight_scale, keys.initialisation)
         return TrainingState(
             parameters,
-            OPTIMIZERS[architecture.optimizer](hyper.optimizer).init(parameters),
-            RULES[architecture.rule].initial_state(architecture, hyper),
+            OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer).init(parameters),
+            RULES[architecture.rule].initial_state(architecture, hyper, keys.rule),
             jnp.zeros((), jnp.int32),
             seed,
         )
@@ -131,10 +148,17 @@ def _initial_state(architecture, hyper, seeds):
     return jax.vmap(one)(seeds)
 
 
-def _keys(seed):
-    """Keys of a seed's initialisation and of its data order."""
+class _Keys(NamedTuple):
+    """Of a seed: for its initial weights, its data order, and its rule's initial state."""
+
+    initialisation: PRNGKeyArray
+    order: PRNGKeyArray
+    rule: PRNGKeyArray
+
+
+def _keys(seed) -> _Keys:
     key = jax.random.key(seed)
-    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    return _Keys(*(jax.random.fold_in(key, use) for use in range(3)))
 
 
 def as_arrays(hyper: Hyperparameters) -> Hyperparameters:
@@ -149,12 +173,13 @@ def epoch(
 
     Metrics describe the solution that the rule learnt from (closed loop; for bp open loop), mean
     over batches: loss, accuracy (per cent), solver iterations a sample, largest residual, share
-    of samples converged; and after the epoch the parameters' mean Frobenius norm and their largest
-    absolute value (NaN if there is one). Images that do not fill a last batch sit this epoch out.
+    of samples converged, and the rule's own; and after the epoch the parameters' mean Frobenius
+    norm and their largest absolute value (NaN if there is one). Images that do not fill a last
+    batch sit this epoch out.
     """
-    loss = LOSSES[architecture.loss].value
+    loss = bind(architecture.loss, hyper.loss).value
     rule = RULES[architecture.rule]
-    optimizer = OPTIMIZERS[architecture.optimizer](hyper.optimizer)
+    optimizer = OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer)
 
     def step(carry, batch):
         parameters, optimizer_state, rule_state = carry
@@ -172,11 +197,16 @@ def epoch(
             "residual": jnp.max(solution.residual),
             "converged_share": jnp.mean(solution.converged),
         }
+        if taken := RESERVED & update.metrics.keys():
+            raise ValueError(
+                f"metrics of {architecture.rule}: {', '.join(taken)} is training's own"
+            )
+        batch_metrics |= update.metrics
         return (parameters, optimizer_state, update.rule_state), batch_metrics
 
     samples, size = len(data.train.labels), architecture.batch_size
-    _, order_key = _keys(state.seed)
-    order = jax.random.permutation(jax.random.fold_in(order_key, state.epoch), samples)
+    order_key = jax.random.fold_in(_keys(state.seed).order, state.epoch)
+    order = jax.random.permutation(order_key, samples)
     batches = order[: samples // size * size].reshape(-1, size)
     carry = (state.parameters, state.optimizer, state.rule)
     (parameters, optimizer_state, rule_state), metrics = jax.lax.scan(step, carry, batches)
@@ -199,8 +229,8 @@ def evaluate(
     split: Images,
     scale: Float[Array, ""],
 ) -> dict[str, Float[Array, ""]]:
-    """Open-loop loss and accuracy (per cent), mean over every sample of `split`."""
-    loss = LOSSES[architecture.loss].value
+    """Every entry of METRICS in open loop, mean over every sample of `split`."""
+    loss = bind(architecture.loss, hyper.loss)
     samples = len(split.labels)
     chunks = -(-samples // EVALUATION_BATCH)
     # Wrap around to fill the last chunk; what is there twice counts once.
@@ -212,11 +242,13 @@ def evaluate(
         x = split.images[indices].astype(scale.dtype) * scale
         output = open_loop(architecture, parameters, hyper, x).state.u_y
         target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
-        return loss(output, target), accuracy(output, labels)
+        return {
+            name: metric.value(loss, output, target, labels) for name, metric in METRICS.items()
+        }
 
-    losses, hits = jax.lax.map(chunk, (index % samples).reshape(chunks, -1))
-    mean = lambda values: jnp.sum(jnp.where(counts, values, 0)) / samples
-    return {"loss": mean(losses), "accuracy": mean(hits)}
+    values = jax.lax.map(chunk, (index % samples).reshape(chunks, -1))
+    mean = lambda of_samples: jnp.sum(jnp.where(counts, of_samples, 0)) / samples
+    return {name: mean(of_samples) for name, of_samples in values.items()}
 
 
 class Programs(NamedTuple):
@@ -226,15 +258,31 @@ class Programs(NamedTuple):
     evaluate: Callable[..., Any]
 
 
+# YNNPACK's fusions take the soft rectifiers before a sum out of XLA's vectorised loops: an epoch of
+# exact-inv takes a fifth longer with them (jaxlib 0.10.2).
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def understood(options: Mapping[str, str]) -> dict[str, str]:
+    """Those of XLA's compiler `options` that this jaxlib knows; warns of the others."""
+    known = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            log.warning("training may be slower: %s", one_line(error))
+        else:
+            known[name] = value
+    return known
+
+
 @lru_cache(maxsize=1)
 def programs() -> Programs:
     """Made at first use, because they depend on the device, which is chosen after import."""
     on_cpu = jax.default_backend() == "cpu"
     # One lane after another keeps a CPU as busy as all at once, with a fourth of the memory.
     over_lanes = jax.lax.map if on_cpu else lambda function, lanes: jax.vmap(function)(lanes)
-    # YNNPACK's fusions take the soft rectifiers before a sum out of XLA's vectorised loops: an
-    # epoch of exact-inv takes a fifth longer with them (jaxlib 0.10.2).
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None
+    options = understood(CPU_OPTIONS) if on_cpu else None
 
     @partial(jax.jit, static_argnums=0, compiler_options=options)
     def epoch_of_lanes(architecture, states, hyper, data):

@@ -1,4 +1,4 @@
-"""Search spaces: what a study may change, one define-by-run function a file.
+"""Search spaces: what a study may change, each a define-by-run function.
 
 A space takes an `optuna.Trial` and returns Hydra overrides: group choices (`"model/vf": "dale"`)
 and dotted options (`"model.vf.g_EI": 1.3`). They go after the overrides that the study itself was
@@ -7,23 +7,26 @@ before its first trial (`disinhib.tuning.space_tree.branches`).
 
 Names in Optuna carry the branch in front (`exact-inv.optimizer.learning_rate`): the same name
 always has the same distribution, and what is good for one rule says nothing about another. The
-single-rule spaces are the branches of `rules`, names included, so a study of one warms up the
-other.
+single-rule spaces are the branches that the rules' entries have (`disinhib.rules`), names included,
+so a study of one warms up the other; a space of your own is a function, made of the same pieces
+(`disinhib.rules.branches`) or not, and an entry in SPACES.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-import optuna
+from disinhib.rules import BRANCHES
+from search_spaces import rules
 
-from search_spaces import bp, bp_ei, exact_inv, lin_thresh, rules
+if TYPE_CHECKING:
+    import optuna
 
 Overrides = Mapping[str, str | float | bool]
-Space = Callable[[optuna.Trial], Overrides]
+Space = Callable[["optuna.Trial"], Overrides]
 
 SPACES: dict[str, Space] = {
     "rules": rules.space,
-    "bp": bp.space,
-    "bp_ei": bp_ei.space,
-    "exact_inv": exact_inv.space,
-    "lin_thresh": lin_thresh.space,
+    **{name.replace("-", "_"): branch for name, branch in BRANCHES.items()},
 }

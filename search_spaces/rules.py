@@ -4,12 +4,15 @@ A study gives every rule the same number of trials (`searcher.balanced`): the qu
 each one gets when it is tuned equally carefully, not which one wins.
 """
 
-from search_spaces import bp, exact_inv, lin_thresh
+from __future__ import annotations
 
-BRANCHES = {
-    "bp": bp.space,
-    "exact-inv": exact_inv.space,
-    "lin-thresh": lin_thresh.space,
+from disinhib.rules import RULES, Branch
+
+# Of each rule (an option `trainer`) that has one, on the first of its circuits.
+BRANCHES: dict[str, Branch] = {
+    name: branch
+    for name, rule in RULES.items()
+    if (branch := next(iter(rule.circuits.values())).branch) is not None
 }
 
 

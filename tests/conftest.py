@@ -138,6 +138,21 @@ class Problem(NamedTuple):
     target: jax.Array  # [batch, out]
 
 
+def hyperparameters() -> Any:
+    """The published defaults of the default structure, with the options of every rule beside: a
+    function takes those that it knows."""
+    from disinhib.checks import defaults
+    from disinhib.config import published
+    from disinhib.hyperparameters import Architecture
+    from disinhib.rules import RULES
+
+    rule: dict[str, Any] = {}
+    for entry in RULES.values():
+        rule |= defaults(entry.options)
+    rule = {name: float(value) for name, value in rule.items()}
+    return published(Architecture("bp", "dale", (1, 1)))._replace(rule=rule)
+
+
 @pytest.fixture
 def problem() -> Callable[..., Problem]:
     """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero."""

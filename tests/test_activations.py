@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from disinhib.activations import ACTIVATIONS, Shape, bind, tangent_of_inverse
+from disinhib.activations import ACTIVATIONS, bind, tangent_of_inverse
+from disinhib.checks import defaults
 
-# One set of shape parameters that is not the identity: scale, sharpness and shift all count.
-SHAPES = (Shape(), Shape(scale=1.5, sharpness=0.8, shift=0.5))
-TABLE = pytest.mark.parametrize(
-    ("kind", "shape"),
-    [(kind, shape) for kind in ACTIVATIONS for shape in SHAPES[: 2 if kind == "softrelu" else 1]],
-)
-SATURATING = ("tanh", "sigmoid")
+SOFTRELU = {"scale": 1.5, "sharpness": 0.8, "shift": 0.5}
+# For an entry with options, also values that are not their defaults: that all of them count.
+CASES = [
+    *((kind, defaults(entry.options)) for kind, entry in ACTIVATIONS.items()),
+    ("softrelu", SOFTRELU),
+]
+TABLE = pytest.mark.parametrize(("kind", "scalars"), CASES)
 FIXED = settings(deadline=None, derandomize=True, max_examples=40)
 POTENTIALS = st.lists(st.floats(-15, 15), min_size=8, max_size=8)
 
@@ -25,37 +26,45 @@ def double():
         yield
 
 
-def rates(kind, shape, unit):
-    """Numbers in [0, 1] moved into the open range of an activation (a part of it if unbounded)."""
+def open_range(kind):
+    """The range of an activation's rates, or a part of it where it has no bound."""
+    within, _ = ACTIVATIONS[kind].rates
+    low = next(low for low in (-20.0, -1.0, 0.0) if within(low + 0.01))
+    return low, next(high for high in (60.0, 1.0) if within(high - 0.01))
+
+
+def rates(kind, scalars, unit):
+    """Numbers in [0, 1] moved into the open range of an activation."""
     unit = 0.001 + 0.998 * np.asarray(unit)
-    low, high = {"tanh": (-1, 1), "sigmoid": (0, 1), "linear": (-20, 20)}.get(kind, (0, 60))
+    low, high = open_range(kind)
     return jnp.asarray(low + (high - low) * unit)
 
 
-def written_out(kind, shape, x):
-    """The definitions, by other routes than the closed forms under test."""
-    return {
-        "softrelu": shape.scale * jnp.logaddexp(shape.sharpness * (x - shape.shift), 0),
-        "linear": x,
-        "tanh": (jnp.exp(x) - jnp.exp(-x)) / (jnp.exp(x) + jnp.exp(-x)),
-        "relu": x * (x > 0),
-        "sigmoid": 1 / (1 + jnp.exp(-x)),
-    }[kind]
+# Definitions of the published activations, by other routes than the closed forms under test.
+WRITTEN_OUT = {
+    "softrelu": lambda x, scale, sharpness, shift: (
+        scale * jnp.logaddexp(sharpness * (x - shift), 0)
+    ),
+    "linear": lambda x: x,
+    "tanh": lambda x: (jnp.exp(x) - jnp.exp(-x)) / (jnp.exp(x) + jnp.exp(-x)),
+    "relu": lambda x: x * (x > 0),
+    "sigmoid": lambda x: 1 / (1 + jnp.exp(-x)),
+}
 
 
-@TABLE
-def test_the_value_is_the_definitions(kind, shape):
+@pytest.mark.parametrize(("kind", "scalars"), [c for c in CASES if c[0] in WRITTEN_OUT])
+def test_the_value_is_the_definitions(kind, scalars):
     x = jnp.linspace(-20, 20, 101)
+    expected = WRITTEN_OUT[kind](x, **scalars)
     # atol: tanh's exponentials cancel near 0.
-    expected = written_out(kind, shape, x)
-    np.testing.assert_allclose(bind(kind, shape).value(x), expected, rtol=1e-12, atol=1e-16)
+    np.testing.assert_allclose(bind(kind, scalars).value(x), expected, rtol=1e-12, atol=1e-16)
 
 
 @TABLE
 @FIXED
 @given(x=POTENTIALS)
-def test_the_derivative_is_jaxs(kind, shape, x):
-    phi, x = bind(kind, shape), jnp.asarray(x)
+def test_the_derivative_is_jaxs(kind, scalars, x):
+    phi, x = bind(kind, scalars), jnp.asarray(x)
     # relu's derivative at 0 is 0 here and in jax.nn.relu; jnp.maximum's is 1/2.
     x = jnp.where((kind == "relu") & (x == 0), 1.0, x)
     expected = jax.vmap(jax.grad(phi.value))(x)
@@ -66,8 +75,8 @@ def test_the_derivative_is_jaxs(kind, shape, x):
 @TABLE
 @FIXED
 @given(x=POTENTIALS)
-def test_the_derivative_is_a_difference_quotient(kind, shape, x):
-    phi, x, h = bind(kind, shape), jnp.asarray(x), 1e-5
+def test_the_derivative_is_a_difference_quotient(kind, scalars, x):
+    phi, x, h = bind(kind, scalars), jnp.asarray(x), 1e-5
     x = jnp.where((kind == "relu") & (jnp.abs(x) < 2 * h), 1.0, x)  # the kink
     quotient = (phi.value(x + h) - phi.value(x - h)) / (2 * h)
     # h^2 phi''' / 6 and rounding of 15 / h: 1e-10 each.
@@ -77,19 +86,21 @@ def test_the_derivative_is_a_difference_quotient(kind, shape, x):
 @TABLE
 @FIXED
 @given(unit=st.lists(st.floats(0, 1), min_size=8, max_size=8))
-def test_value_undoes_inverse(kind, shape, unit):
-    phi, y = bind(kind, shape), rates(kind, shape, unit)
+def test_value_undoes_inverse(kind, scalars, unit):
+    phi, y = bind(kind, scalars), rates(kind, scalars, unit)
     np.testing.assert_allclose(phi.value(phi.inverse(y)), y, rtol=1e-10)
 
 
 @TABLE
 @FIXED
 @given(x=POTENTIALS)
-def test_inverse_undoes_value(kind, shape, x):
-    phi, x = bind(kind, shape), jnp.asarray(x)
+def test_inverse_undoes_value(kind, scalars, x):
+    phi, x = bind(kind, scalars), jnp.asarray(x)
     if kind == "relu":  # silent below 0: the inverse gives 0 there
         x = jnp.maximum(x, 0)
-    if kind in SATURATING:  # at 15 a double's rate holds a potential to 1e-16 / phi'(15) = 1e-3
+    if (
+        open_range(kind)[1] == 1.0
+    ):  # at 15 a double's rate holds a potential to 1e-16 / phi'(15) = 1e-3
         x = x / 3
     np.testing.assert_allclose(phi.inverse(phi.value(x)), x, rtol=1e-10, atol=1e-10)
 
@@ -97,16 +108,16 @@ def test_inverse_undoes_value(kind, shape, x):
 @TABLE
 @FIXED
 @given(x=st.lists(st.floats(-100, 100), min_size=8, max_size=8))
-def test_rates_never_fall_as_potentials_rise(kind, shape, x):
-    value = bind(kind, shape).value(jnp.sort(jnp.asarray(x)))
+def test_rates_never_fall_as_potentials_rise(kind, scalars, x):
+    value = bind(kind, scalars).value(jnp.sort(jnp.asarray(x)))
     assert np.all(np.diff(value) >= 0)
 
 
 @TABLE
 @FIXED
 @given(unit=st.lists(st.floats(0, 1), min_size=8, max_size=8))
-def test_the_inverses_derivative_is_one_over_the_derivative(kind, shape, unit):
-    phi, y = bind(kind, shape), rates(kind, shape, unit)
+def test_the_inverses_derivative_is_one_over_the_derivative(kind, scalars, unit):
+    phi, y = bind(kind, scalars), rates(kind, scalars, unit)
     expected = 1 / phi.derivative(phi.inverse(y))
     # 1 - tanh^2 of a potential that rounding moved: 1e-16 / 2e-3^2 of it.
     np.testing.assert_allclose(phi.inverse_derivative(y), expected, rtol=1e-9)
@@ -115,8 +126,8 @@ def test_the_inverses_derivative_is_one_over_the_derivative(kind, shape, unit):
 @TABLE
 @FIXED
 @given(unit=st.lists(st.floats(0.01, 0.9), min_size=8, max_size=8))
-def test_the_tangent_touches_the_inverse(kind, shape, unit):
-    phi, y = bind(kind, shape), rates(kind, shape, unit)
+def test_the_tangent_touches_the_inverse(kind, scalars, unit):
+    phi, y = bind(kind, scalars), rates(kind, scalars, unit)
     intercept, slope = tangent_of_inverse(phi, y)
     h = 1e-5
     np.testing.assert_allclose(intercept + slope * y, phi.inverse(y), rtol=1e-10, atol=1e-10)
@@ -128,8 +139,8 @@ def test_the_tangent_touches_the_inverse(kind, shape, unit):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @TABLE
-def test_everything_is_finite_for_arguments_of_up_to_100(kind, shape, dtype):
-    phi, x = bind(kind, shape), jnp.linspace(-100, 100, 4001, dtype=dtype)
+def test_everything_is_finite_for_arguments_of_up_to_100(kind, scalars, dtype):
+    phi, x = bind(kind, scalars), jnp.linspace(-100, 100, 4001, dtype=dtype)
     y = phi.value(x)
     found = {
         "value": y,
@@ -148,7 +159,7 @@ def test_everything_is_finite_for_arguments_of_up_to_100(kind, shape, dtype):
 
 
 def test_the_soft_rectifiers_inverse_is_right_where_the_published_one_is_not():
-    phi = bind("softrelu", Shape(scale=1.5, sharpness=0.8, shift=0.5))
+    phi = bind("softrelu", SOFTRELU)
     y = jnp.asarray([80.0, 1000.0])  # y / scale > 50: there phi is its asymptote, to e^-53
     np.testing.assert_allclose(phi.inverse(y), 0.5 + y / 1.5 / 0.8, rtol=1e-14)
 
@@ -157,7 +168,7 @@ def test_the_soft_rectifiers_series_is_good_to_a_few_units_in_the_last_place():
     # The series of `_log1p_of_share` is float32's alone; float64's log1p is the truth.
     x = np.concatenate([np.linspace(-100, 20, 40_001), -np.geomspace(1e-6, 80, 2_001)])
     x = x.astype(np.float32)
-    value = np.asarray(bind("softrelu", Shape()).value(jnp.asarray(x)), float)
+    value = np.asarray(bind("softrelu").value(jnp.asarray(x)), float)
     wide = x.astype(float)
     truth = np.maximum(wide, 0) + np.log1p(np.exp(-np.abs(wide)))
     normal = truth > 2 * np.finfo(np.float32).tiny  # XLA flushes subnormal numbers to zero

@@ -6,10 +6,14 @@ from copy import deepcopy
 import pytest
 
 from disinhib import hydra_config
+from disinhib.activations import ACTIVATIONS
 from disinhib.checks import flatten
-from disinhib.config import parse
+from disinhib.config import parse, published
+from disinhib.controller import CONTROLLERS
+from disinhib.data import DATASETS
 from disinhib.errors import ConfigError
-from disinhib.hyperparameters import Newton, Ode
+from disinhib.hyperparameters import Architecture, Newton, Ode
+from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 
 CIRCUIT = {"dale": ["model/vf=dale"], "non-dale": ["model/vf=non-dale"]}
@@ -39,20 +43,48 @@ def test_published_defaults():
     structure, hyper = config.architecture, config.hyperparameters
     assert structure.sizes == (784, 256, 256, 256, 10) and structure.batch_size == 100
     assert config.epochs == 50 and config.valid_split == 0.1
-    assert (hyper.k_p, hyper.k_i, hyper.leak, hyper.norm_val) == (0.2, 0.4, 1.0, 1.0)
-    assert (hyper.tau_e, hyper.tau_i, hyper.tau_c) == (20e-3, 5e-3, 100e-3)
-    assert (hyper.avg_inh_lambda, hyper.avg_inh_init) == (1.0, 0.8)
-    assert (hyper.soft_target, hyper.target_nudge) == (0.99, 0.015)
+    assert hyper.controller == {"k_p": 0.2, "k_i": 0.4, "leak": 1.0, "tau": 100e-3}
+    assert (hyper.tau_e, hyper.tau_i, hyper.soft_target) == (20e-3, 5e-3, 0.99)
+    assert hyper.rule == {
+        **{"avg_inh_lambda": 1.0, "avg_inh_init": 0.8, "norm_val": 1.0, "clip_val": 1.0},
+        **{"strong_fb": 1.0, "target_nudge": 0.015},
+    }
     assert hyper.optimizer["learning_rate"] == 1e-3
-    assert structure.norm_fb_weights and structure.fb_to_readout and hyper.strong_fb == 1
+    assert structure.norm_fb_weights and structure.fb_to_readout
     assert not structure.average_fb_weights and not structure.clip_fb_weights
     assert isinstance(structure.solver, Newton)
     assert (config.min_converged_share, config.max_weight) == (0.9, 1000)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("solver", [Newton, Ode])
+def test_defaults_of_files_are_those_of_the_code(rule, solver):
+    """What conf/ still says for itself: of the circuit, the network and the solvers."""
+    circuit = next(iter(RULES[rule].circuits))
+    config = parse(
+        options(f"trainer={rule}", f"model/vf={circuit}", f"solver={solver.__name__.lower()}")
+    )
+    structure = Architecture(rule, circuit, (64, 256, 256, 256, 10), solver=solver())
+    assert config.architecture == structure
+    wanted, hyper = published(structure), config.hyperparameters
+    unused = {} if circuit == "dale" else {"controller": {}, "activation_i": {}}
+    assert hyper == wanted._replace(**unused)
+
+
+def test_a_scalar_that_is_not_there_is_not_updated():
+    hyper = published(Architecture("exact-inv", "dale", (4, 3)))
+    changed = hyper.updated(g_ei=2.0, rule={"norm_val": 3.0})
+    assert (changed.g_ei, changed.rule["norm_val"]) == (2.0, 3.0)
+    assert changed.rule.keys() == hyper.rule.keys()
+    for wrong in ({"g_xi": 1.0}, {"rule": {"norm": 1.0}}, {"rule": 1.0}):
+        with pytest.raises(ValueError, match="no scalar"):
+            hyper.updated(**wrong)
+
+
 def test_strong_feedback_is_no_structure(dale):
     strong, weak = parse(dale), parse(with_value(dale, "trainer.strong_fb", False))
-    assert (strong.hyperparameters.strong_fb, weak.hyperparameters.strong_fb) == (1, 0)
+    assert strong.hyperparameters.rule["strong_fb"] == 1
+    assert weak.hyperparameters.rule["strong_fb"] == 0
     assert strong.architecture == weak.architecture
 
 
@@ -92,7 +124,7 @@ def test_hard_targets_are_one_hot():
         ("max_weight", float("inf"), "a number above 0"),
         ("device", "tpu", "one of auto, cpu, gpu"),
         ("gpu_id", -1, "a whole number of at least 0"),
-        ("trainer.name", "exact", "one of bp, exact-inv, lin-thresh, taylor"),
+        ("trainer.name", "exact", f"one of {', '.join(RULES)}"),
         ("trainer.norm_val", 0.0, "a number above 0"),
         ("trainer.strong_fb", "yes", "true or false"),
         ("trainer.avg_inh_lambda", 1.5, "a number from 0 to 1"),
@@ -103,14 +135,14 @@ def test_hard_targets_are_one_hot():
         ("model.vf.sizes_hidden", [16, 16], "a size for each of model.vf.nb_hidden layers"),
         ("model.vf.sizes_hidden", [0], "one size of at least 1"),
         ("model.vf.sizes_hidden", [], "one size of at least 1"),
-        ("model.vf.actI.name", "softplus", "one of softrelu, linear, tanh, relu, sigmoid"),
+        ("model.vf.actI.name", "softplus", f"one of {', '.join(ACTIVATIONS)}"),
         ("model.vf.actI.sharpness", 0.0, "a number above 0"),
-        ("model.vf.controller.name", "pid", "one of leaky-pi, proportional"),
+        ("model.vf.controller.name", "pid", f"one of {', '.join(CONTROLLERS)}"),
         ("model.vf.controller.leak", 0.0, "a number above 0"),
         ("model.vf.controller.k_p", -0.1, "a number of at least 0"),
-        ("dataset.name", "cifar", "one of digits, mnist, fmnist"),
+        ("dataset.name", "cifar", f"one of {', '.join(DATASETS)}"),
         ("dataset.valid_split", 1.0, "a number between 0 and 1"),
-        ("dataset.loss.name", "hinge", "one of softmax-cross-entropy, mse"),
+        ("dataset.loss.name", "hinge", f"one of {', '.join(LOSSES)}"),
         ("solver.tolerance", 0, "a number above 0"),
         ("solver.name", "euler", "one of newton, ode"),
     ],
@@ -177,5 +209,6 @@ def test_a_rule_trains_only_the_circuits_it_is_for(rule, circuit):
     if circuit in RULES[rule].circuits:
         assert parse(tree).architecture.rule == rule
     else:
-        with pytest.raises(ConfigError, match=f"trainer={rule}: needs model/vf=dale"):
+        needed = " or ".join(RULES[rule].circuits)
+        with pytest.raises(ConfigError, match=f"trainer={rule}: needs model/vf={needed}"):
             parse(tree)

@@ -18,15 +18,27 @@ from threading import Thread
 import numpy as np
 import pooch
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings, strategies as st
 
-from disinhib import data
-from disinhib.data import DATASETS, FILES, DataError, load, parse_idx
+from disinhib import data, hydra_config
+from disinhib.data import DATASETS, DataError, idx as idx_files, load
+from disinhib.data.idx import FILES, IdxFiles, parse_idx
+from disinhib.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = os.environ.get("DISINHIB_DATA")
-IDX_SETS = [name for name, dataset in DATASETS.items() if dataset.sha256]
+IDX_SETS = [name for name, dataset in DATASETS.items() if isinstance(dataset.load, IdxFiles)]
+
+
+def files_of(name: str) -> IdxFiles:
+    files = DATASETS[name].load
+    assert isinstance(files, IdxFiles)
+    return files
+
+
+def with_files(name: str, **changes):
+    """The entry `name` with other hashes or mirrors."""
+    return replace(DATASETS[name], load=replace(files_of(name), **changes))
 
 
 # --- What the tests stand on -------------------------------------------------------------------
@@ -37,14 +49,14 @@ def isolated(tmp_path, monkeypatch):
     """No data set of this machine, and no mirror of the world, is within reach of a test."""
     monkeypatch.delenv("DISINHIB_DATA", raising=False)
     monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
-    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(idx_files, "SYSTEM", tmp_path / "system")
     for name in IDX_SETS:
-        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], mirrors=()))
+        monkeypatch.setitem(DATASETS, name, with_files(name, mirrors=()))
 
 
 def whole(name: str) -> str:
     """The folder that holds the real files of `name`, or a skip."""
-    folder = DATASETS[name].folder
+    folder = files_of(name).folder
     roots = [Path(GIVEN)] if GIVEN else []
     for root in [*roots, ROOT.parent / "shared" / "data"]:
         if (root / folder / f"{FILES[0]}.gz").exists() or (root / folder / FILES[0]).exists():
@@ -79,7 +91,7 @@ def small(monkeypatch):
     """Small stand-ins for fmnist's files, their hashes in the table."""
     files = synthetic()
     sha256 = tuple(hashlib.sha256(content).hexdigest() for content in files.values())
-    monkeypatch.setitem(DATASETS, "fmnist", replace(DATASETS["fmnist"], sha256=sha256))
+    monkeypatch.setitem(DATASETS, "fmnist", with_files("fmnist", sha256=sha256))
     return files
 
 
@@ -129,7 +141,8 @@ def test_digits_are_scikit_learns_in_its_order():
 def test_splits_are_disjoint_and_lose_nothing(valid_split):
     numbered = data.Split(np.arange(1437)[:, None], np.arange(1437))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_digits", lambda: (numbered, numbered))
+        entry = replace(DATASETS["digits"], load=lambda path: (numbered, numbered))
+        patch.setitem(DATASETS, "digits", entry)
         splits = load("digits", valid_split=valid_split)
     held_out = int(valid_split * 1437)
     for column in (0, 1):
@@ -267,7 +280,7 @@ def test_damaged_content_names_file_and_both_hashes(small, tmp_path):
     for part in (
         str(file),
         hashlib.sha256(content).hexdigest(),
-        DATASETS["fmnist"].sha256[2],
+        files_of("fmnist").sha256[2],
         "replace or remove it",
     ):
         assert part in message
@@ -296,7 +309,7 @@ def test_damaged_gzip_names_the_file(damage, small, tmp_path):
 def test_another_sets_file_is_recognised(small, monkeypatch, tmp_path):
     others = synthetic(seed=1)
     sha256 = tuple(hashlib.sha256(content).hexdigest() for content in others.values())
-    monkeypatch.setitem(DATASETS, "mnist", replace(DATASETS["mnist"], sha256=sha256))
+    monkeypatch.setitem(DATASETS, "mnist", with_files("mnist", sha256=sha256))
     with pytest.raises(DataError, match=r"that is mnist's"):
         load("fmnist", str(put(tmp_path / "a", others)))
 
@@ -391,7 +404,7 @@ class Server(ThreadingHTTPServer):
                 stored = gzip.compress(content, mtime=0) if compressed else content
                 self.files[f"/{number}/{name}.gz"] = stored
         urls = (f"http://127.0.0.1:{self.server_port}/{number}/" for number in range(len(mirrors)))
-        entry = replace(DATASETS["fmnist"], mirrors=tuple(urls))
+        entry = with_files("fmnist", mirrors=tuple(urls))
         self.patch.setitem(DATASETS, "fmnist", entry)
 
     def of(self, name: str) -> list[tuple[str, str | None, int]]:
@@ -580,8 +593,8 @@ def test_mirror_that_serves_plain_files(small, server):
 def test_all_mirrors_fail(small, server, cache):
     server.mirror(None, synthetic(seed=1), None)
     with port_that_refuses() as port:
-        mirrors = (*DATASETS["fmnist"].mirrors[:2], f"http://127.0.0.1:{port}/")
-        server.patch.setitem(DATASETS, "fmnist", replace(DATASETS["fmnist"], mirrors=mirrors))
+        mirrors = (*files_of("fmnist").mirrors[:2], f"http://127.0.0.1:{port}/")
+        server.patch.setitem(DATASETS, "fmnist", with_files("fmnist", mirrors=mirrors))
         with pytest.raises(DataError) as error:
             load("fmnist")
     message = one_line(error)
@@ -617,21 +630,36 @@ def test_unwritable_cache_is_one_clear_line(small, server, tmp_path):
 # --- The configuration, and what importing costs ------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["softmax-cross-entropy", "mse"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", DATASETS)
 def test_shipped_configuration(name, loss):
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = compose(overrides=[f"+dataset={name}", f"dataset/loss={loss}"]).dataset
-    assert config.name == name and config.path is None and config.loss.name == loss
-    assert config.dim_input == (64 if name == "digits" else 784)
-    assert config.dim_output == DATASETS[name].classes
-    assert config.valid_split == (0.2 if name == "digits" else 0.1)
-    assert config.OL_eval_subset_split == 0.1
-    assert config.soft_targets is True and config.soft_target_val == 0.99
+    overrides = [f"dataset={name}", f"dataset/loss={loss}"]
+    config = hydra_config.compose("train", overrides)[0]["dataset"]
+    assert config["name"] == name and config["path"] is None and config["loss"]["name"] == loss
+    assert config["dim_input"] == DATASETS[name].features
+    assert config["dim_output"] == DATASETS[name].classes
+    assert config["valid_split"] == (0.2 if name == "digits" else 0.1)
+    assert config["OL_eval_subset_split"] == 0.1
+    assert config["soft_targets"] is True and config["soft_target_val"] == 0.99
 
 
-def test_every_data_set_has_its_configuration():
-    assert {file.stem for file in (ROOT / "conf" / "dataset").glob("*.yaml")} == set(DATASETS)
+@pytest.mark.parametrize("name", set(DATASETS) - set(IDX_SETS))
+def test_an_entry_is_what_its_data_are(name):
+    """Of those that need no file; `test_whole_sets` has the others."""
+    splits = load(name)
+    for split in splits[:3]:
+        assert split.images.shape[1] == DATASETS[name].features
+        assert split.images.max() <= DATASETS[name].brightest
+        assert set(split.labels) <= set(range(DATASETS[name].classes))
+
+
+@pytest.mark.parametrize(
+    "sha256", [(), ("0" * 64,) * 3, ("0" * 63,) * 4, ("x" * 64,) * 4], ids=repr
+)
+def test_idx_files_without_a_hash_of_each_cannot_be(sha256):
+    """They were taken for digits once."""
+    with pytest.raises(ValueError, match="needs the SHA-256 of each of train-images"):
+        IdxFiles("kmnist", sha256=sha256)
 
 
 def test_import_stays_light():

@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from disinhib import __main__ as program, cli, hydra_config
+from disinhib.activations import ACTIVATIONS
 from disinhib.config import parse
+from disinhib.data import DATASETS
 from disinhib.errors import ConfigError
+from disinhib.rules import RULES
 
 TINY = ["model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "epochs=2", "device=cpu"]
 
@@ -113,6 +116,15 @@ def test_one_seed_takes_the_place_of_the_option():
     assert several == "python -m disinhib -m seed=0,7"
 
 
+def test_a_group_is_known_by_its_registration_or_its_folder():
+    groups = ("trainer", "dataset/loss", "model/vf/activation@model.vf.actI", "model/vf", "solver")
+    assert all(map(hydra_config.is_group, groups))
+    assert not any(map(hydra_config.is_group, ("trainer.norm_val", "epochs", "trainers", "")))
+    assert hydra_config.choices_of("trainer") == sorted(RULES)
+    assert hydra_config.choices_of("solver") == ["newton", "ode"]
+    assert hydra_config.choices_of("trainer.norm_val") == []
+
+
 def invoke(monkeypatch, folder, *arguments):
     """`python -m disinhib ARGUMENTS` in this process, in an empty folder; its exit code."""
     monkeypatch.chdir(folder)
@@ -126,10 +138,13 @@ BAD = [
     (["optimizer.learning_rat=1"], "did you mean optimizer.learning_rate?"),
     (["lerning_rate=1"], "lerning_rate: unknown option"),
     (["+more=1"], "more: unknown option"),
-    (["trainer=exact"], "one of bp, exact-inv, lin-thresh, taylor"),
+    (["trainer=exact"], f"one of {', '.join(sorted(RULES))}"),
     (["model/vf=dal"], "did you mean dale?"),
-    (["dataset=cifar"], "one of digits, fmnist, mnist"),
-    (["model/vf=dale", "model/vf/activation@model.vf.actI=elu"], "one of linear, relu, sigmoid"),
+    (["dataset=cifar"], f"one of {', '.join(sorted(DATASETS))}"),
+    (
+        ["model/vf=dale", "model/vf/activation@model.vf.actI=elu"],
+        f"one of {', '.join(sorted(ACTIVATIONS))}",
+    ),
     (["trainer=exact-inv"], "needs model/vf=dale, given model/vf=non-dale"),
     (["trainer.norm_val=2"], "trainer.norm_val: unknown option"),  # bp has no feedback
     (["epochs=0"], "epochs: given 0, allowed is a whole number of at least 1"),
@@ -278,7 +293,7 @@ def test_a_command_of_several_seeds_is_a_run_of_each(run, tmp_path):
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     process = disinhib(tmp_path, "trainer=bq")
     assert process.returncode == 2 and process.stdout == ""
-    allowed = "bp, exact-inv, lin-thresh, taylor"
+    allowed = ", ".join(sorted(RULES))
     assert process.stderr == f"error: trainer: given bq, allowed is one of {allowed}\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import hyperparameters
 from hypothesis import given, settings, strategies as st
 
-from disinhib.activations import ACTIVATIONS, Shape, bind
+from disinhib import losses
+from disinhib.activations import ACTIVATIONS, bind
+from disinhib.checks import POSITIVE, Option, defaults
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import jacobian_weights, modified, per_sample
-from disinhib.hyperparameters import Hyperparameters, Newton
+from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import Microcircuit, microcircuit, relax, search_from
 from disinhib.solvers import newton, ode
@@ -24,7 +27,7 @@ TIGHT = Newton(tolerance=1e-11, max_iterations=60)
 PAIRS = pytest.mark.parametrize(
     ("kind_e", "kind_i"), [(kind_e, kind_i) for kind_e in ACTIVATIONS for kind_i in ACTIVATIONS]
 )
-HYPER = Hyperparameters({})
+HYPER = hyperparameters()
 FIXED = settings(deadline=None, derandomize=True, max_examples=15)
 
 
@@ -47,14 +50,14 @@ def neurons(kind_e, kind_i):
 
     @jax.jit
     def search(a, s, g_ei, g_ie):
-        circuit = Microcircuit(bind(kind_e, Shape()), bind(kind_i, Shape()), g_ei, g_ie)
+        circuit = Microcircuit(bind(kind_e), bind(kind_i), g_ei, g_ie)
         step = lambda _, search: relax(circuit, search, a, s, steps=1)
         return jax.lax.fori_loop(0, 120, step, search_from(a)).u_e
 
     return search
 
 
-PLAIN = {
+PLAIN = {kind: bind(kind).value for kind in ACTIVATIONS} | {
     "softrelu": jax.nn.softplus,
     "linear": lambda u: u,
     "tanh": jnp.tanh,
@@ -135,7 +138,7 @@ def speed(problem, hyper, solution, weights):
     """The largest tau * |d/dt| of any variable of the network and its controller at `solution`."""
     architecture, parameters, x, target = problem
     error = LOSSES[architecture.loss].error(solution.state.u_y, target)
-    z = error / hyper.leak  # the integral's own equilibrium
+    z = error / hyper.controller["leak"]  # the integral's own equilibrium
     control = ode.Control(target, per_sample(weights, len(x)))
     first = x @ parameters[f"kernel_{0 if architecture.hidden_layers else 'out'}"]
     first = first + parameters.get("bias_0", jnp.zeros(first.shape[-1]))
@@ -165,7 +168,7 @@ VARIANTS = {
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_nothing_moves_at_the_steady_state_in_closed_loop(fields, problem):
     small = problem(solver=TIGHT, **fields)
-    hyper = HYPER._replace(g_ei=1.3, g_ie=0.7, leak=0.5, clip_val=0.05)
+    hyper = HYPER.updated(g_ei=1.3, g_ie=0.7, controller={"leak": 0.5}, rule={"clip_val": 0.05})
     _, closed, weights = solved(small, hyper)
     assert np.all(closed.converged)
     assert speed(small, hyper, closed, weights) < 1e-9
@@ -198,11 +201,10 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
     for seed in range(45):
         # 0.7 to 4 times the initial weights: from untrained to well beyond trained ones.
         small = problem(seed=seed, batch=20, weight_scale=between(0.7, 4), **sizes)
-        hyper = HYPER._replace(
+        hyper = HYPER.updated(
             g_ei=between(0.25, 4),
             g_ie=between(0.25, 4),
-            k_p=between(0.02, 2),
-            k_i=between(0.02, 4),
+            controller={"k_p": between(0.02, 2), "k_i": between(0.02, 4)},
         )
         opened, closed, weights = solved(small, hyper)
         assert np.all(opened.converged), hyper
@@ -213,7 +215,8 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
             rate = ode.velocity
             state = ode.DynamicState(
                 closed.state,
-                LOSSES["softmax-cross-entropy"].error(closed.state.u_y, small.target) / hyper.leak,
+                LOSSES["softmax-cross-entropy"].error(closed.state.u_y, small.target)
+                / hyper.controller["leak"],
             )
             first = small.x @ small.parameters["kernel_0"] + small.parameters["bias_0"]
             control = ode.Control(small.target, per_sample(weights, len(small.x)))
@@ -224,6 +227,42 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
             largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(moved))
             assert largest * hyper.tau_e < 1e-4
     assert np.mean(evaluations) < newton.BROYDEN_EVALUATIONS
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("gain", [0.02, 0.6, 20.0])
+def test_a_loss_starts_newton_from_its_own_curvature(kind, gain):
+    """damping = (1 + gain S)^-1, S = -d(error)/d(output) by jax."""
+    loss = losses.bind(kind, defaults(LOSSES[kind].options))
+    assert loss.damping is not None
+    draw = np.random.default_rng(0)
+    output = jnp.asarray(draw.normal(size=(3, 4)))
+    target = jnp.asarray(draw.dirichlet(np.ones(4), size=3))
+    found = loss.damping(output, target, jnp.asarray(gain))
+    for i in range(3):
+        alone = lambda y, i=i: loss.error(y[None], target[i : i + 1])[0]
+        matrix = jnp.eye(4) - gain * jax.jacfwd(alone)(output[i])
+        np.testing.assert_allclose(found[i] @ matrix, jnp.eye(4), atol=1e-12)
+
+
+def test_a_new_loss_needs_its_error_only(problem, monkeypatch):
+    """It had softmax's curvature once, whatever its own. Here the error is weighed by a number of
+    the loss's own; without hidden layers the right start is within one step of the solution."""
+    weighed = losses.Loss(
+        value=lambda output, target, weight: weight * jnp.sum((target - output) ** 2, -1) / 2,
+        error=lambda output, target, weight: weight * (target - output),
+        nudged_target=lambda output, target, nudge, weight: output + nudge * (target - output),
+        words="squared error, weighed",
+        options=(Option("weight", 1.0, POSITIVE, "dimensionless"),),
+    )
+    monkeypatch.setitem(LOSSES, "weighed", weighed)
+    small = problem(sizes=(5, 4), loss="weighed", solver=TIGHT)
+    hyper = HYPER._replace(loss={"weight": 3.0})
+    opened, closed, _ = solved(small, hyper)
+    gain = 3.0 * (0.2 + 0.4)
+    c = gain / (1 + gain) * (small.target - opened.state.u_y)
+    np.testing.assert_allclose(closed.control, c, rtol=1e-9)
+    assert np.all(closed.iterations <= 2)
 
 
 # --- Hard and impossible cases -----------------------------------------------------------------
@@ -238,7 +277,7 @@ def test_saturating_neurons_settle_in_closed_loop_too(problem):
     assert np.all(closed.converged)
 
 
-STRONG = HYPER._replace(k_p=2.0, k_i=4.0, g_ei=2.0)
+STRONG = HYPER.updated(controller={"k_p": 2.0, "k_i": 4.0}, g_ei=2.0)
 
 
 def test_the_exact_jacobian_finds_the_same_steady_state_in_fewer_steps(problem, monkeypatch):
@@ -297,12 +336,12 @@ def test_a_sample_is_solved_as_if_it_were_alone(problem):
 
 def test_more_control_brings_the_output_closer_to_its_target(problem):
     small = problem(sizes=(5, 8, 4), solver=TIGHT)
-    losses = []
+    values = []
     for k_i in (0.0, 0.4, 4.0, 40.0):
-        _, closed, _ = solved(small, HYPER._replace(k_i=k_i))
+        _, closed, _ = solved(small, HYPER.updated(controller={"k_i": k_i}))
         assert np.all(closed.converged)
         loss = LOSSES["softmax-cross-entropy"].value(closed.state.u_y, small.target)
-        losses.append(float(jnp.mean(loss)))
-    assert losses == sorted(losses, reverse=True)
-    gain = CONTROLLERS["leaky-pi"].gain(HYPER._replace(k_i=40.0, leak=2.0))
+        values.append(float(jnp.mean(loss)))
+    assert values == sorted(values, reverse=True)
+    gain = CONTROLLERS["leaky-pi"].gain({**HYPER.controller, "k_i": 40.0, "leak": 2.0})
     assert gain == pytest.approx(20.2)

@@ -12,17 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import hyperparameters
 from scipy.linalg import expm
 
 from disinhib import solvers
 from disinhib.feedback import jacobian_weights, modified
-from disinhib.hyperparameters import Hyperparameters, Newton, Ode
+from disinhib.hyperparameters import Newton, Ode
 from disinhib.microcircuit import microcircuit
 from disinhib.solvers import ode
 
 pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
 
-HYPER = Hyperparameters({}, g_ei=1.3, g_ie=0.7, leak=1.5, k_p=0.5, k_i=1.0)
+HYPER = hyperparameters().updated(
+    g_ei=1.3, g_ie=0.7, controller={"leak": 1.5, "k_p": 0.5, "k_i": 1.0}
+)
 NEWTON = Newton(tolerance=1e-12, max_iterations=60)
 # 3 s are 45 time constants tau_c / leak: nothing moves any more, and what the integrator's
 # tolerances allow on the way has been forgotten.
@@ -105,7 +108,7 @@ def test_an_open_then_closed_trajectory_passes_both_steady_states(problem):
     assert not np.any(signal[:, :31])
     # At the moment of closing the integral is zero: c = k_p e.
     error = target - jax.nn.softmax(opened.state.u_y)
-    close(signal[:, 31], HYPER.k_p * error, rtol=1e-6, atol=1e-7)
+    close(signal[:, 31], HYPER.controller["k_p"] * error, rtol=1e-6, atol=1e-7)
     # The integral's memory makes the control grow from there.
     assert np.all(np.linalg.norm(signal[:, 61], axis=-1) != np.linalg.norm(signal[:, 31], axis=-1))
 
@@ -121,7 +124,7 @@ def test_a_linear_network_moves_as_its_matrix_exponential_says(problem, closed):
         solver=Ode(rtol=1e-9, atol=1e-11),
     )
     architecture, parameters, x, _ = small
-    hyper = HYPER._replace(tau_e=0.03, tau_i=0.004, tau_c=0.07)
+    hyper = HYPER.updated(tau_e=0.03, tau_i=0.004, controller={"tau": 0.07})
     target, q = np.array([[0.7], [-0.4]]), 0.6
     control = None
     if closed:
@@ -131,8 +134,8 @@ def test_a_linear_network_moves_as_its_matrix_exponential_says(problem, closed):
     states, signal = ode.trajectory(architecture, parameters, hyper, x, control, rest, times)
     a = np.asarray(x @ parameters["kernel_0"] + parameters["bias_0"])[:, 0]
     w = float(parameters["kernel_out"][0, 0])
-    k_p, k_i = (hyper.k_p, hyper.k_i) if closed else (0.0, 0.0)
-    taus = np.array([hyper.tau_e, hyper.tau_i, hyper.tau_e, hyper.tau_c])
+    k_p, k_i = (hyper.controller["k_p"], hyper.controller["k_i"]) if closed else (0.0, 0.0)
+    taus = np.array([hyper.tau_e, hyper.tau_i, hyper.tau_e, hyper.controller["tau"]])
     for i in range(2):
         # d(u_E, u_I, y, z)/dt = M (u_E, u_I, y, z) + b,  c = k_p (t - y) + k_i z
         t = target[i, 0]
@@ -141,7 +144,7 @@ def test_a_linear_network_moves_as_its_matrix_exponential_says(problem, closed):
                 [-1, -hyper.g_ie, 0, 0],
                 [hyper.g_ei, -1, q * k_p, -q * k_i],
                 [w, 0, -1 - k_p, k_i],
-                [0, 0, -float(closed), -hyper.leak * closed],
+                [0, 0, -float(closed), -hyper.controller["leak"] * closed],
             ]
         )
         matrix, b = matrix / taus[:, None], np.array([a[i], -q * k_p * t, k_p * t, closed * t])

@@ -3,6 +3,7 @@ while, a disk that fills up."""
 
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -133,51 +134,62 @@ def study_runs(client):
     return client.search_runs(experiments, "tags.trial LIKE '%'")
 
 
-@contextmanager
-def tiny_filesystem(folder: Path, size: str):
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+# A study on a small file system with a file that fills most of it, and the same study resumed
+# without that file. In namespaces of its own, where everybody may mount: $1 is the folder, $2 the
+# size of the file, the rest the study's options.
+DISK = 40 * 2**20  # bytes
+FULL_DISK = f"""
+set -u
+disk=$1 ballast=$2; shift 2
+mount -t tmpfs -o size={DISK} tmpfs "$disk" || exit 99
+head -c "$ballast" /dev/zero > "$disk/ballast"
+"$PYTHON" "$SCRIPT" "$@"
+echo "$?" > stopped
+rm "$disk/ballast"
+"$PYTHON" "$SCRIPT" study=full "out_dir=$disk/out" resume=true > resumed.log 2>&1
+echo "$?" > resumed
+cp -r "$disk/out/full" kept
+"""
 
 
-def tune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tune_main.py"), *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+def on_full_disk(disk: Path, room: int, *arguments: str) -> str:
+    """What the study that stopped has said on stderr; the folder of the test gets the rest."""
+    disk.mkdir()
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh"]
+    run = subprocess.run(
+        [*words, str(disk), str(DISK - room), *arguments],
+        env=os.environ | {"PYTHON": sys.executable, "SCRIPT": str(ROOT / "tune_main.py")},
+        cwd=disk.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+    assert run.returncode == 0, f"needs user namespaces (unshare --user --mount): {run.stderr}"
+    return run.stderr
 
 
-# What meets the end of the space first: a trial's checkpoint, or the study's journal.
+# Bytes of room, and what meets the end of it first: a trial's checkpoint, or the study's journal.
 FIRST = {
-    "checkpoint": (3_000_000, ("checkpoints.every_seconds=0", "model.vf.sizes_hidden=[500]")),
-    "journal": (5_400_000, ("checkpoints.keep_best=0", "epochs=40", "scheduler=none")),
+    "checkpoint": (3_300_000, ("checkpoints.every_seconds=0", "model.vf.sizes_hidden=[500]")),
+    "journal": (890_000, ("checkpoints.keep_best=0", "epochs=40", "scheduler=none")),
 }
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(first, tmp_path):
+def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(
+    first, tmp_path, mlflow_template
+):
     disk = tmp_path / "disk"
-    taken, own = FIRST[first]
-    with tiny_filesystem(disk, "6m"):
-        ballast = disk / "ballast"
-        ballast.write_bytes(bytes(taken))
-        arguments = (
-            *("experiment=smoke", "trials=12", "epochs=4", "checkpoints.keep_best=9", "study=full"),
-            *(f"out_dir={disk / 'out'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", *own),
-        )
-        stopped = tune(*arguments, cwd=tmp_path)
-        assert stopped.returncode == 1, stopped.stdout + stopped.stderr
-        *_, said = stopped.stderr.strip().splitlines()
-        assert "No space left on device" in said or "no space left for the " + first in said
-        assert f"study=full out_dir={disk / 'out'} resume=true" in said
-        ballast.unlink()
-        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        resumed = tune("study=full", f"out_dir={disk / 'out'}", "resume=true", cwd=tmp_path)
-        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-        with closing(event_log.Journal(disk / "out/full")) as opened:
-            records = event_log.records(opened.events())
+    room, own = FIRST[first]
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    said = on_full_disk(
+        disk, room, "experiment=smoke", "trials=12", "epochs=4", "checkpoints.keep_best=9",
+        "study=full", f"out_dir={disk / 'out'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
+        *own,
+    )  # fmt: skip
+    assert (tmp_path / "stopped").read_text() == "1\n", said
+    *_, line = said.strip().splitlines()
+    assert "No space left on device" in line or "no space left for the " + first in line
+    assert f"study=full out_dir={disk / 'out'} resume=true" in line
+    assert (tmp_path / "resumed").read_text() == "0\n", (tmp_path / "resumed.log").read_text()
+    with closing(event_log.Journal(tmp_path / "kept")) as opened:
+        records = event_log.records(opened.events())
     assert sorted(records) == list(range(12))
     assert all(record.ended for record in records.values())

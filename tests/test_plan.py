@@ -83,7 +83,7 @@ def test_structures_of_the_shipped_space():
     for structure in found:
         run = config.parse(structure.trial["options"])
         assert run.hyperparameters.optimizer["learning_rate"] == 1e-3  # as published
-        assert run.hyperparameters.norm_val == 1.0
+        assert run.hyperparameters.rule.get("norm_val", 1.0) == 1.0
 
 
 def test_a_number_that_decides_a_structure_is_kept(monkeypatch):

@@ -7,6 +7,7 @@ compared with ours, so that no array is passed over in silence.
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import hyperparameters
 
-from disinhib import rules
-from disinhib.activations import Shape
+from disinhib.config import published
 from disinhib.feedback import jacobian_weights, per_sample
-from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
+from disinhib.hyperparameters import Architecture, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.optimizers import OPTIMIZERS
+from disinhib.rules import RULES, disinhibition
 
 pytestmark = pytest.mark.usefixtures("float64", "unoptimised")
 
@@ -66,14 +68,15 @@ def name_in(options, default):
     return options.get("kind", options.get("name", default))
 
 
-def shape_in(options):
-    return Shape(**{name: options[name] for name in Shape._fields if name in options})
-
-
 def renamed(options, names):
-    """The hyperparameters that `options` give, under their names here; absent ones keep the
-    defaults of `Hyperparameters`, which are the published ones."""
+    """The hyperparameters that `options` give, under their names here; absent ones keep their
+    defaults, which are the published ones."""
     return {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+
+
+def among(known, options):
+    """Those of `options` that are `known`."""
+    return {name: value for name, value in options.items() if name in known}
 
 
 def read(file, solver):
@@ -83,30 +86,9 @@ def read(file, solver):
     vf, trainer = config["model"]["vf"], config["trainer"]
     control, optimizer = vf["controller"], dict(config.get("optimizer", {"name": "adam"}))
     optimizer_name = optimizer.pop("name", optimizer.pop("kind", "adam"))
-    scalars = {"adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8}, "sgd": {"momentum": 0.0}}
     prefix = "init_" if "init_kernel_out" in data else ""
     names = [*(str(layer) for layer in range(vf["nb_hidden"])), "out"]
     kernels = [data[f"{prefix}kernel_{name}"] for name in names]
-    hyper = Hyperparameters(
-        optimizer={"learning_rate": 1e-3, **scalars[optimizer_name], **optimizer},
-        shape_e=shape_in(vf["actE"]),
-        shape_i=shape_in(vf["actI"]),
-        **renamed(vf, {"g_EI": "g_ei", "g_IE": "g_ie", "tauE": "tau_e", "tauI": "tau_i"}),
-        **renamed(control, {"k_p": "k_p", "k_i": "k_i", "leak": "leak", "tau": "tau_c"}),
-        **renamed(
-            {**config, **trainer},
-            {
-                "norm_val": "norm_val",
-                "strong_fb": "strong_fb",
-                "clip_val": "clip_val",
-                "target_nudge": "target_nudge",
-                "avg_inh_lambda": "avg_inh_lambda",
-                "avg_inh_init": "avg_inh_init",
-                "taylor_y0": "y0",
-                "y0": "y0",
-            },
-        ),
-    )
     flags = ("average_fb_weights", "clip_fb_weights", "norm_fb_weights")
     architecture = Architecture(
         rule=trainer.get("rule", "exact-inv"),
@@ -120,16 +102,33 @@ def read(file, solver):
         fb_to_readout=vf["fb_to_readout"],
         optimizer=optimizer_name,
         batch_size=data["x"].shape[-2],
-        solver=NEWTON if solver == "newton" else integrated(hyper),
+        solver=NEWTON,
         **{flag: trainer[flag] for flag in flags if flag in trainer},
     )
+    # The training cases have one rule; the static ones are read for all of them.
+    known = hyperparameters()
+    hyper = (
+        published(architecture)
+        ._replace(rule=known.rule)
+        .updated(
+            optimizer=optimizer,
+            activation_e=among(published(architecture).activation_e, vf["actE"]),
+            activation_i=among(published(architecture).activation_i, vf["actI"]),
+            controller=among(published(architecture).controller, control),
+            rule=among(known.rule, {**config, **trainer})
+            | renamed({**config, **trainer}, {"taylor_y0": "y0"}),
+            **renamed(vf, {"g_EI": "g_ei", "g_IE": "g_ie", "tauE": "tau_e", "tauI": "tau_i"}),
+        )
+    )
+    if solver == "ode":
+        architecture = replace(architecture, solver=integrated(hyper))
     return architecture, hyper
 
 
 def integrated(hyper):
     """Tight, and for thirty time constants of the controller: e^-30 is 1e-13. (The reference was
     itself integrated for 30 s.)"""
-    seconds = min(30.0, 30 * hyper.tau_c / min(1.0, hyper.leak))
+    seconds = min(30.0, 30 * hyper.controller["tau"] / min(1.0, hyper.controller["leak"]))
     return Ode(T=seconds, rtol=1e-9, atol=1e-11, early_termination=False)
 
 
@@ -187,13 +186,13 @@ def test_a_static_case(file, solver, monkeypatch):
     # depend on the rule; what they aim at and feed back is what the solver was given.
     @jax.jit
     def everything(parameters, hyper, x, target):
-        opened, closed = once(rules.open_loop), once(rules.closed_loop)
-        monkeypatch.setattr(rules, "open_loop", opened)
-        monkeypatch.setattr(rules, "closed_loop", closed)
+        opened, closed = once(disinhibition.open_loop), once(disinhibition.closed_loop)
+        monkeypatch.setattr(disinhibition, "open_loop", opened)
+        monkeypatch.setattr(disinhibition, "closed_loop", closed)
         found = {}
         for short, rule in RULE_OF.items():
-            entry = rules.RULES[rule]
-            memory = entry.initial_state(architecture, hyper)
+            entry = RULES[rule]
+            memory = entry.initial_state(architecture, hyper, jax.random.key(0))
             update = entry.update(architecture, parameters, memory, hyper, x, target)
             for name, gradient in update.gradients.items():
                 found[f"grad_{short}_{name}"] = gradient
@@ -226,8 +225,8 @@ def test_a_static_case(file, solver, monkeypatch):
 def test_a_training_case(file):
     architecture, hyper = read(file, "newton")
     data = arrays(file)
-    optimizer = OPTIMIZERS[architecture.optimizer](hyper.optimizer)
-    rule = rules.RULES[architecture.rule]
+    optimizer = OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer)
+    rule = RULES[architecture.rule]
 
     def step(carry, batch):
         parameters, optimizer_state, memory = carry
@@ -238,7 +237,8 @@ def test_a_training_case(file):
         return (parameters, optimizer_state, update.rule_state), jnp.mean(loss)
 
     parameters = parameters_in(data, "init_")
-    carry = (parameters, optimizer.init(parameters), rule.initial_state(architecture, hyper))
+    memory = rule.initial_state(architecture, hyper, jax.random.key(0))
+    carry = (parameters, optimizer.init(parameters), memory)
     batches = tuple(jnp.asarray(data[name], float) for name in ("x", "target"))
     (parameters, *_), losses = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, batches)
     found = {f"final_{name}": value for name, value in parameters.items()}

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import hyperparameters
 
-from disinhib.activations import Shape
 from disinhib.feedback import modified
-from disinhib.hyperparameters import Hyperparameters, Newton
+from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop
@@ -18,7 +18,12 @@ from disinhib.solvers import open_loop
 pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
 
 TIGHT = Newton(tolerance=1e-12, max_iterations=50)
-HYPER = Hyperparameters({}, Shape(1.2, 0.9, 0.1), Shape(0.8, 1.3, -0.2), g_ei=1.3, g_ie=0.7)
+HYPER = hyperparameters().updated(
+    activation_e={"scale": 1.2, "sharpness": 0.9, "shift": 0.1},
+    activation_i={"scale": 0.8, "sharpness": 1.3, "shift": -0.2},
+    g_ei=1.3,
+    g_ie=0.7,
+)
 FEEDBACK = [name for name, rule in RULES.items() if rule.has_feedback]
 
 
@@ -27,7 +32,7 @@ def update(problem, rule, hyper, **changes):
     small = problem(rule=rule, solver=TIGHT, **changes)
     hyper = jax.tree.map(jnp.asarray, hyper)
     entry = RULES[rule]
-    state = entry.initial_state(small.architecture, hyper)
+    state = entry.initial_state(small.architecture, hyper, jax.random.key(0))
     step = jax.jit(entry.update, static_argnums=0)
     return step(small.architecture, small.parameters, state, hyper, small.x, small.target), small
 
@@ -107,7 +112,7 @@ def test_weak_feedback_learns_as_bp_does(problem):
     error sent back through the network's own weights, so exact-inv descends nearly along bp. Not
     exactly: the published feedback weights leave out how much each interneuron holds its neuron
     (the loop gain), which is here about a third."""
-    weak = HYPER._replace(k_p=1e-3, k_i=1e-3)
+    weak = HYPER.updated(controller={"k_p": 1e-3, "k_i": 1e-3})
     ours, _ = update(problem, "exact-inv", weak, norm_fb_weights=False, fb_to_readout=False)
     bp, _ = update(problem, "bp", weak)
     for layer in range(2):
@@ -132,7 +137,7 @@ def test_exact_inverse_reads_the_dis_inhibition(problem):
 
 def test_taylor_is_linear_threshold_at_a_fixed_rate(problem):
     """With lambda = 0, the running mean stays at its start."""
-    frozen = HYPER._replace(avg_inh_lambda=0.0, avg_inh_init=0.6, y0=0.6)
+    frozen = HYPER.updated(rule={"avg_inh_lambda": 0.0, "avg_inh_init": 0.6, "y0": 0.6})
     tangent, _ = update(problem, "taylor", frozen)
     threshold, _ = update(problem, "lin-thresh", frozen)
     for name, gradient in tangent.gradients.items():
@@ -140,7 +145,7 @@ def test_taylor_is_linear_threshold_at_a_fixed_rate(problem):
 
 
 def test_linear_threshold_remembers_the_open_loop_rates(problem):
-    result, small = update(problem, "lin-thresh", HYPER._replace(avg_inh_lambda=0.25))
+    result, small = update(problem, "lin-thresh", HYPER.updated(rule={"avg_inh_lambda": 0.25}))
     hyper = jax.tree.map(jnp.asarray, HYPER)
     opened = open_loop(small.architecture, small.parameters, hyper, small.x).state
     for y0, u_i in zip(result.rule_state, opened.u_i, strict=True):
@@ -162,7 +167,8 @@ def test_linear_interneurons_only_pass_the_product_of_the_gains(problem, rule):
     """u_I scales with g_EI and its effect with g_IE: with g_EI and the feedback doubled and g_IE
     halved, excitatory neurons and output do as before, and hidden errors are read off doubled."""
     one, _ = update(problem, rule, HYPER, activation_i="linear")
-    scaled = HYPER._replace(g_ei=2 * HYPER.g_ei, g_ie=HYPER.g_ie / 2, norm_val=2 * HYPER.norm_val)
+    doubled = {"norm_val": 2 * HYPER.rule["norm_val"]}
+    scaled = HYPER.updated(g_ei=2 * HYPER.g_ei, g_ie=HYPER.g_ie / 2, rule=doubled)
     two, _ = update(problem, rule, scaled, activation_i="linear")
     for old, new in zip(one.solution.state.u_e, two.solution.state.u_e, strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-9, atol=1e-12)
@@ -176,7 +182,7 @@ def test_linear_interneurons_only_pass_the_product_of_the_gains(problem, rule):
 def test_a_silent_layer_gets_no_feedback(problem, dtype):
     small = problem(sizes=(5, 8, 4))
     q = jnp.zeros((6, 4, 8), dtype).at[0].set(1e-3)
-    hyper = HYPER._replace(norm_val=jnp.asarray(1e4, dtype))
+    hyper = HYPER.updated(rule={"norm_val": jnp.asarray(1e4, dtype)})
     (scaled,) = modified(small.architecture, hyper, (q,))
     assert scaled.dtype == dtype
     np.testing.assert_allclose(jnp.linalg.norm(scaled[0]), 1e4, rtol=1e-5)
@@ -192,7 +198,7 @@ def test_feedback_weights_are_averaged_then_clipped_then_normalised(problem, ave
         average_fb_weights=average, clip_fb_weights=clip, norm_fb_weights=norm, sizes=(5, 8, 4)
     )
     q = jax.random.normal(jax.random.key(2), (6, 4, 8))
-    hyper = HYPER._replace(clip_val=0.5, norm_val=3.0)
+    hyper = HYPER.updated(rule={"clip_val": 0.5, "norm_val": 3.0})
     (found,) = modified(small.architecture, hyper, (q,))
     expected = np.asarray(q)
     if average:
@@ -220,7 +226,7 @@ def test_a_nudge_moves_the_output_a_little_towards_the_target():
 def test_weak_feedback_controls_towards_the_nudge(problem):
     """The control vanishes with the nudge, and is that of the nudged target given outright."""
     for nudge in (0.0, 0.1):
-        weak = HYPER._replace(strong_fb=0.0, target_nudge=nudge)
+        weak = HYPER.updated(rule={"strong_fb": 0.0, "target_nudge": nudge})
         result, small = update(problem, "exact-inv", weak, sizes=(5, 8, 4))
         hyper = jax.tree.map(jnp.asarray, weak)
         opened = jax.jit(open_loop, static_argnums=0)(

@@ -12,19 +12,15 @@ from hypothesis import given, settings, strategies as st
 from disinhib import hydra_config
 from disinhib.checks import flatten
 from disinhib.errors import ConfigError
+from disinhib.rules.branches import either, feedback, log_uniform
 from disinhib.tuning import space_tree
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from search_spaces import SPACES
-from search_spaces.common import either, feedback, log_uniform
 
 
 def configured(overrides):
     """The training options under those of `overrides` that choose a group."""
-    groups = [
-        f"{name}={value}"
-        for name, value in overrides.items()
-        if (hydra_config.CONFIGURATIONS / name.partition("@")[0]).is_dir()
-    ]
+    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     return flatten(hydra_config.compose("train", groups)[0])
 
 

@@ -133,7 +133,7 @@ def test_weak_feedback_is_controlled_towards_its_nudge():
     where control is strong."""
     strong = configured(*MSE, "model.vf.controller.k_i=4", "trainer.norm_val=10")
     weakly = {"strong_fb": 0.0, "target_nudge": 0.3}
-    weak = replace(strong, hyperparameters=strong.hyperparameters._replace(**weakly))
+    weak = replace(strong, hyperparameters=strong.hyperparameters.updated(rule=weakly))
     parameters, x, target = batch_for(weak)
     solver = replace(weak.architecture, solver=Newton(1e-6, 100))
     hyper = training.as_arrays(weak.hyperparameters)
@@ -204,7 +204,7 @@ def depart(architecture, ode, parameters, hyper, x, target, times):
     weights, aim = rules.feedback_and_aim(architecture, parameters, hyper, opened, target)
     closed = solvers.closed_loop(*network, aim, weights, opened).state
     error = LOSSES[architecture.loss].error(closed.u_y, aim)
-    rest = ode.DynamicState(closed, error / hyper.leak)
+    rest = ode.DynamicState(closed, error / hyper.controller["leak"])
     start = jax.tree.map(lambda value: value + 1e-8 * jnp.cos(value), rest)
     control = ode.Control(aim, per_sample(weights, 1))
     by_ode = replace(architecture, solver=ode)

@@ -55,7 +55,7 @@ def test_the_published_draws_leave_the_process_as_it_was():
         assert np.all((value >= low) & (value <= high))
     assert not np.array_equal(student.parameters["kernel_0"], teacher.parameters["kernel_0"])
     for q in student.feedback:
-        np.testing.assert_allclose(jnp.linalg.norm(q), HYPER.norm_val, rtol=1e-5)
+        np.testing.assert_allclose(jnp.linalg.norm(q), HYPER.rule["norm_val"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("lane", range(len(RULES)), ids=RULES)

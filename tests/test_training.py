@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disinhib import hydra_config, training
+from disinhib import checkpoint, hydra_config, training
+from disinhib.checks import POSITIVE, Option
 from disinhib.config import parse
+from disinhib.controller import CONTROLLERS
 from disinhib.errors import ConfigError
 from disinhib.losses import LOSSES, soft_targets
+from disinhib.metrics import METRICS, Metric
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop
@@ -143,9 +146,12 @@ def test_published_names_of_the_metrics(tiny):
         *("train_CL_loss", "train_CL_accuracy", "train_CL_avg_solver_steps"),
         *("train_CL_residual", "train_CL_converged_share", "train_CL_weight_norm"),
         "train_CL_largest_weight",
-        *("train_OL_loss", "train_OL_accuracy", "valid_loss", "valid_accuracy", "epoch_seconds"),
+        *(f"{split}_{name}" for split in ("train_OL", "valid") for name in METRICS),
+        "epoch_seconds",
     }
-    assert set(last) - set(first) == {"test_loss", "test_accuracy"}  # once, after the last epoch
+    # once, after the last epoch
+    assert set(last) - set(first) == {f"test_{name}" for name in METRICS}
+    assert {"loss", "accuracy"} <= set(METRICS)
     assert all(values.shape == (2,) for values in last.values())
     assert (last["train_CL_converged_share"] == 1).all()
     assert (last["train_CL_residual"] <= tiny.architecture.solver.tolerance).all()
@@ -290,8 +296,8 @@ def test_outputs_that_are_not_the_classes_are_refused():
         training.prepare(configured("dataset.dim_output=5"))
 
 
-# Every entry of every table that training reads, each at least once.
-COMBINATIONS = [
+# Structures that the tables' defaults would leave out.
+SPECIAL = [
     ("model/vf=non-dale", "trainer=bp", "dataset/loss=mse", "optimizer=sgd"),
     ("model/vf=dale", "trainer=bp", "model.vf.use_bias=false"),
     ("model/vf=dale", "trainer=exact-inv", "dataset/loss=mse", "trainer.clip_fb_weights=true"),
@@ -311,13 +317,24 @@ COMBINATIONS = [
 ]
 
 
-def test_the_combinations_cover_the_tables():
-    named = {override for overrides in COMBINATIONS for override in overrides}
-    assert {f"trainer={rule}" for rule in RULES} <= named
-    assert "optimizer=sgd" in named and set(OPTIMIZERS) == {"adam", "sgd"}  # adam: the default
+def combinations():
+    """SPECIAL, and one for each entry of a table that is in none of them."""
+    yield from SPECIAL
+    named = {override for overrides in SPECIAL for override in overrides}
+    groups = {
+        **{"trainer": RULES, "optimizer": OPTIMIZERS, "dataset/loss": LOSSES},
+        "model/vf/controller": CONTROLLERS,
+    }
+    for group, table in groups.items():
+        for name in table:
+            if f"{group}={name}" not in named:
+                rule = name if group == "trainer" else "exact-inv"
+                circuit = next(iter(RULES[rule].circuits))
+                own = () if group == "trainer" else (f"{group}={name}",)
+                yield (f"model/vf={circuit}", f"trainer={rule}", *own)
 
 
-@pytest.mark.parametrize("overrides", COMBINATIONS, ids=" ".join)
+@pytest.mark.parametrize("overrides", [*combinations()], ids=" ".join)
 def test_a_combination_trains(overrides):
     config = configured(*overrides)
     before = training.initial_state(config, [0])
@@ -331,10 +348,102 @@ def test_a_combination_trains(overrides):
 def test_training_learns(rule):
     """A rule that descends leaves chance (log 10 = 2.30) far behind in 15 epochs of digits; the
     slowest, taylor, came to 1.37 and 59 %."""
-    circuit = "non-dale" if rule == "bp" else "dale"
+    circuit = next(iter(RULES[rule].circuits))
     config = configured(
         *(f"model/vf={circuit}", f"trainer={rule}", "optimizer.learning_rate=1e-2", "epochs=15"),
     )
     _, metrics = losses(config, [0], epochs=15)
     assert metrics[-1]["valid_loss"][0] < 1.6
     assert metrics[-1]["valid_accuracy"][0] > 50
+
+
+# --- What an entry may bring ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def recompiled():
+    """Programs that are compiled within the test, which changes a table, are not kept."""
+    training.programs.cache_clear()
+    jax.clear_caches()
+    yield
+    training.programs.cache_clear()
+    jax.clear_caches()
+
+
+def test_a_new_metric_is_reported_of_every_split(monkeypatch, recompiled):
+    share = Metric(lambda loss, output, target, labels: target[:, 0], 1, "first target", "")
+    monkeypatch.setitem(METRICS, "first_target", share)
+    config = replace(configured("model/vf=non-dale"), evaluated_share_of_train=0.1)
+    _, (metrics,) = losses(config, [0], epochs=1)
+    assert 0 < metrics["valid_first_target"][0] < 0.99
+    assert "train_OL_first_target" in metrics
+
+
+def with_draws(*arguments):
+    """A rule that remembers a random key, and reports what it draws from it."""
+    *rest, state, hyper, x, target = arguments
+    update = RULES["bp"].update(*rest, (), hyper, x, target)
+    key, use = jax.random.split(state["key"])
+    state = {"key": key, "batches": state["batches"] + 1, "nothing": None}
+    draw = jax.random.uniform(use)
+    return update._replace(rule_state=state, metrics={"draw": draw, "scale": hyper.rule["scale"]})
+
+
+@pytest.fixture
+def random_rule(monkeypatch, recompiled):
+    start = lambda architecture, hyper, key: {
+        "key": key, "batches": jnp.zeros((), jnp.int32), "nothing": None
+    }  # fmt: skip
+    own = (Option("scale", 2.0, POSITIVE, "dimensionless"),)
+    entry = RULES["bp"]._replace(name="random", update=with_draws, options=own, initial_state=start)
+    monkeypatch.setitem(RULES, "random", entry)
+    options, _ = hydra_config.compose("train", TINY)
+    return parse({**options, "trainer": {"name": "random", "scale": 3.0}})
+
+
+def test_a_rule_may_be_random_and_report_metrics_of_its_own(random_rule, tmp_path, compilations):
+    config = random_rule
+    data, state = training.prepare(config), training.initial_state(config, [0, 1])
+    first, metrics = training.advance(config, data, state)
+    draws = metrics["train_CL_draw"]
+    assert draws[0] != draws[1] and np.all((draws > 0.1) & (draws < 0.9))
+    np.testing.assert_array_equal(metrics["train_CL_scale"], [3, 3])
+    np.testing.assert_array_equal(first.rule["batches"], [11, 11])
+    # A checkpoint holds such a state, and goes on with the same draws.
+    checkpoint.save(tmp_path / "state", config, first)
+    restored = checkpoint.load(tmp_path / "state", config).state
+    assert jax.tree.structure(restored) == jax.tree.structure(first)
+    with compilations() as compiled:
+        _, once_more = training.advance(config, data, restored)
+    _, second = training.advance(config, data, first)
+    np.testing.assert_array_equal(once_more["train_CL_draw"], second["train_CL_draw"])
+    assert compiled == []
+
+
+def test_a_rules_metric_may_not_take_the_name_of_trainings(monkeypatch, random_rule):
+    taken = lambda *arguments: with_draws(*arguments)._replace(metrics={"loss": jnp.ones(())})
+    monkeypatch.setitem(RULES, "random", RULES["random"]._replace(update=taken))
+    with pytest.raises(ValueError, match="metrics of random: loss is training's own"):
+        losses(random_rule, [0], epochs=1)
+
+
+def test_data_are_checked_without_a_device(monkeypatch):
+    """Numbers only: a driver that trains nothing starts no backend."""
+    monkeypatch.setattr(training, "jnp", None)
+    monkeypatch.setattr(training, "jax", None)
+    training.check_data(configured())
+    for wrong in ("batchsize=1151", "dataset.dim_output=5", "dataset.dim_input=63"):
+        with pytest.raises(ConfigError, match=f"{wrong.partition('=')[0]}: given"):
+            training.check_data(configured(wrong))
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(caplog):
+    name = "xla_made_up_by_a_test"
+    assert training.understood({name: "", **training.CPU_OPTIONS}) == training.CPU_OPTIONS
+    assert "training may be slower" in caplog.text and name in caplog.text
+
+
+def test_training_runs_without_an_option_that_xla_does_not_know(monkeypatch, recompiled):
+    monkeypatch.setattr(training, "CPU_OPTIONS", {"xla_made_up_by_a_test": ""})
+    _, (metrics,) = losses(configured("model/vf=non-dale"), [0], epochs=1)
+    assert np.isfinite(metrics["valid_loss"]).all()

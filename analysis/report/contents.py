@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis import runs, selection, stats
-from analysis.report import RULES, tables
+from analysis.report import tables
 from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.retraining import CURVES
 from analysis.selection import TRAINER, Choice
 from analysis.store import Refused, Store, StudyRun
 from disinhib.metrics import SELECTION
+from disinhib.rules import COMPETITORS
 from disinhib.tuning.event_log import COMPLETE, FAILED
 
 SEARCH_NOTE = (
@@ -147,7 +148,7 @@ def rules(report: Report) -> list[tuple[str, str]]:
     """(rule, what it is), of the rules in the report."""
     rows = [*report.data.trials.to_dict("records"), *report.data.retrained.to_dict("records")]
     present = {row["rule"] for row in rows}
-    return [(rule, words) for rule, words in RULES.items() if rule in present]
+    return [(name, one.words) for name, one in COMPETITORS.items() if name in present]
 
 
 def subtitle(report: Report) -> str:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from disinhib.activations import Shape, bind
+from disinhib.activations import bind
 from disinhib.hyperparameters import Scalar
 from disinhib.microcircuit import Microcircuit
 from disinhib.paper.plasticity import Curve, Points, solved
 
-PHI = bind("softrelu", Shape(1.0, 1.0, 0.0))
+PHI = bind("softrelu")
 BASELINE = 0.5  # burst probability without error, sigmoid(0)
 
 # Sacramento et al. (2018): conductances, and the weights from interneuron and to it
@@ -62,7 +62,7 @@ def meulemans(x: Points, target: Scalar | None) -> Curve:
     """
     u = x
     if target is not None:
-        circuit = Microcircuit(bind("linear", Shape()), PHI, 1.0, 1.0)
+        circuit = Microcircuit(bind("linear"), PHI, 1.0, 1.0)
         u = solved(circuit, x + target, jnp.zeros_like(x)).u_e
     return Curve(x, PHI.value(u), x * (u - x))
 

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from disinhib.activations import Activation, Shape, bind
+from disinhib.activations import Activation, bind
 from disinhib.hyperparameters import Hyperparameters, Scalar
 from disinhib.microcircuit import Microcircuit, inhibitory_potential
 from disinhib.solvers.newton import settle
 from disinhib.solvers.ode import layer_velocity
 
 STEP, STEPS = 1 / 50, 600  # of the published integration: in time constants, number
-UNIT_TIME = Hyperparameters({}, tau_e=1.0, tau_i=1.0)
+UNIT_TIME = Hyperparameters(tau_e=1.0, tau_i=1.0)
 # Of Newton's method: steps a round, rounds at most, the residual that ends it (float32 stays above
 # it, and uses all rounds), and the largest that counts as solved.
 NEWTON_STEPS, ROUNDS, TOLERANCE, SOLVED = 2, 60, 1e-10, 1e-5
@@ -44,8 +44,8 @@ Inverse = Callable[[Points], Points]  # of r_I: an estimate of u_I
 class Circuit(NamedTuple):
     """One microcircuit, its input and its feedback; defaults are the figure's."""
 
-    phi_e: Activation = bind("softrelu", Shape(1.0, 1.0, 3.0))
-    phi_i: Activation = bind("softrelu", Shape(1.0, 1.0, 3.0))
+    phi_e: Activation = bind("softrelu", {"shift": 3.0})
+    phi_i: Activation = bind("softrelu", {"shift": 3.0})
     w_ie: float = 1.0
     w_ei: float = 1.0
     w_xe: float = 1.0

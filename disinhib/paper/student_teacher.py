@@ -37,10 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from disinhib.activations import Shape, tangent_of_inverse
+from disinhib.activations import tangent_of_inverse
+from disinhib.config import published
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import jacobian_weights, modified
-from disinhib.hyperparameters import Architecture, Hyperparameters, Ode
+from disinhib.hyperparameters import Architecture, Ode
 from disinhib.microcircuit import Microcircuit, Neurons, microcircuit
 from disinhib.network import NetworkState, Parameters, feedforward_input
 from disinhib.solvers.ode import MAX_STEPS, layer_velocity, step_size
@@ -49,19 +50,16 @@ INPUTS, HIDDEN, OUTPUTS = 30, 20, 2
 TAU_Q, TAU_W = 30.0, 60.0  # s, of the feedback weights and of the feed-forward ones
 EPOCH = 5.0  # s
 SAMPLES = 5000  # of an epoch: one a millisecond
-HYPER = Hyperparameters(
-    {},
-    shape_e=Shape(5.0, 1.0, 3.0),
-    shape_i=Shape(1.0, 1.0, 3.0),
-    k_p=30.0,
-    k_i=15.0,
-    leak=0.5,
-    norm_val=7.5,
-    y0=0.5,
-)
+Y0 = 0.5  # a rate: where the approximate rule's tangent touches
 SOLVER = Ode()  # Tsit5, rtol 1e-3, atol 1e-6, first step 1 ms
 # The output layer is a hidden layer whose readout is the identity: its Jacobian is the core's.
 ARCHITECTURE = Architecture("exact-inv", "dale", (INPUTS, HIDDEN, OUTPUTS, OUTPUTS), solver=SOLVER)
+HYPER = published(ARCHITECTURE).updated(
+    activation_e={"scale": 5.0, "shift": 3.0},
+    activation_i={"shift": 3.0},
+    controller={"k_p": 30.0, "k_i": 15.0, "leak": 0.5},
+    rule={"norm_val": 7.5},
+)
 
 
 class Sines(NamedTuple):
@@ -145,7 +143,7 @@ def _published_exact(circuit, u_e, u_i):
 
 def _published_approximate(circuit, u_e, u_i):
     rate = circuit.phi_e.value(u_e)
-    intercept, slope = tangent_of_inverse(circuit.phi_e, jnp.asarray(HYPER.y0, u_i.dtype))
+    intercept, slope = tangent_of_inverse(circuit.phi_e, jnp.asarray(Y0, u_i.dtype))
     return (rate - (intercept + slope * u_i)) * circuit.phi_e.derivative(rate)
 
 
@@ -154,7 +152,7 @@ def _textbook_exact(circuit, u_e, u_i):
 
 
 def _textbook_approximate(circuit, u_e, u_i):
-    intercept, slope = tangent_of_inverse(circuit.phi_i, jnp.asarray(HYPER.y0, u_i.dtype))
+    intercept, slope = tangent_of_inverse(circuit.phi_i, jnp.asarray(Y0, u_i.dtype))
     estimate = intercept + slope * circuit.phi_i.value(u_i)
     return (circuit.phi_e.value(u_e) - estimate) * circuit.phi_e.derivative(u_e)
 
@@ -212,7 +210,7 @@ def _output(student: Student) -> Float[Array, " outputs"]:
 
 
 def _control(student: Student, error: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
-    return CONTROLLERS["leaky-pi"].signal(HYPER, error, student.z)
+    return CONTROLLERS["leaky-pi"].signal(HYPER.controller, error, student.z)
 
 
 def _activity(student: Student, x: Float[Array, " inputs"], control: Float[Array, " outputs"]):
@@ -241,7 +239,7 @@ def velocity(
     circuit, parameters = _circuit(), student.parameters
     error = target - _output(student)
     control = phase.controlled * _control(student, error)
-    dz = CONTROLLERS["leaky-pi"].velocity(HYPER, error, student.z)
+    dz = CONTROLLERS["leaky-pi"].velocity(HYPER.controller, error, student.z)
     aims = _feedback_target(parameters, student.u_e, student.u_i)
     per_second = phase.feedback_learns / TAU_Q
     dq = [per_second * (aim - q) for aim, q in zip(aims, student.feedback, strict=True)]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Architecture, Hyperparameters, Ode
-from disinhib.losses import LOSSES
+from disinhib.losses import bind
 from disinhib.microcircuit import Microcircuit, Neurons, microcircuit
 from disinhib.network import NetworkState, Parameters, feedforward_input
 from disinhib.solvers.newton import Solution, relative_norm
@@ -69,9 +69,9 @@ def velocity(
         s = [0.0] * len(u_e)
     else:
         controller = CONTROLLERS[architecture.controller]
-        error = LOSSES[architecture.loss].error(u_y, control.target)
-        c = controller.signal(hyper, error, state.z)
-        dz = controller.velocity(hyper, error, state.z)
+        error = bind(architecture.loss, hyper.loss).error(u_y, control.target)
+        c = controller.signal(hyper.controller, error, state.z)
+        dz = controller.velocity(hyper.controller, error, state.z)
         s = [c @ q for q in control.weights]
 
     du_e, du_i, a = [], [], first_input
@@ -129,7 +129,7 @@ def steady_state(
         )
         state = jax.tree.map(lambda value: value[-1], states)
         rest, c = velocity(architecture, parameters, hyper, state, first_input, control)
-        residual = _residual(hyper, state, rest)
+        residual = _residual(architecture, hyper, state, rest)
         # Having used up T is no arrival; without the event, the residual has to say.
         arrived = diffrax.is_event(solution.result) | (residual <= solver.rtol + solver.atol)
         converged = diffrax.is_okay(solution.result) & arrived
@@ -239,15 +239,15 @@ def step_size(solver: Ode) -> diffrax.AbstractStepSizeController:
     )
 
 
-def _residual(hyper, state: DynamicState, rate: DynamicState):
+def _residual(architecture, hyper, state: DynamicState, rate: DynamicState):
     """tau du/dt of one sample, measured as Newton measures its residual."""
-    network, taus = rate.network, hyper
+    network, controller = rate.network, CONTROLLERS[architecture.controller]
     scaled = DynamicState(
         NetworkState(
-            tuple(taus.tau_e * d for d in network.u_e),
-            tuple(taus.tau_i * d for d in network.u_i),
-            taus.tau_e * network.u_y,
+            tuple(hyper.tau_e * d for d in network.u_e),
+            tuple(hyper.tau_i * d for d in network.u_i),
+            hyper.tau_e * network.u_y,
         ),
-        taus.tau_c * rate.z,
+        controller.tau(hyper.controller) * rate.z,
     )
     return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(relative_norm, scaled, state))))

@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
 from disinhib.config import RunConfig
+from disinhib.controller import CONTROLLERS
 from disinhib.feedback import per_sample
-from disinhib.hyperparameters import Hyperparameters, Newton, Ode
-from disinhib.losses import LOSSES, soft_targets
+from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
+from disinhib.losses import bind, soft_targets
 from disinhib.network import Parameters, feedforward_input
 from disinhib.rules import RULES, feedback_and_aim
 from disinhib.solvers import newton, ode
@@ -88,7 +89,9 @@ def probe(
         loops = equilibria(by_newton, *network, wide(target))
         start, gaps, converged = ode.resting_state(architecture, len(x)), [], []
         for control, found in loops:
-            by_ode = replace(architecture, solver=_integration(config.hyperparameters, control))
+            by_ode = replace(
+                architecture, solver=_integration(architecture, config.hyperparameters, control)
+            )
             end, loop_gaps = _integrated(by_ode, *network, control, start, found)
             start = start._replace(network=end)
             gaps.append(np.asarray(loop_gaps))
@@ -131,11 +134,14 @@ def check(
     return metrics, "; ".join(reasons)
 
 
-def _integration(hyper: Hyperparameters, control: Control | None) -> Ode:
+def _integration(
+    architecture: Architecture, hyper: Hyperparameters, control: Control | None
+) -> Ode:
     """Tight, and to the end: the steady-state event fires early."""
     seconds = NEURON_TIMES * max(hyper.tau_e, hyper.tau_i)
     if control is not None:
-        seconds = max(seconds, CONTROLLER_TIMES * hyper.tau_c / hyper.leak)
+        settling = CONTROLLERS[architecture.controller].settling(hyper.controller)
+        seconds = max(seconds, CONTROLLER_TIMES * settling)
     first_step = float(min(hyper.tau_e, hyper.tau_i))
     return Ode(first_step, float(seconds), rtol=1e-6, atol=1e-9, early_termination=False)
 
@@ -172,7 +178,8 @@ def _jacobians(
     x, control, found = few((x, control, found))
     z = jnp.zeros_like(found.control)
     if control is not None:  # where dz/dt = 0
-        z = LOSSES[architecture.loss].error(found.state.u_y, control.target) / hyper.leak
+        error = bind(architecture.loss, hyper.loss).error(found.state.u_y, control.target)
+        z = CONTROLLERS[architecture.controller].integral(hyper.controller, error)
     if architecture.hidden_layers:
         first_input = feedforward_input(parameters, 0, x)
     else:

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from disinhib import config, hydra_config, training
+from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
 from disinhib.metrics import SELECTION
@@ -23,6 +23,9 @@ from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
 from search_spaces import SPACES, Overrides
+
+hydra_config.register("searcher", hydra_config.nodes(suggest.SAMPLERS))
+hydra_config.register("scheduler", hydra_config.nodes(early_stopping.EARLY_STOPPING))
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,8 @@ def _set(options: dict[str, Any], name: str, value: Any) -> None:
 
 
 def rule_name(choices: Mapping[str, str]) -> str:
-    """Under what name a trial competes: back-propagation through the E-I network is another rule
-    than through the plain one."""
-    on_microcircuits = choices["trainer"] == "bp" and choices["model/vf"] == "dale"
-    return "bp-ei" if on_microcircuits else choices["trainer"]
+    """Under what name a trial competes."""
+    return rules.reported_name(choices["trainer"], choices["model/vf"])
 
 
 def check_space(study: Study) -> list[TrialConfig]:

@@ -16,11 +16,14 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import hydra_config
+from disinhib.checks import in_hydra
 from disinhib.commands import tool, tune_words
 from disinhib.tuning import engine, manifest, plan, progress
+from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.loop import StudyStopped, from_search
 from disinhib.tuning.options import Study, compose, kept
+from disinhib.tuning.suggest import SAMPLERS
 from disinhib.tuning.worker import TrainingTrial
 
 
@@ -31,9 +34,22 @@ def main(arguments: list[str]) -> int:
     was interrupted.
     """
     if {"-h", "--help"} & {*arguments}:
-        print((hydra_config.CONFIGURATIONS / "study.yaml").read_text(), end="")
+        print(usage())
         return 0
     return carry_out(compose(arguments))[0]
+
+
+def usage() -> str:
+    """Every option of a study: conf/study.yaml, and what its groups offer."""
+    lines = [(hydra_config.CONFIGURATIONS / "study.yaml").read_text()]
+    for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
+        for name, entry in table.items():
+            lines.append(f"{group}={name}: {entry.words}")
+            lines += [
+                f"    {group}.{option.name}={in_hydra(option.default)}  {option.words}"
+                for option in entry.options
+            ]
+    return "\n".join(lines)
 
 
 def carry_out(study: Study) -> tuple[int, Finished | None]:

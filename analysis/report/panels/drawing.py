@@ -11,16 +11,11 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from analysis.report.panels.plot_data import PlotData, Row, records
+from disinhib import rules
 from disinhib.metrics import Metric
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: a rule has one colour.
-COLOURS = {
-    "bp": "#000000",
-    "exact-inv": "#0072B2",
-    "lin-thresh": "#D55E00",
-    "taylor": "#009E73",
-    "bp-ei": "#CC79A7",
-}
+COLOURS = {name: rules.colour(name) for name in rules.COMPETITORS}
 MORE_COLOURS = ("#E69F00", "#56B4E9")  # for other rules
 LIGHT, GREY, INK = "#E6E9ED", "#7F7F7F", "#1C1E21"
 

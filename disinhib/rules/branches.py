@@ -1,16 +1,25 @@
-"""Pieces that the spaces share. Each names its parameters `<branch>.<option>` in Optuna and returns
-`{option: value}`; ranges are dimensionless and centred on the published default."""
+"""Pieces that the branches of search spaces share.
+
+Each names its parameters `<branch>.<option>` in Optuna and returns `{option: value}`; ranges are
+dimensionless and centred on the published default. `trial` is an `optuna.Trial`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 
-def log_uniform(trial, branch, option, low, high):
+def log_uniform(
+    trial, branch: str, option: str, low: int | float, high: int | float
+) -> dict[str, Any]:
     return {option: trial.suggest_float(f"{branch}.{option}", low, high, log=True)}
 
 
-def either(trial, branch, option):
+def either(trial, branch: str, option: str) -> dict[str, Any]:
     return {option: trial.suggest_categorical(f"{branch}.{option}", (False, True))}
 
 
-def interneurons(trial, branch):
+def interneurons(trial, branch: str) -> dict[str, Any]:
     """Gains and activation of the interneurons.
 
     The rules read an error off the inverse of phi_I, so it must be strictly increasing: the soft
@@ -23,7 +32,7 @@ def interneurons(trial, branch):
     }
 
 
-def feedback(trial, branch):
+def feedback(trial, branch: str) -> dict[str, Any]:
     """Controller gains, feedback weights and targets."""
     strong = either(trial, branch, "trainer.strong_fb")
     nudged = not strong["trainer.strong_fb"]

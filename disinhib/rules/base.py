@@ -1,0 +1,60 @@
+"""What a learning rule is: a function from a batch to gradients, and an entry of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from disinhib.checks import Option
+from disinhib.hyperparameters import Architecture, Hyperparameters
+from disinhib.network import Parameters
+from disinhib.solvers import Solution
+
+RuleState = Any  # any pytree of arrays
+Branch = Callable[[Any], dict[str, Any]]  # of an optuna.Trial: Hydra overrides
+
+
+class Update(NamedTuple):
+    """What one batch brings: `gradients` like the parameters, the rule's next state, and the
+    solution that the training metrics describe (closed loop; for bp the open loop). `metrics` are
+    scalars of the rule's own, of which `train_CL_<name>` is the mean over an epoch's batches.
+    """
+
+    gradients: Parameters
+    rule_state: RuleState
+    solution: Solution
+    metrics: Mapping[str, Float[Array, ""]] = {}
+
+
+class Competitor(NamedTuple):
+    """A rule on one circuit, as it competes with others: words and colour of reports, and the
+    branch that search spaces offer of it (without one, no space does). Its name is the rule's
+    unless it says another."""
+
+    words: str  # to a reader who has not seen it
+    colour: str  # of figures, #RRGGBB: distinct from the others' also to colour-blind readers
+    branch: Branch | None = None
+    name: str | None = None
+
+
+InitialState = Callable[[Architecture, Hyperparameters, PRNGKeyArray], RuleState]
+
+
+class Rule(NamedTuple):
+    """An entry of RULES.
+
+    `update(architecture, parameters, rule_state, hyper, x, target)` is the rule; `circuits` are
+    those it can train, the one that search spaces take first; `has_feedback` says that it runs
+    closed loop; `options` are its scalars in `hyper.rule`, those of the feedback included if it
+    has any; `initial_state(architecture, hyper, key)` is what it remembers between batches, which
+    may be random.
+    """
+
+    name: str
+    update: Callable[..., Update]
+    circuits: Mapping[str, Competitor]
+    has_feedback: bool = False
+    options: tuple[Option, ...] = ()
+    initial_state: InitialState = lambda architecture, hyper, key: ()
