@@ -91,8 +91,8 @@ def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
 
 
 def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
-    """State and results of the run in `folder`. Raises ConfigError if there is no run, if it had other
-    options (naming the differences), or if it has already done all `epochs`."""
+    """State and results of the run in `folder`. Raises ConfigError if there is no run, if it had
+    other options (naming the differences), or if it has already done all `epochs`."""
     try:
         before = flatten(yaml.safe_load((folder / CONFIG).read_text()))
         results = json.loads((folder / RESULTS).read_text())

@@ -33,7 +33,7 @@ class Help(Exception):
 
 
 class Command(NamedTuple):
-    """A command's options. `alone` names the option that a word without `name=` sets, if there is one."""
+    """A command's options. `alone` names the option that a word without `name=` sets, if any."""
 
     name: str  # as `python -m` takes it
     text: str | None  # the module's docstring
@@ -76,7 +76,7 @@ class Command(NamedTuple):
 def split(
     arguments: Sequence[str], help: str, flags: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """(words that stand alone, options as `name=value`), in order. Options in `flags` need no value.
+    """(words that stand alone, options as `name=value`), in order. Those in `flags` need no value.
     Raises Help."""
     words, overrides = [], []
     rest = list(arguments)

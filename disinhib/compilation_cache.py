@@ -4,8 +4,8 @@ XLA takes 2 to 8 s to compile a program and 0.1 s to load it (measured: E-I rule
 kind of machine that XLA compiles for has its own folder. The longest unused programs are removed
 when all folders together exceed a bound.
 
-The bound is implemented here and not by `jax_compilation_cache_max_size`. With jax 0.10.2, that reads all
-entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without it 0.3 ms),
+The bound is implemented here and not by `jax_compilation_cache_max_size`. With jax 0.10.2, that
+reads all entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without it 0.3 ms),
 and a process that is killed between the two files of an entry ends all writing until somebody
 empties the folder (https://github.com/jax-ml/jax/issues/39880).
 """

@@ -49,7 +49,7 @@ def _readout(architecture, parameters, hyper, x):
 
 
 def dump(options: Mapping[str, Any], parameters: Parameters) -> bytes:
-    """The content of a model's file: resolved training options (conf/train.yaml) and one lane's parameters."""
+    """The content of a model's file: resolved training options and one lane's parameters."""
     return serialization.msgpack_serialize(
         {
             "format": FORMAT,

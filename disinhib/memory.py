@@ -40,8 +40,8 @@ def start() -> Memory:
 def peak_mb(mark: Memory) -> float:
     """The most memory held since `mark`, in MB.
 
-    A high-water mark that could not be reset tells the peak only if it has risen since `mark`. If it
-    has not, the result is the memory in use now: a lower bound that counts no earlier work.
+    A high-water mark that could not be reset tells the peak only if it has risen since `mark`. If
+    it has not, the result is the memory in use now: a lower bound that counts no earlier work.
     """
     now = _now()
     return (now.peak if now.peak > mark.peak else max(now.in_use, mark.in_use)) / 1e6

@@ -770,7 +770,7 @@ def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch
     assert study.main([f"out_dir={tmp_path}", "study=mine"]) == 1
     said = capsys.readouterr()
     (line,) = said.err.strip().splitlines()
-    assert line.startswith("error: no space left: /disk: make room, then go on: ")
+    assert line.startswith("error: no space left: /disk: make room, then resume: ")
     assert line.endswith(f"tune_main.py study=mine out_dir={tmp_path} resume=true")
 
 
@@ -779,7 +779,7 @@ def test_records_that_a_store_did_not_take_are_named(tmp_path):
     asked = options.compose([f"out_dir={tmp_path}", "study=mine"])
     done = study.Finished(asked, [record(0)], "http://server:5000", None, 1.0, {"mlflow": 3}, True)
     study.summary(done, Console(file=printed, width=120))
-    assert "mlflow has not taken 3 records: resume the study" in printed.getvalue()
+    assert "mlflow lacks 3 records: resume the study" in printed.getvalue()
     assert f"study=mine out_dir={tmp_path} resume=true" in printed.getvalue()
 
 

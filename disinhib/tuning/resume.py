@@ -1,4 +1,4 @@
-"""Going on with a study, or from one: which of its options stay, and which may change."""
+"""Resuming or extending a study: which of its options stay, and which may change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disinhib.errors import ConfigError
 from disinhib.hydra_config import is_group, option_of
 
 FILE = "study.yaml"  # in a study's folder
-# What may differ from the study that is resumed: where it runs and writes, not what it does.
+# Options that may change when a study is resumed: where it runs and writes, not what it does.
 RESUMED_WITH = (
     *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
     *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path"),
@@ -21,7 +21,7 @@ RESUMED_WITH = (
 
 
 def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `kept` gave of the study that `options` name. Raises ConfigError if there is none."""
+    """Overrides and options of the study named in `options`. Raises ConfigError if there is none."""
     flag = "resume" if options["resume"] else "extend"
     if options["study"] is None:
         raise refusal(flag, True, "false without the name of a study (study=NAME)")
@@ -38,12 +38,12 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
 def on_top_of(
     earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
 ) -> list[str]:
-    """Overrides of a study that goes on from an earlier one."""
-    # Its place is where it was found; what it started from is no concern of one that extends it.
+    """Overrides of a study that resumes or extends an earlier one."""
+    # The folder is known; a study that extends another has initial points of its own.
     left = {option_of(override) for override in overrides} | {"study", "out_dir"}
     if own["extend"]:
         left |= {"warm_start", "points"}
-    # What was given for the searcher, say, goes with the searcher.
+    # A new choice of a group, say another searcher, drops the options of the old choice.
     groups = tuple(name.replace("/", ".") + "." for name in left if is_group(name))
     before = [
         o
@@ -54,14 +54,14 @@ def on_top_of(
         return [*before, *overrides]
     new = free_name(None, own["study"], Path(own["out_dir"]).absolute())
     given = [o for o in overrides if option_of(o) not in ("study", "extend")]
-    if "seed" not in left:  # or the same trials were proposed once more
+    if "seed" not in left:  # else the same trials would be proposed again
         before = [o for o in before if option_of(o) != "seed"]
         given.append(f"seed={earlier['options']['seed'] + 1}")
     return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if `now` are not the options `before`: then it were another study."""
+    """Raises ConfigError if the options `now` differ from those `before`: another study."""
     was, given = flatten(before), flatten(now)
     changed = [
         f"{name}={was.get(name)} (now {given.get(name)})"
@@ -76,7 +76,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def free_name(given: str | None, default: str, out_dir: Path) -> str:
-    """The study's name: its own folder must not be there yet."""
+    """The name of a new study, whose folder does not exist yet. Raises ConfigError if it does."""
     if given is None:
         names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
         return next(name for name in names if not (out_dir / name).exists())
