@@ -5,9 +5,9 @@ kind of machine that XLA compiles for has its own folder. The longest unused pro
 when all folders together exceed a bound.
 
 The bound is implemented here and not by `jax_compilation_cache_max_size`. With jax 0.10.2, that
-reads all entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without it 0.3 ms),
-and a process that is killed between the two files of an entry ends all writing until somebody
-empties the folder (https://github.com/jax-ml/jax/issues/39880).
+reads all entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without
+it 0.3 ms), and a process that is killed between the two files of an entry ends all writing until
+somebody empties the folder (https://github.com/jax-ml/jax/issues/39880).
 """
 
 from __future__ import annotations

@@ -389,7 +389,7 @@ def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     assert [line.split()[0] for line in table] == ranked
     assert "bp: 1 of 3 failed (1 x RuntimeError: planted)" in printed
     assert "lin-thresh: 1 of 2 failed (1 x Diverged: " in printed
-    assert "most at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
+    assert "mostly at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
 
 
 def test_the_folder_of_a_study_has_its_options(finished):
@@ -883,7 +883,7 @@ def test_failures_are_told_by_the_number_that_separates_them():
     ]  # fmt: skip
     (line,) = progress.failures([*records, record(5, "taylor", rate=9.0)])
     assert line == (
-        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), most at high rate:"
+        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), mostly at high rate:"
         " 0.9 to 2 (the others 0.1 to 0.5)"
     )
     assert progress.failures(records[:3]) == []

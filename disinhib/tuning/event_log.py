@@ -1,9 +1,9 @@
 """The event log of a study: everything that happened, in order. It is the study's only state.
 
 It is one SQLite file in the study's folder. An event is on disk before anyone acts on it, so a
-study that is killed at any moment is exactly what its log says, and is resumed by replaying it. (trial,
-kind, epoch) is unique: an epoch that is reported again after a restart counts once. Ray, Optuna and
-MLflow get copies (`outbox`).
+study that is killed at any moment is exactly what its log says, and is resumed by replaying it.
+(trial, kind, epoch) is unique: an epoch that is reported again after a restart counts once. Ray,
+Optuna and MLflow get copies (`outbox`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ RESUMED_WITH = (
 
 
 def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides and options of the study named in `options`. Raises ConfigError if there is none."""
+    """Overrides and options of the study that is named. Raises ConfigError if there is none."""
     flag = "resume" if options["resume"] else "extend"
     if options["study"] is None:
         raise refusal(flag, True, "false without the name of a study (study=NAME)")
