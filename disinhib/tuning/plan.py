@@ -291,7 +291,7 @@ def _preview_lines(shown: Sequence[Preview], branches: int) -> list[str]:
         lines.append(f"trial {trial['number']}, {kind}: {' '.join(words)}")
     return [
         *lines,
-        f"each was composed and checked, and so were {branches} that cover all choices of the space",
+        f"each was composed and checked, and so were {branches} that cover all choices",
     ]
 
 
