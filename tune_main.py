@@ -1,4 +1,4 @@
-"""One study: `python tune_main.py [option=value ...]` (options: conf/study.yaml)."""
+"""Runs a study: `python tune_main.py [option=value ...]` (options: conf/study.yaml)."""
 
 from disinhib import cli
 from disinhib.tuning import study

@@ -1,1 +1,1 @@
-"""What is read out of studies that have run."""
+"""From studies to numbers: selection, retraining, report, replay, figures. Reads MLflow."""

@@ -1,6 +1,6 @@
-"""What is to be trained over fresh seeds: configurations that were selected, or those of a grid.
+"""The configurations of a retraining: selected ones, or those of a grid.
 
-Whatever is wrong with what is asked for is found here, in one line, before anything is written.
+Invalid input is refused here, in one line, before anything is written.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from disinhib.tuning.validation import CHECKS
 
 CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
-# What of training may be other than it was for a trial: where, and from which files.
+# Training options that may differ from the trial's: where it runs, and from which files.
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
 
 
 class Configuration(NamedTuple):
-    """What is trained over fresh seeds."""
+    """A configuration to train over fresh seeds."""
 
     options: dict[str, Any]  # of training, resolved
-    command: str  # that trains it, but for the seed
+    command: str  # trains it, without the seed
     rule: str
-    searched: Mapping[str, str]  # params to show
-    trial: int | None = None  # that was selected, if one was
-    of_run: str | None = None  # the trial's
+    searched: Mapping[str, str]  # for display
+    trial: int | None = None  # the selected trial, if any
+    of_run: str | None = None  # the trial's run
 
     @property
     def key(self) -> str:
-        """By which it is known again."""
+        """Identifies it in the records of a retraining."""
         return self.of_run or self.id
 
     @property
     def id(self) -> str:
-        """The same for all seeds."""
+        """A hash of its options, the same for all seeds."""
         return runs.configuration_id(flatten(self.options))
 
     @property
@@ -54,12 +54,12 @@ class Configuration(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Hidden layers."""
+        """Number of hidden layers."""
         return config.parse(self.options).architecture.hidden_layers
 
     @property
     def averaged(self) -> str:
-        """Feedback weights: true or false, none without feedback."""
+        """Whether feedback weights are averaged: true, false, or none without feedback."""
         averaged = self.options["trainer"].get("average_fb_weights")
         return "none" if averaged is None else str(averaged).lower()
 
@@ -84,21 +84,21 @@ def _are_seeds(value: Any) -> bool:
 
 
 def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int]:
-    """The seeds that are asked for, disjoint from those `used` by a search (seed -> where).
+    """The `asked` seeds, disjoint from those `used` by a search (seed -> where).
 
-    Raises Refused if one that is named was used.
+    Raises Refused if a seed in the list was used.
     """
     if isinstance(asked, int):
         return list(itertools.islice((s for s in itertools.count() if s not in used), asked))
     for seed in asked:
         if seed in used:
-            raise Refused(f"seeds: given {seed}, which the search has seen ({used[seed]})")
+            raise Refused(f"seeds: given {seed}, which a search has used ({used[seed]})")
     return list(asked)
 
 
 def used_seeds(store: Store, experiment: str) -> dict[int, str]:
-    """Every seed of every search in an MLflow experiment (its id), and whose it was: also those of
-    studies that another one may have learnt from."""
+    """Every seed of every search in an MLflow experiment (its id), with its trial: also those of
+    studies from which the selected one may have learned."""
     return {
         seed: f"trial {run.data.tags['trial']} of {run.data.tags['study']}"
         for run in stores.searched_trials(store, experiment)
@@ -107,7 +107,7 @@ def used_seeds(store: Store, experiment: str) -> dict[int, str]:
 
 
 def used_in_experiment(settings: Mapping[str, Any]) -> dict[int, str]:
-    """Those of the experiment where a grid is recorded, made if it is not there yet."""
+    """The used seeds of the experiment for a grid, which is created if necessary."""
     out_dir = Path(settings["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
     uri = mlflow_store.absolute(settings["tracking"]["uri"], out_dir)
@@ -120,9 +120,9 @@ def used_in_experiment(settings: Mapping[str, Any]) -> dict[int, str]:
 def of_selection(
     file: Path, settings: Mapping[str, Any], names: set[str]
 ) -> tuple[Store, StudyRun, list[Configuration]]:
-    """What `analysis.selection` wrote into `file`, as MLflow has it.
+    """The configurations of the trials that `analysis.selection` wrote into `file`, from MLflow.
 
-    Raises Refused if it is not what selection writes, or if a trial is not a complete one.
+    Raises Refused if `file` is not a selection, or if a trial is not complete.
     """
     wrong = [name for name in sorted(names) if name.partition(".")[0] not in (*OWN, *ELSEWHERE)]
     wrong = [name for name in wrong if name not in ELSEWHERE]
@@ -154,7 +154,7 @@ def _of_trial(
     run = stores.run(store, run_id)
     tags = run.data.tags
     if tags.get("study_id") != study.id or "trial" not in tags:
-        raise Refused(f"{run_id}: is no trial of study {study.name}")
+        raise Refused(f"{run_id}: is not a trial of study {study.name}")
     number, state = int(tags["trial"]), tags.get("trial_state", "still running")
     if state != runs.COMPLETE:
         raise Refused(
@@ -164,11 +164,11 @@ def _of_trial(
     try:
         options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
     except Exception as error:  # MLflow's stores of artifacts raise their own kinds
-        raise Refused(f"{run_id}: cannot read what it has kept ({one_line(error)})") from error
+        raise Refused(f"{run_id}: cannot read its artifacts ({one_line(error)})") from error
     options.update({name: settings[name] for name in ("device", "gpu_id")})
     if settings["dataset"]["path"] is not None:
         options["dataset"]["path"] = settings["dataset"]["path"]
-    # Its command, but for the seeds (`python -m disinhib -m seed=1,2 ...`, if it had several).
+    # Its command without the seeds (`python -m disinhib -m seed=1,2 ...`, if it had several).
     _, _, program, *words = shlex.split(tags["command"])
     words = [word for word in words if word != "-m" and not word.startswith("seed=")]
     command = shlex.join(["python", "-m", program, *words])
@@ -176,7 +176,7 @@ def _of_trial(
 
 
 def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(which names of which axes of the grid, the other options)."""
+    """(the names chosen on each axis of the grid, the other options)."""
     experiment = [text for text in overrides if text.partition("=")[0] == "experiment"]
     grid = hydra_config.compose(CONFIG, experiment)[0]["grid"]
     if grid is None:
@@ -203,7 +203,7 @@ def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[st
 def of_grid(
     settings: Mapping[str, Any], overrides: Sequence[str], axes: Mapping[str, Sequence[str]]
 ) -> list[Configuration]:
-    """Every combination of the `axes` of the experiment's grid that are asked for."""
+    """Every combination of the names chosen on the `axes` of the experiment's grid."""
     grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
     planned = []
     for names in itertools.product(*axes.values()):
@@ -211,7 +211,7 @@ def of_grid(
         own = [override for axis, name in cell.items() for override in grid[axis][name]]
         composed, choices = hydra_config.compose(CONFIG, [*overrides, *own])
         options = {name: value for name, value in composed.items() if name not in OWN}
-        # Its folder of checkpoints is no part of the command.
+        # out_dir is not part of the command.
         options["out_dir"] = hydra_config.compose(hydra_config.TRAINING, ())[0]["out_dir"]
         options["seed"], options["resume"] = 0, None
         choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}

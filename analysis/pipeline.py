@@ -1,12 +1,12 @@
 """`python -m analysis.pipeline [seeds=3] [option=value ...]`: a study, to its report.
 
-    tune       the study, as `python tune_main.py [option=value ...]` runs it
-    select     its best trial of each rule, by validation data
-    retrain    those over `seeds` fresh seeds, to their whole budget, and the test set
-    report     its tables and plots
+    tune       runs the study, as `python tune_main.py [option=value ...]` does
+    select     selects the best trial of each rule, by validation data
+    retrain    trains the selected trials over `seeds` fresh seeds and evaluates the test set
+    report     writes tables and plots
 
-Each goes on from the study of the one before, wherever `out_dir`, `study` and `tracking.uri` put
-it. If interrupted, run it again with study=NAME resume=true.
+Each step continues with the study and the MLflow store of the step before, whatever `out_dir`,
+`study` and `tracking.uri` are. If interrupted, run it again with study=NAME resume=true.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from disinhib.tuning.options import Study, compose
 from disinhib.tuning.provenance import masked
 
 SEEDS = "seeds=3"
-# Options of a study that say where its configurations are trained again.
+# Options of a study that also apply to its retraining.
 HANDED_ON = ("cluster=", "cluster.", "device=", "gpu_id=", "dataset.path=")
 
 
 class Stage(NamedTuple):
-    module: str  # whose `main` gets them
-    arguments: list[str]
+    module: str
+    arguments: list[str]  # of its `main`
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code of the first stage that does not end well, or 0."""
+    """Returns the exit code of the first stage that fails, or 0."""
     _, arguments = cli.split(arguments, __doc__ or "")
     seeds = [text for text in arguments if text.startswith("seeds=")]
     study = compose([text for text in arguments if text not in seeds])
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if code or finished is None:
         return code
     if finished.undelivered or finished.run_id is None:
-        print("error: MLflow lacks some of the study: nothing is selected of it", file=sys.stderr)
+        print("error: MLflow lacks records of the study: nothing is selected", file=sys.stderr)
         return 1
     for module, given in stages(study, finished.run_id, finished.tracking_uri, seeds or [SEEDS]):
         print(masked(f"\n{shlex.join(['python', '-m', module, *given])}"), flush=True)
@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
 
 
 def stages(study: Study, run_id: str, uri: str, seeds: Sequence[str]) -> list[Stage]:
-    """What is left to do when `study` has ended, which MLflow at `uri` knows as `run_id`.
+    """The stages after `study` has ended, whose run in MLflow at `uri` is `run_id`.
 
-    (Several studies in a store may have the same name, if their `out_dir` differs.)
+    (Studies in one store may have the same name if their `out_dir` differs.)
     """
     selected, tracking = study.folder / "selected.yaml", f"tracking.uri={uri}"
     where = [text for text in study.overrides if text.startswith(HANDED_ON)]
@@ -66,7 +66,7 @@ def stages(study: Study, run_id: str, uri: str, seeds: Sequence[str]) -> list[St
 
 
 def _main_of(module: str) -> Callable[[list[str]], int]:
-    # Here, as the report's libraries take seconds to import, and a wrong option should take none.
+    # Imported here, because the report's libraries take seconds, and a refusal should take none.
     from importlib import import_module, util
 
     is_package = getattr(util.find_spec(module), "submodule_search_locations", None) is not None

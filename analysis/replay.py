@@ -1,8 +1,8 @@
 """`python -m analysis.replay RUN_ID`: trains a trial again from its MLflow run.
 
-Says whether every metric of every epoch came out the same, bit for bit (exit code 0), or how it
-differs (1); on a CPU it should be the same. Needs only the run, in any folder: its options, seeds
-and threads, and what has changed since in code, packages and data, are kept there.
+Prints whether every metric of every epoch is the same, bit for bit (exit code 0), or the
+differences (1); on a CPU it should be the same. Needs only the run, which has the options, seeds
+and threads. Warns of changes in code, packages and data since then.
 
 Nothing here imports jax before `set_environment`: XLA sizes its thread pool once, when it starts.
 """
@@ -41,13 +41,13 @@ Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
 
 
 class Trial(NamedTuple):
-    """A trial as its run tells it."""
+    """A trial, as read from its run."""
 
     study: str
     number: str
     rule: str
     state: str
-    reason: str | None  # it failed for
+    reason: str | None  # why it failed
     epochs: int  # reported
     seeds: tuple[int, ...]  # a lane each
     device: str | None  # its kind, as jax names it; None if it failed in its first epoch
@@ -57,14 +57,14 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What training gave now."""
+    """The result of training again."""
 
     metrics: Metrics
     reason: str | None
 
 
 class Comparison(NamedTuple):
-    """Metrics of two trainings; a value that only one of them has differs, as None."""
+    """The metrics of two trainings compared; a missing value counts as a difference, as None."""
 
     names: list[str]  # compared
     differing: list[tuple[int, str, float | None, float | None]]  # epoch, name, then, now
@@ -74,7 +74,7 @@ class Comparison(NamedTuple):
 
 @mlflow_settings.requests()
 def main(arguments: Sequence[str]) -> int:
-    """Replays one trial and prints what came of it; the exit code. Raises Refused."""
+    """Replays one trial and prints the comparison; returns the exit code. Raises Refused."""
     options = COMMAND.parse(arguments)
     trial = read(options["run"], stores.address(options["tracking.uri"]))
     seeds = f"seed{'s' * (len(trial.seeds) > 1)} {', '.join(map(str, trial.seeds))}"
@@ -111,8 +111,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     print("\n".join(problems))
     cpu, cpu_now = trial.provenance["machine"]["cpu"], now["machine"]["cpu"]
-    if cpu != cpu_now:  # XLA compiles for the very processor
-        print(f"(then on {cpu}, now on {cpu_now}: other processors may give other bits)")
+    if cpu != cpu_now:  # XLA compiles for the processor
+        print(f"(then on {cpu}, now on {cpu_now}: another processor may give other bits)")
     return 1
 
 
@@ -123,7 +123,7 @@ def read(run_id: str, uri: str) -> Trial:
     tags = run.data.tags
     for name in ("study", "trial", "rule", "seeds", "trial_state", "epochs"):
         if name not in tags:
-            raise Refused(f"{run_id}: no trial of a study, or not over (it has no tag {name})")
+            raise Refused(f"{run_id}: not a trial of a study, or not ended (it has no tag {name})")
     if tags["trial_state"] not in ENDED:
         raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(ENDED)}")
     try:
@@ -135,7 +135,7 @@ def read(run_id: str, uri: str) -> Trial:
             for metric in stores.history(store, run_id, name)
         }
     except Exception as error:  # drivers, sockets, MLflow and its stores of artifacts
-        raise Refused(f"{run_id}: cannot read what it has kept ({one_line(error)})") from error
+        raise Refused(f"{run_id}: cannot read its artifacts ({one_line(error)})") from error
     return Trial(
         study=tags["study"],
         number=tags["trial"],
@@ -152,7 +152,7 @@ def read(run_id: str, uri: str) -> Trial:
 
 
 def set_environment(threads: int, on_cpu: bool) -> None:
-    """As in the trial's worker: the number of threads may change the bits."""
+    """Sets the environment of the trial's worker: the number of threads may change the bits."""
     os.environ.update(environment.of_worker(threads, gpus=0 if on_cpu else 1))
 
 
@@ -167,12 +167,12 @@ def _prepared(trial: Trial) -> tuple[RunConfig, str]:
         config = parse(trial.options)
         training.prepare(config)
     except InputError as error:
-        raise Refused(f"what ran then cannot run now: {error}") from error
+        raise Refused(f"the trial cannot run here: {error}") from error
     return config, jax.devices()[0].device_kind
 
 
 def train_again(trial: Trial, config: RunConfig) -> Outcome:
-    """Trains the epochs that the trial reported, and of a failed one the epoch that broke it."""
+    """Trains the epochs that the trial reported, and for a failed trial also the next one."""
     from disinhib import training
 
     data = training.prepare(config)
@@ -193,7 +193,7 @@ def train_again(trial: Trial, config: RunConfig) -> Outcome:
 
 
 def compare(then: Metrics, now: Metrics) -> Comparison:
-    """Every value of the names that both have, except of MACHINE_METRICS; NaN equals NaN."""
+    """Compares the metrics that both have, except MACHINE_METRICS; NaN equals NaN."""
     names_then = {name for _, name in then} - {*MACHINE_METRICS}
     names_now = {name for _, name in now} - {*MACHINE_METRICS}
     both = names_then & names_now
@@ -214,14 +214,14 @@ def _equal(one: float | None, other: float | None) -> bool:
 
 
 def _problems(trial: Trial, outcome: Outcome, comparison: Comparison) -> list[str]:
-    """In what the outcome is another one than the trial's, a line each."""
+    """The differences between the outcome and the trial, in lines."""
     lines = []
     if outcome.reason != trial.reason:
         lines.append(
             f"different: then it {_end(trial.reason, trial)}, now it {_end(outcome.reason, trial)}"
         )
     if trial.epochs and not comparison.names:
-        lines.append("different: no metric of the run is one that training reported now")
+        lines.append("different: the run and training now have no metric in common")
     if comparison.differing:
         lines += _table(comparison)
     return lines

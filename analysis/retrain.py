@@ -1,12 +1,12 @@
-"""Trains configurations over fresh seeds, to their whole budget, and opens the test set once.
+"""Trains configurations over fresh seeds, to their whole budget, and evaluates the test set once.
 
-    python -m analysis.retrain selected.yaml [seeds=10]            what was selected of a study
+    python -m analysis.retrain selected.yaml [seeds=10]            the selected trials of a study
     python -m analysis.retrain experiment=table1 [AXIS=NAME,...]   the grid of an experiment
 
-`seeds` is how many, of those that no search has seen, or a list. Options: conf/retrain.yaml. A
-retraining is a study whose search is a list: all seeds of a configuration are lanes of one trial,
-and every seed is a run in MLflow. If interrupted, run the same command again: finished seeds are
-skipped, so the parts of a grid add up.
+`seeds` is the number of seeds that no search has used, or a list of them. Options:
+conf/retrain.yaml. A retraining is a study whose trials come from a list: the seeds of a
+configuration are lanes of one trial, and every seed is a run in MLflow. If interrupted, run the
+same command again: finished seeds are skipped, so the parts of a grid add up.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def main(arguments: list[str]) -> int:
     lines, done = summary(finished, planned, seeds)
     print("\n".join(lines))
     for name, count in finished.undelivered.items():
-        print(f"{name} has not taken {count} records: give the command again when it answers")
+        print(f"{name} lacks {count} records: run the command again when it answers")
     if not finished.whole:
         return 130
     if done < wanted:
-        print(f"{done} of {wanted} seeds are done: give the command again")
+        print(f"{done} of {wanted} seeds are finished: run the command again")
     return 0 if done == wanted and not finished.undelivered else 1
 
 
@@ -95,9 +95,9 @@ def job(
     seeds: Sequence[int],
     command: str,
 ) -> Job:
-    """The retraining as a study: of `study`'s trials, or a grid of its own.
+    """The retraining as a study: of the trials of `study`, or of a grid.
 
-    Raises ConfigError if it cannot be written, or if there is a study of its name that is none.
+    Raises ConfigError if its folder cannot be written, or belongs to a search.
     """
     name, out_dir = settings["study"], Path(settings["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
@@ -164,20 +164,20 @@ def _about(planned: Sequence[Configuration], threads: int, study_id: str) -> Abo
 
 
 class Planned:
-    """The configurations whose seeds are neither done nor being trained, as a source of trials.
+    """The source of a retraining's trials: a trial for each configuration that lacks seeds.
 
-    What had failed before this command is tried once more; what fails now is not."""
+    Trials that had failed before this command are tried again; those that fail now are not."""
 
     def __init__(self, configurations: Sequence[Configuration], seeds: Sequence[int], about: About):
         self.configurations, self.seeds, self.about = configurations, seeds, about
         self.failed_before: set[int] | None = None
 
     def trials(self, records: Mapping[int, Record]) -> int:
-        """In all."""
+        """Number of trials, finished ones included."""
         return len(records) + len(self.missing(records))
 
     def missing(self, records: Mapping[int, Record]) -> list[tuple[Configuration, list[int]]]:
-        """Seeds that no record has, of each configuration that has such."""
+        """The configurations that lack seeds, with these seeds."""
         if self.failed_before is None:
             self.failed_before = {n for n, record in records.items() if _could_not_end(record)}
         known = {
@@ -193,7 +193,7 @@ class Planned:
         return [(one, seeds) for one, seeds in left if seeds]
 
     def __call__(self, records: Mapping[int, Record]) -> list[Asked]:
-        """The next trial, as the study loop asks for it."""
+        """The next trial, for the study loop."""
         for one, seeds in self.missing(records):
             tags, files = self.about(one)
             trial = TrialConfig(
@@ -216,13 +216,13 @@ def _key(record: Record) -> str:
 
 
 def _could_not_end(record: Record) -> bool:
-    """Whether it raised or lost its workers: not that its seeds diverged, which is a result."""
+    """Whether it raised or lost its workers. (That seeds diverge is a result.)"""
     return record.state == FAILED and len(record.diverged) < len(record.config["seeds"])
 
 
 def check_code(records: Mapping[int, Record], code: str) -> None:
-    """What other code has finished stands, and is named. Raises ConfigError if it has begun what it
-    did not finish: that cannot go on."""
+    """Warns of trials that other code has finished. Raises ConfigError if other code has begun a
+    trial that is unfinished."""
     for record in records.values():
         if record.tags["code_sha256"] != code:
             if not record.ended:
@@ -238,7 +238,7 @@ def code_hash(code: Mapping[str, Any]) -> str:
 def summary(
     finished: Finished, planned: Sequence[Configuration], seeds: Sequence[int]
 ) -> tuple[list[str], int]:
-    """(a line for each configuration, how many of the seeds have an end)."""
+    """(a line for each configuration, the number of finished seeds)."""
     with closing(EventLog(finished.job.folder)) as log:
         last = {e.event.trial: e.event for e in log.events() if isinstance(e.event, EpochDone)}
     lines, done = [], 0

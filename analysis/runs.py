@@ -1,7 +1,7 @@
 """`python -m analysis.runs [study=NAME] [out=FILE.csv]`: a study as one table.
 
-A row is a trial, read from MLflow: the parameters that were searched, its state and its score. Runs
-that are left out are counted, with the reason.
+A row is a trial, read from MLflow: its searched parameters, state and score. Runs that are left out
+are counted, with the reason.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
 OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 DEFAULT_METRIC = "valid_accuracy"
-SEARCHED = "searched."  # begins the columns of what was searched, by Optuna's names
-CONFIGURATION = "configuration"  # a retrained seed's tag: the same for all seeds of one
-NOT_CONFIGURED = {  # where and how a run is made, not what it learns
+SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
+CONFIGURATION = (
+    "configuration"  # tag of a retrained seed: a hash, the same for all seeds of a configuration
+)
+NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
     *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
     *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
 }
 
 
 class Table(NamedTuple):
-    """Rows, and why runs were left out of them, a line each."""
+    """Rows, and the reasons for which runs were left out, a line each."""
 
     rows: pd.DataFrame
     dropped: list[str]
@@ -94,12 +96,12 @@ def trials(store: Store, study: StudyRun) -> Table:
 
 
 def retrained(store: Store, study: StudyRun) -> Table:
-    """What was trained over again for the study: a row is a configuration with one seed.
+    """The study's retrained seeds: a row is a configuration with one seed.
 
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
     dataset, depth (hidden layers), averaged (feedback weights), feedback (has any), seed, state,
     reason, epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device,
-    code and data (hashes), and every metric as it was after the last epoch.
+    code and data (hashes), and every metric after the last epoch.
     """
     rows, dropped = [], []
     for run in stores.retrained(store, study):
@@ -137,7 +139,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
 
 
 def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """The epochs of some runs: columns run_id, metric, epoch, value."""
+    """Metrics of runs by epoch: columns run_id, metric, epoch, value."""
     return pd.DataFrame(
         [
             (run_id, metric, entry.step, entry.value)
@@ -150,32 +152,32 @@ def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.D
 
 
 def seeds_of(run: Run) -> tuple[int, ...]:
-    """Seeds of a trial's lanes."""
+    """The seeds of a trial."""
     return tuple(map(int, run.data.tags["seeds"].split(",")))
 
 
 def seconds(run: Run) -> float:
-    """How long it took; NaN if it has not ended."""
+    """Duration of a run; NaN if it has not ended."""
     end = run.info.end_time
     return math.nan if end is None else (end - run.info.start_time) / 1000
 
 
 def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | None) -> str:
-    """A configuration in words; `trial` is None or NaN if it was not selected from a search."""
+    """A configuration in words; `trial` is None or NaN if no trial was selected."""
     feedback = ", averaged feedback" if averaged else ""
     number = "" if trial is None or math.isnan(trial) else f" (trial {trial:.0f})"
     return f"{rule}{feedback}, {depth} hidden layer{'s' * (depth != 1)}, {dataset}{number}"
 
 
 def configuration_id(flat: Mapping[str, Any]) -> str:
-    """Of resolved training options, by dotted names: what they have in common for all seeds."""
+    """A hash of resolved training options (by dotted names), the same for all seeds."""
     own = {name: value for name, value in flat.items() if name not in NOT_CONFIGURED}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters of `space` (definition) that a trial has, by their names, each with `value`
-    beside what it may be."""
+    """The parameters of `space` (definition) that a trial has, by name, each with its range or
+    choices and its `value`."""
     parameters = {}
     for name, described in space["parameters"].items():
         text = row.get(SEARCHED + name)
@@ -185,15 +187,15 @@ def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str,
 
 
 def _value(described: Mapping[str, Any], text: str) -> Any:
-    """A parameter's value, of which MLflow has the text."""
+    """A parameter's value, from MLflow's text."""
     if described["kind"] == "categorical":
         return next(choice for choice in described["choices"] if str(choice) == text)
     return int(text) if described["kind"] == "int" else float(text)
 
 
 def position(parameter: Mapping[str, Any]) -> float:
-    """Where in its range a numeric parameter of `parameters_of` lies: 0 its low, 1 its high edge,
-    on the scale on which it was searched."""
+    """The position of a numeric parameter of `parameters_of` in its range, from 0 (low edge) to 1
+    (high edge), on the scale of the search."""
     low, high, value = (parameter[name] for name in ("low", "high", "value"))
     if low == high:
         return 0.5
@@ -229,7 +231,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(file: Path, content: str, option: str = "out") -> None:
-    """Writes the file that `option` names, whole or not at all. Raises Refused if it cannot be."""
+    """Writes the file given by `option`, whole or not at all. Raises Refused if that fails."""
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_text(content, encoding="utf-8")

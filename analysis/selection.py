@@ -1,7 +1,7 @@
 """`python -m analysis.selection [study=NAME] [top=1]`: selects the best trials of a study.
 
-Only validation data count. The selected trials are written to a file for `python -m
-analysis.retrain`. Prints how close the runners-up were, and warns if a best value lies at the edge
+Uses validation data only. Writes the selected trials to a file for `python -m analysis.retrain`.
+Prints how close the runners-up were, and warns if a best value lies at the edge
 of its range, if trials nearby failed, or if the groups had unequal budgets.
 """
 
@@ -46,10 +46,10 @@ OPTIONS = (
 )
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
 RUNNERS_UP = 3  # shown
-EDGE = 0.05  # of a range, on its scale: as near as that to an end is on the edge
-NEIGHBOURS = 8  # trials of the same rule that are nearest to a selected one
-TOO_MANY_FAILED = 0.25  # of the neighbours
-UNEQUAL = 1.25  # epochs of the group that got most over those of the group that got least
+EDGE = 0.05  # share of a range, on its scale: a value as close to an end is at the edge
+NEIGHBOURS = 8  # nearest trials of the same rule, around a selected one
+TOO_MANY_FAILED = 0.25  # share of the neighbours
+UNEQUAL = 1.25  # ratio of the largest and the smallest number of epochs of a group
 
 
 class Choice(NamedTuple):
@@ -63,9 +63,9 @@ class Choice(NamedTuple):
 
 
 def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -> list[Choice]:
-    """The `top` best complete trials of each group, by RULE. A group without any is left out.
+    """The `top` best complete trials of each group, by RULE. Leaves out a group without any.
 
-    Raises Refused if `per` names nothing that was searched.
+    Raises Refused if a name in `per` was not searched.
     """
     chosen = []
     for group, rows in groups(trials, per):
@@ -91,7 +91,7 @@ def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str
     parameters = [name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)]
     columns: dict[str, list[str]] = {}
     for name in per:
-        # By rule, as back-propagation through the E-I network is another one than through the MLP.
+        # By rule: back-propagation through the E-I network is another rule than through the MLP.
         searched = [SEARCHED + parameter for parameter in parameters_for(name, parameters)]
         columns[name] = ["rule"] if name == TRAINER else searched
         if not columns[name]:

@@ -1,7 +1,7 @@
-"""MLflow, read and written by analysis: any store, on any machine.
+"""Access of the analysis to MLflow: any store, on any machine.
 
-A study is found by its name (or its run's id) wherever in the store it is. Whatever is wrong with
-the store is one line (Refused). jax is not imported.
+A study is found by its name (or its run's id) in any experiment. Problems with the store are one
+line (Refused). jax is not imported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAGE = 1000  # runs a request
 
 
 class Refused(InputError):
-    """What cannot be analysed, in one line."""
+    """Input that cannot be analysed; the message is one line."""
 
 
 class Store(NamedTuple):
@@ -48,7 +48,7 @@ class Store(NamedTuple):
 
 
 class StudyRun(NamedTuple):
-    """A study's own run, and what it keeps."""
+    """A study's own run, with its artifacts."""
 
     name: str
     id: str  # the study's own, in the tag `study_id`
@@ -61,7 +61,7 @@ class StudyRun(NamedTuple):
 
 
 def address(given: str | None) -> str:
-    """The store's: as given, else the environment's, else that of the default output folder."""
+    """The address of the store: as given, else from the environment, else the default file."""
     uri = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and not DEFAULT.exists():
         raise Refused(
@@ -72,7 +72,7 @@ def address(given: str | None) -> str:
 
 
 def connect(uri: str) -> Store:
-    """Raises Refused unless there is a store that answers; makes none."""
+    """Connects to a store, and never creates one. Raises Refused if it does not answer."""
     try:
         if uri.startswith("sqlite:///"):
             _check_sqlite(Path(uri.removeprefix("sqlite:///")))
@@ -88,16 +88,16 @@ def unreadable(uri: str, error: Exception) -> Refused:
 
 
 def _check_sqlite(file: Path) -> None:
-    """Raises sqlite3.Error unless `file` is a store: MLflow would make it one.
+    """Raises sqlite3.Error unless `file` is a store: MLflow would turn it into one.
 
-    Not opened read-only: what a kill has left of a transaction could then not be rolled back.
+    Not opened read-only, so that a transaction that a kill interrupted can be rolled back.
     """
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as connection:
         connection.execute("SELECT 1 FROM runs LIMIT 1")
 
 
 def text(store: Store, run_id: str, artifact: str) -> str:
-    """The text of an artifact; raises what MLflow and its stores of artifacts raise."""
+    """The text of an artifact. Raises the errors of MLflow and its artifact stores."""
     with tempfile.TemporaryDirectory() as folder:
         file = store.client.download_artifacts(run_id, artifact, folder)
         return Path(file).read_text("utf-8")
@@ -114,9 +114,9 @@ def run(store: Store, run_id: str) -> Run:
 
 
 def find_study(store: Store, name: str | None = None) -> StudyRun:
-    """The study of that name, or whose run has that id; the newest one if none is named.
+    """The study with this name or run id; the newest study if `name` is None.
 
-    Raises Refused if there is none, or several, or if it has not kept what it should.
+    Raises Refused if there is none, if there are several, or if an artifact is missing.
     """
     experiments = [e.experiment_id for e in store.client.search_experiments()]
     if name is None:
@@ -138,12 +138,14 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
         )
     if len(matches) > 1:
         ids = ", ".join(match.info.run_id for match in matches)
-        raise Refused(f"study: given {name}, which {len(matches)} are called; name its run: {ids}")
+        raise Refused(
+            f"study: given {name}, the name of {len(matches)} studies; give a run id: {ids}"
+        )
     return _study_of(store, matches[0])
 
 
 def _is_study(run: Run) -> bool:
-    """Whether it is a study's own run, and no retraining of another study."""
+    """Whether this is a study's own run, but not that of a retraining."""
     tags = run.data.tags
     return "study_id" in tags and MLFLOW_PARENT_RUN_ID not in tags and OF_STUDY not in tags
 
@@ -158,19 +160,19 @@ def _study_of(store: Store, run: Run) -> StudyRun:
             space = json.loads(text(store, run.info.run_id, "space.json"))
     except Exception as error:  # as in `connect`, and what stores of artifacts raise
         raise Refused(
-            f"study {run.info.run_name}: cannot read what it has kept ({one_line(error)})"
+            f"study {run.info.run_name}: cannot read its artifacts ({one_line(error)})"
         ) from error
     tags = run.data.tags
     return StudyRun(tags["study"], tags["study_id"], run, options, space, provenance)
 
 
 def children(store: Store, study: StudyRun) -> list[Run]:
-    """Runs of which the study's is the parent, the oldest first."""
+    """The child runs of the study's run, oldest first."""
     return _oldest_first(store, study, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study.run.info.run_id}'")
 
 
 def retrained(store: Store, study: StudyRun) -> list[Run]:
-    """Runs of seeds that were trained over again for the study, the oldest first."""
+    """The runs of the study's retrained seeds, oldest first."""
     runs = _oldest_first(store, study, f"tags.`{OF_STUDY}` = '{study.id}'")
     return [run for run in runs if MLFLOW_PARENT_RUN_ID in run.data.tags]
 
@@ -181,7 +183,7 @@ def _oldest_first(store: Store, study: StudyRun, where: str) -> list[Run]:
 
 
 def history(store: Store, run_id: str, metric: str) -> list[Metric]:
-    """All that was logged of a metric, by step."""
+    """All logged values of a metric, by step."""
     found = store.client.get_metric_history(run_id, metric)
     return sorted(found, key=lambda entry: (entry.step, entry.timestamp))
 

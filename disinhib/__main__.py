@@ -31,7 +31,7 @@ from disinhib.errors import ConfigError
 from disinhib.rules import RULES
 
 CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
-# What may differ from the run that is resumed.
+# Options that may differ from those of the run that is resumed.
 RESUMED_WITH = {
     *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
     *("OL_eval_on_train", "test_at_end", "min_converged_share", "max_weight"),
@@ -40,7 +40,7 @@ log = logging.getLogger("disinhib")
 
 
 def main(arguments: list[str]) -> int | None:
-    """Checks everything before Hydra makes the run's folder, then hands over to it."""
+    """Checks all options before Hydra makes the run's folder, then starts Hydra."""
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later
         options, _ = hydra_config.compose(hydra_config.TRAINING, overrides)
@@ -70,16 +70,16 @@ def _task(composed: DictConfig) -> None:
 
 
 class Past(NamedTuple):
-    """What a resumed run goes on from: its state, and its results so far."""
+    """State and results of the run that is resumed."""
 
     state: training.TrainingState
     results: dict[str, Any]
 
 
 def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
-    """The run's configuration and what it resumes from.
+    """The run's configuration, and the run that it resumes, if any.
 
-    Raises ConfigError or data.DataError for whatever is wrong; writes nothing.
+    Raises ConfigError or data.DataError for invalid options or data; writes nothing.
     """
     config = parse(options)
     _select_device(config)
@@ -91,8 +91,8 @@ def _check(options: Mapping[str, Any]) -> tuple[RunConfig, Past | None]:
 
 
 def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
-    """What the run in `folder` left. Raises ConfigError if there is none, if it was another run
-    (the differences are named), or if it has done all epochs that are asked for."""
+    """State and results of the run in `folder`. Raises ConfigError if there is no run, if it had
+    other options (naming the differences), or if it has already done all `epochs`."""
     try:
         before = flatten(yaml.safe_load((folder / CONFIG).read_text()))
         results = json.loads((folder / RESULTS).read_text())
@@ -116,7 +116,7 @@ def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
     done = int(state.epoch[0])
     if config.epochs <= done:
         raise refusal("epochs", config.epochs, f"more than the {done} that {folder} has done")
-    # The results are written first: those of an epoch after the checkpoint come again.
+    # Results are written before the checkpoint: those of a later epoch will be computed again.
     kept = {name: v[:done] if isinstance(v, list) else v for name, v in results.items()}
     return Past(state, kept)
 
@@ -185,7 +185,7 @@ def _log_to(stream: TextIO) -> None:
 
 def _line(config: RunConfig, epoch: int, metrics: training.Metrics) -> str:
     parts = [f"epoch {epoch}/{config.epochs}"]
-    # With the target fed back, the training accuracy says how well the controller does its work.
+    # With the target fed back, the training accuracy shows how well the controller works.
     learning = "closed loop" if RULES[config.architecture.rule].has_feedback else "train"
     splits = {"train_CL": learning, "train_OL": "open loop", "valid": "valid", "test": "test"}
     for split, name in splits.items():

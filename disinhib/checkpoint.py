@@ -28,7 +28,7 @@ from disinhib.training import TrainingState, initial_state
 
 
 class Checkpoint(NamedTuple):
-    """What a run goes on from: its state, and what was said of each epoch done."""
+    """A run's training state, and the report of each epoch that it has done."""
 
     state: TrainingState
     results: list[dict[str, Any]]

@@ -1,8 +1,8 @@
 """The command line of every command here: `name=value`, as Hydra writes it.
 
 Lists are `a,b` or `[a,b]`; true, false and null are values. `--name value` and `--name=value` mean
-`name=value`, and `--flag` means `flag=true`. `--help`, `-h` or `help=true` prints the help, which
-comes from the module's docstring and the table of its options.
+`name=value`, and `--flag` means `flag=true`. `--help`, `-h` or `help=true` prints the help: the
+module's docstring and the table of its options.
 
 A command declares its options once and reads them in its `main`, which `run` calls:
 
@@ -25,15 +25,15 @@ from typing import Any, NamedTuple, NoReturn
 from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
 from disinhib.errors import ConfigError, InputError, nearest
 
-REQUIRED: Any = object()  # the default of an option that has to be given
+REQUIRED: Any = object()  # the default of an option that must be given
 
 
 class Help(Exception):
-    """Raised instead of running if help is asked for; the message is the help."""
+    """Raised instead of running when the user asks for help; the message is the help."""
 
 
 class Command(NamedTuple):
-    """A command's options. `alone` names the one that a word without `name=` sets, if any does."""
+    """A command's options. `alone` names the option that a word without `name=` sets, if any."""
 
     name: str  # as `python -m` takes it
     text: str | None  # the module's docstring
@@ -41,8 +41,8 @@ class Command(NamedTuple):
     alone: str | None = None
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Every option's value by name. Raises ConfigError if one is unknown, missing or not what
-        its check allows, and Help."""
+        """The value of every option, by name. Raises ConfigError for an option that is unknown,
+        missing or refused by its check, and Help."""
         table = {option.name: option for option in self.options}
         flags = {option.name for option in self.options if option.check is FLAG}
         words, overrides = split(arguments, self.help(), flags)
@@ -76,8 +76,8 @@ class Command(NamedTuple):
 def split(
     arguments: Sequence[str], help: str, flags: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """(words that stand alone, options as `name=value`), in order. An option of `flags` needs no
-    value. Raises Help, and ConfigError for an option without a value."""
+    """(words that stand alone, options as `name=value`), in order. Those in `flags` need no value.
+    Raises Help."""
     words, overrides = [], []
     rest = list(arguments)
     while rest:
@@ -99,7 +99,7 @@ def split(
 
 
 def read(option: Option, text: str) -> Any:
-    """The first reading of `text` that the option's check allows. Raises ConfigError."""
+    """`text` as the first type of value that the option's check allows. Raises ConfigError."""
     if not text:
         raise refusal(option.name, "nothing", option.check[1])
     for reading in _readings(text):
@@ -109,7 +109,8 @@ def read(option: Option, text: str) -> Any:
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """A study may be called 5, and a list may have a single item."""
+    """Possible values of `text`, the likeliest first: a study may be named 5, and a list may have a
+    single item."""
     items = text.removeprefix("[").removesuffix("]").split(",")
     yield [*map(_value, items)] if len(items) > 1 or text[0] == "[" else _value(text)
     yield text
@@ -145,8 +146,8 @@ def _in_hydra(value: Any) -> str:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits with its code.
 
-    Bad input is one line on stderr and exit code 2, Ctrl-C is 130, help 0. A reader that closes the
-    pipe (`... | head`) ends the command quietly, with 1.
+    Exits with 2 and one line on stderr for bad input, 130 after Ctrl-C, 0 after help, and 1 without
+    a word if the reader closes the pipe (`... | head`).
     """
     try:
         try:

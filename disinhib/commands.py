@@ -1,6 +1,6 @@
-"""`disinhib VERB ...`: every command under one name, and commands as this environment can run them.
+"""`disinhib VERB ...`: every command under one name, and how to type commands in this environment.
 
-A verb runs a module as `python -m MODULE` does, and nothing is imported before one is chosen.
+A verb runs its module as `python -m MODULE` does; no module is imported before its verb is given.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ STUDY_SCRIPT = Path(__file__).resolve().parents[1] / "tune_main.py"
 
 class Verb(NamedTuple):
     module: str
-    words: str  # what it does
+    words: str  # for the list of verbs
 
 
 VERBS = {
-    "train": Verb("disinhib", "one training run"),
-    "tune": Verb("tune_main", "one study: many runs of one search space"),
-    "select": Verb("analysis.selection", "the best trials of a study, by validation data"),
-    "retrain": Verb("analysis.retrain", "what was selected, or a grid, over fresh seeds"),
-    "report": Verb("analysis.report", "a study's tables and plots"),
-    "study": Verb("analysis.pipeline", "tune, select, retrain and report in a row"),
-    "runs": Verb("analysis.runs", "the trials of a study as one table"),
-    "replay": Verb("analysis.replay", "a trial, trained again from its MLflow run"),
-    "figure fig3": Verb("analysis.figures.fig3", "the paper's Figure 3"),
-    "figure fig4": Verb("analysis.figures.fig4", "the paper's Figure 4"),
-    "figure figS1": Verb("analysis.figures.figS1", "the paper's Supplementary Figure S1"),
-    "figure figS2": Verb("analysis.figures.figS2", "the paper's Supplementary Figure S2"),
-    "figure trajectory": Verb("analysis.figures.trajectory", "a trained network in time"),
+    "train": Verb("disinhib", "train one network"),
+    "tune": Verb("tune_main", "run a study: trials of a search space"),
+    "select": Verb("analysis.selection", "select the best trials of a study, by validation data"),
+    "retrain": Verb("analysis.retrain", "train selected trials, or a grid, over fresh seeds"),
+    "report": Verb("analysis.report", "write a study's tables and plots"),
+    "study": Verb("analysis.pipeline", "tune, select, retrain and report, in this order"),
+    "runs": Verb("analysis.runs", "write the trials of a study as one table"),
+    "replay": Verb("analysis.replay", "train a trial again from its MLflow run, and compare"),
+    "figure fig3": Verb("analysis.figures.fig3", "draw the paper's Figure 3"),
+    "figure fig4": Verb("analysis.figures.fig4", "draw the paper's Figure 4"),
+    "figure figS1": Verb("analysis.figures.figS1", "draw the paper's Supplementary Figure S1"),
+    "figure figS2": Verb("analysis.figures.figS2", "draw the paper's Supplementary Figure S2"),
+    "figure trajectory": Verb("analysis.figures.trajectory", "draw a trained network in time"),
 }
 FIGURE = "figure"  # the verb of two words
 
@@ -68,14 +68,14 @@ def run() -> None:
 
 
 def tool(name: str) -> str:
-    """The environment's command `name`, as short as it can be typed from here."""
+    """The path of the environment's command `name`, relative to the current folder if possible."""
     path = Path(sys.executable).parent / name
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def tune_words(*words: str) -> list[str]:
-    """The words of a command that runs a study, as it can be typed from here: also where the
-    package is installed, and no tune_main.py lies about."""
+    """The words of a command that runs a study: `tune_main.py` if it is in the current folder, else
+    the installed module."""
     name = STUDY_SCRIPT.name
     script = [name] if Path(name).resolve() == STUDY_SCRIPT else ["-m", STUDY_SCRIPT.stem]
     return [tool("python"), *script, *words]

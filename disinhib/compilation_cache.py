@@ -1,12 +1,13 @@
-"""Compiled programs, kept on disk, so that a process loads what another one has compiled.
+"""A cache of compiled programs on disk: a process loads programs that another one has compiled.
 
-A program takes XLA 2 to 8 s to compile and 0.1 s to load (measured: E-I rules on a core). Programs
-are kept apart by what XLA compiles for, and the oldest go when all of them take too much room.
+XLA takes 2 to 8 s to compile a program and 0.1 s to load it (measured: E-I rules on one core). Each
+kind of machine that XLA compiles for has its own folder. The longest unused programs are removed
+when all folders together exceed a bound.
 
-The bound is kept here and not by `jax_compilation_cache_max_size`. With jax 0.10.2, that reads all
-entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without it 0.3 ms),
-and a process that is killed between the two files of an entry ends all writing until somebody
-empties the folder (https://github.com/jax-ml/jax/issues/39880).
+The bound is implemented here and not by `jax_compilation_cache_max_size`. With jax 0.10.2, that
+reads all entries again for each one written (72 ms among 200 entries, 414 ms among 2,000; without
+it 0.3 ms), and a process that is killed between the two files of an entry ends all writing until
+somebody empties the folder (https://github.com/jax-ml/jax/issues/39880).
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from pathlib import Path
 import jax
 import pooch
 
-FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # jax's own; who sets it looks after that folder
+FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # jax's own; a user who sets it manages that folder
 MAX_BYTES = 1_000_000_000  # a default study leaves about 10 MB
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
 log = logging.getLogger("disinhib")
 
 
 def share(root: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
-    """Lets this process load, and keep, compiled programs.
+    """Makes this process load and store compiled programs in the cache.
 
-    `root` has a folder for each kind of machine; by default it is in the user's cache. All of it
-    is trimmed to `max_bytes` first. If nothing can be written there, one line says so, and this
-    process compiles for itself.
+    `root` has a folder for each kind of machine; by default it is in the user's cache. The whole
+    cache is trimmed to `max_bytes` first. If it cannot be written, this process logs a warning and
+    compiles its own programs.
     """
     # jax's own thresholds would keep none of our programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -57,7 +58,7 @@ def share(root: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
 def machine() -> str:
     """What XLA compiles for: the processor and, if one is used, the GPU.
 
-    (The versions of jaxlib and of the GPU's driver are in jax's own key of each program.)
+    (jax's own key of each program has the versions of jaxlib and of the GPU's driver.)
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
@@ -81,7 +82,7 @@ def processor() -> str:
 def trim(root: Path, max_bytes: int) -> None:
     """Removes files below `root`, the longest unused first, until at most `max_bytes` are left.
 
-    Most file systems note a reading once a day, some never; then the oldest go first.
+    Most file systems update the access time once a day, some never: then the oldest go first.
     """
     files = []
     for path in root.rglob("*"):

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that is not allowed; the message is one line: which input, what was given, what is
-    allowed."""
+    """Input that is not allowed; the message is one line that names the input, the value given and
+    what is allowed."""
 
 
 class ConfigError(InputError):
@@ -22,7 +22,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library in one line: `OperationalError: no such table: runs`."""
+    """A library's error in one line: `OperationalError: no such table: runs`."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
 

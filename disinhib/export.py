@@ -1,7 +1,7 @@
-"""Trained models as files: a network and its parameters, for whoever wants to look at them.
+"""Trained models as files.
 
-One file, MessagePack without pickle: the resolved options of the training run, from which the
-network follows, and the parameters as they were trained.
+A model is one file (MessagePack without pickle) with the resolved options of its training run, from
+which the network is built, and the trained parameters.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.network import Parameters, initial_parameters
 from disinhib.solvers import open_loop
 
-FORMAT = 1  # of the file: counted up when an older reader could not read a newer one
+FORMAT = 1  # of the file: raised when older readers cannot read newer files
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a model computes, given parameters; `options` are those that it was trained with."""
+    """The function that a model computes, given parameters; `options` are those of its training."""
 
     architecture: Architecture
     hyperparameters: Hyperparameters
@@ -49,7 +49,7 @@ def _readout(architecture, parameters, hyper, x):
 
 
 def dump(options: Mapping[str, Any], parameters: Parameters) -> bytes:
-    """A model's file: resolved training options (conf/train.yaml) and one lane's parameters."""
+    """The content of a model's file: resolved training options and one lane's parameters."""
     return serialization.msgpack_serialize(
         {
             "format": FORMAT,
@@ -62,8 +62,8 @@ def dump(options: Mapping[str, Any], parameters: Parameters) -> bytes:
 def load(path: str | Path) -> tuple[Network, Parameters]:
     """The network and the parameters in the file at `path`.
 
-    Raises ConfigError: a file that cannot be read, no model or one of another format, options
-    that cannot be, parameters that are not of the options' network (the differences are named).
+    Raises ConfigError if the file cannot be read, is not a model, has another format, or has
+    invalid options or parameters of another network (naming the differences).
     """
     try:
         content: Any = serialization.msgpack_restore(Path(path).read_bytes())

@@ -1,11 +1,11 @@
-"""The most memory that a piece of work held, in a process that has done other work before.
+"""Peak memory of a piece of work, in a process that has done other work before.
 
     mark = memory.start()
     ...
     memory.peak_mb(mark)
 
-On a GPU it is the device's memory, else the process's. What the process held at the start (its
-libraries, data and compiled programs) counts, as the work could not have been done without.
+On a GPU it is the memory of the device, else of the process. Memory held at the start (libraries,
+data and compiled programs) counts, because the work needs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESET_PEAK = "5"  # proc_pid_clear_refs(5): the high-water mark becomes what is 
 class Memory(NamedTuple):
     """In bytes."""
 
-    peak: int  # the most so far, since the process began or the mark was reset
+    peak: int  # the most since the process began or the mark was reset
     in_use: int
 
 
@@ -40,8 +40,8 @@ def start() -> Memory:
 def peak_mb(mark: Memory) -> float:
     """The most memory held since `mark`, in MB.
 
-    A high-water mark that could not be reset says so only if it has risen since. If it has not,
-    this is what is held now: no less than that was needed, and nothing of earlier work is counted.
+    A high-water mark that could not be reset tells the peak only if it has risen since `mark`. If
+    it has not, the result is the memory in use now: a lower bound that counts no earlier work.
     """
     now = _now()
     return (now.peak if now.peak > mark.peak else max(now.in_use, mark.in_use)) / 1e6

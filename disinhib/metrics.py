@@ -1,8 +1,8 @@
-"""What is measured of a network on a split, and which way is better.
+"""The metrics of a network on a split of the data, and which direction is better.
 
-One entry here is all that a new metric needs: it is evaluated on every split (`valid_<name>`,
+A new metric needs one entry here. It is then evaluated on every split (`valid_<name>`,
 `test_<name>`, `train_OL_<name>`), a study can be tuned by its validation value, and reports and
-figures have words for it.
+figures can name it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
-# What a study may be tuned and selected by: validation only.
+# Metrics by which a study may be tuned and selected: of the validation data only.
 SELECTION: dict[str, Metric] = {
     f"valid_{name}": metric._replace(words=f"validation {metric.words}")
     for name, metric in METRICS.items()

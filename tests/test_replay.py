@@ -190,9 +190,9 @@ def test_bad_input_is_one_line_and_exit_code_2(replayed):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("study", r"no trial of a study, or not over \(it has no tag trial\)"),
+        ("study", r"not a trial of a study, or not ended \(it has no tag trial\)"),
         ("interrupted", "is killed, needed is one of complete, pruned, failed"),
-        ("no artifacts", "cannot read what it has kept"),
+        ("no artifacts", "cannot read its artifacts"),
     ],
 )
 def test_a_run_that_is_no_trial_is_refused_in_one_line(name, message, runs, folder):

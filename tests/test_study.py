@@ -389,7 +389,7 @@ def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     assert [line.split()[0] for line in table] == ranked
     assert "bp: 1 of 3 failed (1 x RuntimeError: planted)" in printed
     assert "lin-thresh: 1 of 2 failed (1 x Diverged: " in printed
-    assert "most at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
+    assert "mostly at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
 
 
 def test_the_folder_of_a_study_has_its_options(finished):
@@ -770,7 +770,7 @@ def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch
     assert study.main([f"out_dir={tmp_path}", "study=mine"]) == 1
     said = capsys.readouterr()
     (line,) = said.err.strip().splitlines()
-    assert line.startswith("error: no space left: /disk: make room, then go on: ")
+    assert line.startswith("error: no space left: /disk: make room, then resume: ")
     assert line.endswith(f"tune_main.py study=mine out_dir={tmp_path} resume=true")
 
 
@@ -779,7 +779,7 @@ def test_records_that_a_store_did_not_take_are_named(tmp_path):
     asked = options.compose([f"out_dir={tmp_path}", "study=mine"])
     done = study.Finished(asked, [record(0)], "http://server:5000", None, 1.0, {"mlflow": 3}, True)
     study.summary(done, Console(file=printed, width=120))
-    assert "mlflow has not taken 3 records: resume the study" in printed.getvalue()
+    assert "mlflow lacks 3 records: resume the study" in printed.getvalue()
     assert f"study=mine out_dir={tmp_path} resume=true" in printed.getvalue()
 
 
@@ -883,7 +883,7 @@ def test_failures_are_told_by_the_number_that_separates_them():
     ]  # fmt: skip
     (line,) = progress.failures([*records, record(5, "taylor", rate=9.0)])
     assert line == (
-        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), most at high rate:"
+        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), mostly at high rate:"
         " 0.9 to 2 (the others 0.1 to 0.5)"
     )
     assert progress.failures(records[:3]) == []

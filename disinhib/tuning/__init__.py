@@ -1,27 +1,33 @@
-"""Studies: the only rooms that know Ray, Optuna and MLflow.
+"""Studies: the only package that writes to Ray, Optuna and MLflow.
 
-    study         compose -> check -> begin, or go on -> run -> tell: the order of things
-    options       what a study and each of its trials is asked to be
-    checks        what its own options may be
-    origin        what it starts from, kept in its folder
-    plan          what it would try, how long it would take
+    study            the command `tune_main.py`: compose, check, begin or resume, run, print
+    options          options of a study and of each of its trials
+    validation       checks of a study's own options
+    resume           which options a resumed or extended study keeps
+    manifest         what is pinned when a study starts, in its folder
+    plan             what a study would try, how long it takes and what it needs
 
-    journal       what happened, in order: the truth, of which the stores have copies
-    conductor     the course of a study: who is next, who was heard, who ends
-    execution     Ray, through which the conductor's trials run
-    trial         one configuration, trained epoch by epoch in a worker (JAX)
-    checkpoints   which of its states are kept
+    engine           opens a study, runs its loop, closes it
+    loop             the study loop: asks for trials, starts them, hears from them, ends them
+    event_log        everything that happened, in order: a study's only state
+    suggest          the next configuration (Optuna)
+    early_stopping   which trials end early
+    space_tree       a search space as a tree of choices
+    initial_points   configurations to try first
 
-    search        which configuration comes next (Optuna)
-    spaces        what a search space says when it is asked
-    points        configurations to be tried by name
-    schedule      which trial is stopped early (Ray's rules)
+    ray_backend      Ray Tune, which runs the loop's trials
+    ray_workaround   a bug of Ray, worked around
+    cluster          the Ray cluster: started or joined, and checked
+    environment      environment variables of workers
+    worker           one trial in a worker, epoch by epoch (JAX)
+    retention        which checkpoints stay
 
-    delivery      from the journal to the stores, whatever becomes of them
-    tracking      the store that is MLflow
-    optuna_store  the store that is Optuna's
-    provenance    what is needed to run a trial again
-    progress      what is shown while a study runs and when it is over
+    outbox           sends the log's events to the stores
+    mlflow_store     the store MLflow
+    mlflow_settings  MLflow's settings
+    optuna_store     Optuna's own store
+    provenance       code, packages, data and machine of a run
+    progress         what the terminal shows
 
-A trial's state means one thing everywhere (`journal`): complete, pruned, failed.
+A trial's state means one thing everywhere (`event_log`): complete, pruned, failed.
 """

@@ -1,4 +1,4 @@
-"""The Ray cluster that a study runs on: started for it or joined, and checked before any trial."""
+"""The Ray cluster of a study: started or joined, and checked before any trial."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from disinhib.tuning import environment, provenance
 SWITCHES = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the study was started
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # its tables cannot be switched off, those of the old one can
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the log has it all
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` names them in a line each
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables cannot be switched off; the old output's can
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the log
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` prints a line for each
 }
 
 
 @contextmanager
 def cluster(options: Mapping[str, Any]) -> Iterator[None]:
-    """Ray, started here or joined, for the time of the study, with the options `cluster.*`;
-    within another such context, nothing.
+    """Starts or joins Ray for the duration of a study, with the options `cluster.*`. Does nothing
+    if Ray is running in this process already.
 
-    Raises ConfigError if there is no such cluster, or if no machine of it has what a trial needs.
+    Raises ConfigError if there is no such cluster, or if no machine has the resources of a trial.
     """
-    if ray.is_initialized():  # by a caller, who ends it
+    if ray.is_initialized():  # by a caller, who also shuts it down
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
@@ -56,7 +56,7 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
 
 def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None:
     with warnings.catch_warnings():
-        # jax warns of forks; Ray's are all followed by an exec at once.
+        # jax warns of forks; Ray's forks are all followed by an exec.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
             _reach(address)
@@ -74,7 +74,7 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
 
 @contextmanager
 def _without_summary() -> Iterator[None]:
-    """Tune says at its end, as an error, which trials failed; `progress` has named them."""
+    """Hides the error with which Tune lists failed trials; `progress` has printed them."""
     logger = logging.getLogger("ray.tune.tune")
     unsaid = lambda record: "Trials did not complete" not in str(record.msg)
     logger.addFilter(unsaid)
@@ -85,9 +85,9 @@ def _without_summary() -> Iterator[None]:
 
 
 def check_machines(manifest: Path, id: str, files: Mapping[str, str]) -> None:
-    """Raises ConfigError if a machine of the cluster does not see the study's file `manifest`, with
+    """Raises ConfigError if a machine of the cluster does not see the study's file `manifest` with
     its `id`, or has other code than `files` (provenance.code): its trials would start again after
-    a kill, or be those of another program."""
+    a kill, or train with another program."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
         return
@@ -106,21 +106,21 @@ def check_machines(manifest: Path, id: str, files: Mapping[str, str]) -> None:
 
 @ray.remote(num_cpus=0)
 def _look(manifest: str) -> tuple[str | None, dict[str, str]]:
-    """What this machine sees: the id in the file `manifest`, and the code's files with hashes."""
+    """On this machine: the id in the file `manifest`, and the code's files with hashes."""
     file = Path(manifest)
     there = json.loads(file.read_text())["id"] if file.exists() else None
     return there, provenance.code(provenance.ROOT)["files"]
 
 
 def _reach(address: str | None) -> None:
-    """Raises OSError if nobody listens there: Ray would wait for minutes."""
+    """Raises OSError if nothing listens at `address`: Ray would wait for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def trials_at_once(resources: Mapping[str, float]) -> int:
-    """How many trials that need `resources` fit on the cluster as it is now."""
+    """How many trials with `resources` fit on the cluster now."""
     return sum(
         min(
             int(node["Resources"].get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one

@@ -1,13 +1,13 @@
 """Early stopping: which trials end before their budget is spent.
 
-An entry of EARLY_STOPPING is a pure function of the scores so far,
+An entry of EARLY_STOPPING has a pure function of the scores so far,
 
     stops(scores, peers, budget, options) -> bool
 
-where `scores` are a trial's by epoch (signed: more is better), `peers` those of the trials that it
-is compared with (read only where a decision is made), `budget` its epochs, and `options` its own. A
-rule is to be tuned as carefully as the others, so by default a trial's peers are trials of its own
-rule (`within_rule`): early on, slow but good rules would lose to fast ones.
+where `scores` are a trial's by epoch (signed: more is better), `peers` the scores of the trials
+that it is compared with (read only when a decision is due), `budget` the trial's epochs, and
+`options` those of the entry. By default, a trial's peers are trials of its own rule
+(`within_rule`): early on, rules that are slow but good would lose to fast ones.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Options = Mapping[str, Any]
 Scores = Sequence[float]
 
 ABOVE_1: Check = (lambda v: is_number(v) and v > 1, "a number above 1")
-WITHIN_RULE = Option("within_rule", True, FLAG, "compare a trial with trials of its own rule only")
+WITHIN_RULE = Option("within_rule", True, FLAG, "compare a trial only with trials of its own rule")
 GRACE = Option(
     "grace_period",
     None,
     or_null(COUNT),
     "epochs before a trial can be stopped; null: a quarter of its budget",
 )
-FACTOR = Option("reduction_factor", 2, ABOVE_1, "of the trials at a rung, one in so many goes on")
+FACTOR = Option("reduction_factor", 2, ABOVE_1, "one in so many trials at a rung continues")
 
 
 def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
     """Asynchronous successive halving (Li et al. 2020, MLSys), with the percentile of Ray Tune's
-    AsyncHyperBandScheduler: at a rung, grace x factor^k epochs below the budget, a trial goes on if
-    its score is at least the (1 - 1/factor) percentile of the scores that its peers had there."""
+    AsyncHyperBandScheduler: at a rung, grace x factor^k epochs below the budget, a trial continues
+    if its score is at least the (1 - 1/factor) percentile of its peers' scores at that epoch."""
     epoch = len(scores)
     if epoch not in _rungs(grace_period(options, budget), budget, options["reduction_factor"]):
         return False
@@ -49,8 +49,8 @@ def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options)
 
 
 def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
-    """Median stopping (Golovin et al. 2017): a trial whose best score is worse than the median of
-    its peers' running means, from the grace period to its own epoch, ends."""
+    """Median stopping (Golovin et al. 2017): stops a trial whose best score is worse than the
+    median of its peers' running means, from the grace period to the trial's epoch."""
     epoch, grace = len(scores), grace_period(options, budget)
     if epoch < grace:
         return False
@@ -71,8 +71,8 @@ def _finite(scores: Iterable[Any]) -> list[float]:
 
 
 def grace_period(options: Options, budget: int) -> int:
-    """Epochs before a trial can be stopped; a bracket's are a factor more than those of the one
-    before it."""
+    """Epochs before a trial can be stopped; each bracket multiplies those of the bracket before
+    by the factor."""
     grace = options["grace_period"] or max(1, budget // 4)
     return min(budget, int(grace * options.get("reduction_factor", 1) ** options.get("bracket", 0)))
 
@@ -109,14 +109,14 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
     "asha": EarlyStopping(
         asha,
         (WITHIN_RULE, GRACE, FACTOR),
-        "asynchronous successive halving: at 1, 2, 4 ... times the grace period only the better"
-        " half of the trials that got that far go on",
+        "asynchronous successive halving: at 1, 2, 4 ... times the grace period, only the better"
+        " half of the trials that have got that far continue",
     ),
     "hyperband": EarlyStopping(
         asha,
         (WITHIN_RULE, GRACE, FACTOR),
-        "asynchronous HyperBand: successive halving in several brackets, each of which first"
-        " decides later than the one before, as insurance against slow starters",
+        "asynchronous HyperBand: successive halving in several brackets, each of which makes its"
+        " first decision later than the one before, to give slow starters a chance",
         hyperband_brackets,
     ),
     "median": EarlyStopping(
@@ -125,10 +125,13 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
             WITHIN_RULE,
             GRACE,
             Option(
-                "min_samples_required", 3, COUNT, "peers that got as far, before a trial is stopped"
+                "min_samples_required",
+                3,
+                COUNT,
+                "peers that have got as far, before a trial is stopped",
             ),
         ),
-        "a trial whose best score is worse than the median of the others' running means ends",
+        "stops a trial whose best score is worse than the median of the others' running means",
     ),
     "none": EarlyStopping(
         never, (WITHIN_RULE._replace(default=False),), "every trial runs its whole budget"
@@ -137,7 +140,7 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
 
 
 def bracket(number: int, seed: int, options: Options, budget: int) -> int:
-    """The bracket of trial `number`, drawn by the study's seed."""
+    """The bracket of trial `number`, drawn with the study's seed."""
     shares = EARLY_STOPPING[options["name"]].brackets(options, budget)
     return 0 if len(shares) == 1 else _drawn(number, seed, tuple(shares))
 
@@ -155,10 +158,10 @@ def decide(
     seed: int,
     batch: int | None = None,
 ) -> bool:
-    """Whether trial `number`, whose newest `score` is not among its record's yet, ends here.
+    """Whether trial `number` ends here; its newest `score` is not in its record yet.
 
-    With `batch`, peers are the trials of earlier batches only, `batch` consecutive numbers each: no
-    decision then depends on which trial was faster.
+    With `batch`, only trials of earlier batches (`batch` consecutive numbers each) are peers, so
+    that no decision depends on which trial was faster.
     """
     record = records[number]
     own = bracket(number, seed, options, record.budget)

@@ -1,7 +1,7 @@
 """The engine: opens a study, runs its loop on Ray Tune, and closes it.
 
-A search, a retraining, a published grid and the timing runs of a plan are all studies (`Job`): they
-differ in where their trials come from and in what ends one early, and in nothing else.
+A search, a retraining, a published grid and the timing runs of a plan are all studies (`Job`). They
+differ only in the source of their trials and in early stopping.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from disinhib.tuning.worker import Policy, TrainingTrial
 
 @dataclass(frozen=True)
 class Job:
-    """A study, ready to be run."""
+    """A study, ready to run."""
 
     name: str
     out_dir: Path  # absolute; the study's own folder is out_dir / name
-    resume: bool  # its folder is there
+    resume: bool  # its folder exists
     manifest: Manifest
     kept: Mapping[str, Any]  # of its options, in its folder
-    command: str  # that runs it
+    command: str  # runs this study
     metric: str  # of metrics.SELECTION
     source: Source
     cluster: Mapping[str, Any]  # options
     checkpoints: Mapping[str, Any]  # options
-    tracking: Mapping[str, Any] | None  # options; None: no store is told of it
+    tracking: Mapping[str, Any] | None  # options; None: no store gets a copy
     stops: Stops = never
-    trials: Callable[[Mapping[int, Record]], int] = len  # in all, given the records so far
-    optuna: bool = False  # Optuna's store has a copy
-    storage: str | None = None  # where that is; None: in the study's folder
-    tags: Mapping[str, str] = field(default_factory=dict)  # of its run in MLflow, beside ours
-    keep_best: int = 0  # complete trials of each rule whose final state is kept
+    trials: Callable[[Mapping[int, Record]], int] = len  # how many trials, given the records
+    optuna: bool = False  # whether Optuna's store gets a copy
+    storage: str | None = None  # its database; None: a file in the study's folder
+    tags: Mapping[str, str] = field(default_factory=dict)  # further tags of its run in MLflow
+    keep_best: int = 0  # complete trials of each rule that keep their final state
 
     @property
     def folder(self) -> Path:
@@ -67,15 +67,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a study leaves: its trials, and where they are to be seen."""
+    """A study that has run: its trials, and where to see them."""
 
     job: Job
     records: list[Record]
-    tracking_uri: str  # "" if no store was told
-    run_id: str | None  # of the study in MLflow; None if that never answered
+    tracking_uri: str  # "" if there is no store
+    run_id: str | None  # of the study in MLflow; None if MLflow never answered
     seconds: float
-    undelivered: dict[str, int]  # events that a store did not take, if any
-    whole: bool  # all trials have ended: nobody interrupted it
+    undelivered: dict[str, int]  # events that a store lacks, by its name
+    whole: bool  # all trials have ended: it was not interrupted
 
 
 def run(
@@ -84,16 +84,16 @@ def run(
     trainable: type[tune.Trainable] = TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
 ) -> Finished:
-    """Runs the trials of `job` that are left, shows them on `console`, and records them in the
-    event log, in MLflow and in Optuna's store. Ray tells `callbacks` first.
+    """Runs the trials of `job` that have not ended, shows them on `console`, and records them in
+    the event log, in MLflow and in Optuna's store. Ray calls `callbacks` first.
 
-    Raises ConfigError if a store, the cluster or the folder cannot be used, before any trial;
-    StudyStopped if the study cannot go on.
+    Raises ConfigError, before any trial, if a store, the cluster or the folder cannot be used;
+    StudyStopped if the study cannot continue.
     """
     started = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with ExitStack() as stack:
-        if job.resume:  # first of all: nobody else may be running it
+        if job.resume:  # first: another process may be running it
             log = stack.enter_context(closing(EventLog(job.folder)))
         opened = _open_stores(job, stack)
         stack.enter_context(cluster.cluster(job.cluster))
@@ -104,14 +104,14 @@ def run(
         shown = progress.Progress(console, job.trials(records), job.metric)
         shown.say(f"study {job.name} in {job.folder}")
         if job.manifest.past:
-            shown.say(f"learns from {len(job.manifest.past)} trials of earlier studies")
+            shown.say(f"warm start: {len(job.manifest.past)} trials of earlier studies")
         outboxes = [Outbox(log, store, shown.say) for store in opened]
         try:
             code = job.manifest.provenance["code"]["files"]
             cluster.check_machines(job.folder / MANIFEST, job.manifest.id, code)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
         except ConfigError:
-            if not job.resume:  # its name is free again
+            if not job.resume:  # the name becomes free again
                 shutil.rmtree(job.folder)
             raise
         if job.resume:
@@ -130,7 +130,7 @@ def run(
             for outbox in outboxes:
                 outbox.stop()
             missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
-        if whole and not any(missing.values()):  # MLflow has them
+        if whole and not any(missing.values()):  # MLflow has the models
             retention.remove_models(job.checkpoint_folder)
         for record in records.values():
             if not record.ended:
@@ -148,7 +148,7 @@ def run(
 
 
 def _open_stores(job: Job, stack: ExitStack) -> list[Store]:
-    """The stores that are given copies; opened before Ray is, so that a wrong address is refused at
+    """The stores that get copies. They are opened before Ray, so that a wrong address is refused at
     once."""
     if job.tracking is None:
         return []
@@ -184,13 +184,13 @@ def _open_stores(job: Job, stack: ExitStack) -> list[Store]:
 
 
 def _resumed(records: Mapping[int, Record], trials: int, behind: Mapping[str, int]) -> list[str]:
-    """What a study that goes on finds, a line each."""
+    """The state of a study that is resumed, in lines."""
     ended = progress.tally(records.values()).ended
     left = [record for record in records.values() if not record.ended]
     start = ", ".join(f"trial {r.number} after epoch {r.epochs}" for r in left) or "no trial"
     return [
         f"resumed with {ended} of {trials} trials ended; unfinished: {start}",
-        *(f"mended: {name} lacked {count} records" for name, count in behind.items() if count),
+        *(f"repaired: {name} lacked {count} records" for name, count in behind.items() if count),
     ]
 
 
@@ -202,7 +202,7 @@ def _run_loop(
     callbacks: Sequence[tune.Callback],
     shown: progress.Progress,
 ) -> None:
-    """The study loop, on Ray Tune; beside it checkpoints are tidied and progress is shown."""
+    """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
     everything = lambda: [records[number] for number in sorted(records)]
     retention.remove_parts(folder)
@@ -219,8 +219,8 @@ def _run_loop(
         if not fits and not said:
             said.append("once")
             shown.say(
-                f"checkpoints.cap_gb={job.checkpoints['cap_gb']:g} is reached by trials that run:"
-                " after a kill, some of them would start again"
+                f"checkpoints.cap_gb={job.checkpoints['cap_gb']:g} is reached by running trials:"
+                " after a kill, some of them would start from their first epoch"
             )
 
     policy = Policy(
@@ -229,7 +229,7 @@ def _run_loop(
         at_end=job.keep_best > 0,
         cap_bytes=cap,
     )
-    # One more than fit waits ready for the next free worker, which Ray would else end.
+    # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
     fitting = cluster.trials_at_once(job.resources) + 1
     at_once = job.cluster["max_concurrent"] or fitting
     backend = RayBackend(

@@ -1,4 +1,4 @@
-"""Environment variables: of a worker, and of a call that needs some."""
+"""Environment variables of workers, and of calls that need some for their duration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """They are what they were afterwards."""
+    """Sets `variables` and restores their old values afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -22,10 +22,10 @@ def variables(variables: Mapping[str, str]) -> Iterator[None]:
 def of_worker(cpus: float, gpus: float) -> dict[str, str]:
     """Environment of a worker that may use `cpus` cores and `gpus` GPUs (counts, or shares).
 
-    XLA's CPU pool takes every core of the machine unless PJRT_NPROC is set. (Measured with jax
+    XLA's CPU pool uses every core of the machine unless PJRT_NPROC is set. (Measured with jax
     0.10.2 on 2 cores, matrix products of 1024: CPU/wall 1.94, with PJRT_NPROC=1 1.00; XLA_FLAGS
     with `--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1` 1.94.) Ray no longer
-    hides GPUs from an actor that asked for none, so jax is told.
+    hides GPUs from an actor without GPUs, so JAX_PLATFORMS does.
     """
     threads = str(max(1, int(cpus)))
     pools = ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")

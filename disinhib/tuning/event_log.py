@@ -1,9 +1,9 @@
-"""The event log of a study: all that happened, in order. It is the study's only state.
+"""The event log of a study: everything that happened, in order. It is the study's only state.
 
-One SQLite file in the study's folder. An event is on disk before anyone acts on it, so a study that
-is killed at any moment is what its log says, and going on is replaying it. (trial, kind, epoch) is
-unique: what is reported twice, because a trial went on from a checkpoint, happened once. Ray,
-Optuna and MLflow are given copies (`outbox`).
+It is one SQLite file in the study's folder. An event is on disk before anyone acts on it, so a
+study that is killed at any moment is exactly what its log says, and is resumed by replaying it.
+(trial, kind, epoch) is unique: an epoch that is reported again after a restart counts once. Ray,
+Optuna and MLflow get copies (`outbox`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from disinhib.errors import ConfigError
 FILE = "events.db"
 
 # The states of a trial; they mean the same in Ray, Optuna, MLflow and every report.
-WAITING, RUNNING = "waiting", "running"  # it has not ended
+WAITING, RUNNING = "waiting", "running"  # not ended yet
 COMPLETE = "complete"  # it ran its whole budget
 PRUNED = "pruned"  # early stopping ended it
-FAILED = "failed"  # it diverged or raised
-KILLED = "killed"  # its study was interrupted, and has not been resumed since
+FAILED = "failed"  # it diverged or raised an error
+KILLED = "killed"  # its study was interrupted and has not been resumed
 ENDED = (COMPLETE, PRUNED, FAILED)
 STATES = (*ENDED, RUNNING, KILLED)
 
@@ -48,11 +48,11 @@ CREATE TABLE IF NOT EXISTS delivered (store TEXT PRIMARY KEY, event INTEGER NOT 
 
 
 class TrialConfig(TypedDict):
-    """What a worker needs of a trial. (Plain values: it crosses processes and is kept as JSON.)"""
+    """A trial as its worker gets it. (Plain values: sent between processes and stored as JSON.)"""
 
     number: int  # from 0, the same in the log, Ray, Optuna and MLflow
     rule: str
-    searched: dict[str, Any]  # the Hydra overrides that its space or grid chose
+    searched: dict[str, Any]  # the Hydra overrides chosen by its space or grid
     command: str  # runs the same training by hand
     options: dict[str, Any]  # resolved training options
     seeds: list[int]  # a lane each
@@ -62,8 +62,8 @@ class TrialConfig(TypedDict):
 
 
 class Point(TypedDict):
-    """What Optuna chose, in plain values: parameters, their distributions as JSON, and what its
-    sampler keeps with a trial."""
+    """Optuna's proposal, in plain values: parameters, their distributions as JSON, and the
+    sampler's attributes of the trial."""
 
     params: dict[str, Any]
     distributions: dict[str, str]
@@ -97,12 +97,12 @@ class EpochDone:
     metrics: dict[str, list[float]]  # a value for each seed; NaN after it has diverged
     place: dict[str, str]  # host and device
     diverged: dict[str, str] = field(default_factory=dict)  # seed -> reason, of those that did now
-    flags: dict[str, str] = field(default_factory=dict)  # seed -> why its dynamics are not trusted
+    flags: dict[str, str] = field(default_factory=dict)  # seed -> why its dynamics fail the check
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial ended: complete, pruned or failed, for a `reason` if failed."""
+    """A trial ended: complete, pruned or failed (for a `reason`)."""
 
     kind: ClassVar = "ended"
     trial: int
@@ -118,7 +118,7 @@ KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended)}
 
 
 class Logged(NamedTuple):
-    """An event and where it stands in the log."""
+    """An event with its position in the log."""
 
     id: int
     time: float  # s since 1970
@@ -127,7 +127,7 @@ class Logged(NamedTuple):
 
 @dataclass
 class Record:
-    """A trial as the log has it."""
+    """A trial, as replayed from the log."""
 
     config: TrialConfig
     point: Point = field(default_factory=lambda: NO_POINT)
@@ -148,7 +148,7 @@ class Record:
 
     @property
     def epochs(self) -> int:
-        """Reported so far."""
+        """Number of epochs reported so far."""
         return len(self.scores)
 
     @property
@@ -157,7 +157,7 @@ class Record:
 
     @property
     def score(self) -> float | None:
-        """That of the last epoch; signed: more is better."""
+        """The score of the last epoch; signed: more is better."""
         return self.scores[-1] if self.scores else None
 
     @property
@@ -165,7 +165,7 @@ class Record:
         return self.state in ENDED
 
     def seed_ends(self, state: str, reason: str | None) -> list[dict[str, Any]]:
-        """How each seed of a final trial ended, if the trial ends in `state` now."""
+        """How each seed of a final trial ends, if the trial ends in `state` now."""
         ends = []
         for seed in map(str, self.config["seeds"]):
             if seed in self.diverged:
@@ -179,7 +179,7 @@ class Record:
 
 
 def follow(records: dict[int, Record], event: Event) -> None:
-    """Brings `records`, trials by number, up to `event`."""
+    """Updates `records`, trials by number, with `event`."""
     match event:
         case Asked():
             records[event.trial] = Record(event.config, event.point, tags=event.tags)
@@ -215,19 +215,19 @@ def over_seeds(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 class EventLog:
-    """An open log; nobody else can open it until it is closed, or its process has ended.
+    """An open log. No other process can open it until it is closed or this process has ended.
 
-    Raises ConfigError if another process has it open, OSError(ENOSPC) if the disk is full: then
-    nothing of that call was written.
+    Raises ConfigError if another process has it open, and OSError(ENOSPC) if the disk is full; the
+    call has then written nothing.
     """
 
     def __init__(self, folder: Path):
-        self._lock = threading.Lock()  # the stores' threads read it
+        self._lock = threading.Lock()  # the outboxes' threads read it
         self._connection = sqlite3.connect(
             folder / FILE, timeout=1, isolation_level=None, check_same_thread=False
         )
         try:
-            # Held by the operating system, so that a killed process leaves no lock behind.
+            # The operating system holds the lock, so that a killed process leaves none behind.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             with self._transaction():
                 for statement in TABLES.split(";"):
@@ -242,7 +242,7 @@ class EventLog:
         self._connection.close()
 
     def append(self, events: Iterable[Event]) -> list[Event]:
-        """Writes all `events` or none; returns those that are new, as they will be read again."""
+        """Writes all `events` or none; returns the new ones, as they will be read."""
         new = []
         with self._lock, self._transaction() as execute:
             for event in events:
@@ -257,7 +257,7 @@ class EventLog:
         return new
 
     def events(self, after: int = 0, limit: int = -1) -> list[Logged]:
-        """Those after event `after`, the oldest first."""
+        """The events after event `after`, oldest first."""
         with self._lock:
             rows = self._connection.execute(
                 "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?",
@@ -271,7 +271,7 @@ class EventLog:
             return self._connection.execute("SELECT MAX(id) FROM events").fetchone()[0] or 0
 
     def delivered(self, store: str) -> int:
-        """The event up to which `store` has all."""
+        """The last event that `store` has; it has all earlier ones too."""
         with self._lock:
             row = self._connection.execute(
                 "SELECT event FROM delivered WHERE store = ?", (store,)

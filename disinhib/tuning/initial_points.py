@@ -1,6 +1,6 @@
-"""Points of a search space to be tried by name: the published defaults, a grid, those of a file.
+"""Initial points of a search space: the published defaults, a grid, the points of a file.
 
-A point is Optuna's `params`: values by the full name, `exact-inv.optimizer.learning_rate`.
+A point is Optuna's `params`: values by full name, `exact-inv.optimizer.learning_rate`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def defaults(
 
     `configured(overrides)` gives the options, flat and by dotted name, under the groups that a
     branch chooses; it ignores overrides that choose no group. A rule is left out if a default of
-    its branch lies outside of what is searched, or if there is no such option.
+    its branch lies outside the searched range, or if there is no such option.
     """
     points = [_default(space, rule, configured) for rule in rules_of(space) or [None]]
     return [point for point in points if point is not None]
 
 
 def _default(space: Space, rule: str | None, configured) -> Params | None:
-    # Which groups a branch chooses is known when it has been walked, and where it leads may depend
-    # on the defaults that these groups bring: so again, until they are those it was walked with.
+    # The groups that a branch chooses are known after tracing it, and its path may depend on the
+    # defaults of these groups: so it is traced again until the groups no longer change.
     groups: dict[str, str] = {}
     tried: list[dict[str, str]] = []
     while groups not in tried:
@@ -69,7 +69,7 @@ def _default(space: Space, rule: str | None, configured) -> Params | None:
 
 
 def _configured_value(name: str, kind: Distribution, known: Mapping[str, Any]) -> tuple[Any, bool]:
-    """(a parameter's configured value, True), or (any value, False) if it is not searched."""
+    """(a parameter's configured value, True), or (any value, False) if the space excludes it."""
     for option in (name, option_of(name)):
         if option in known and allows(kind, known[option]):
             return _converted(kind, known[option]), True
@@ -77,8 +77,8 @@ def _configured_value(name: str, kind: Distribution, known: Mapping[str, Any]) -
 
 
 def _groups(path: Path) -> dict[str, str]:
-    """The texts that a path sets, among them its groups, but for those that it searches: their
-    default is what stands when they are left alone. The rule is a choice, and no default."""
+    """The texts that a path sets, its groups among them, except for those that it searches, whose
+    default is the configured one. The rule is a choice without a default."""
     return {
         option: value
         for option, value in path.overrides.items()
@@ -88,9 +88,9 @@ def _groups(path: Path) -> dict[str, str]:
 
 def grid(space: Space, points: int) -> list[Params]:
     """All points of the full grid: every choice, and `points` (at least 1) values of every range,
-    from its low to its high end, evenly on its scale; what is asked for last varies fastest.
+    from its low to its high end, evenly on its scale; the parameter asked for last varies fastest.
 
-    A range with fewer values gives them all; one value of a range is its middle.
+    A range with fewer values gives all of them; a single value is the middle of the range.
     """
     return [path.params for path in paths(space, lambda _, kind: _grid_values(kind, points))]
 
@@ -130,8 +130,8 @@ def read_points(text: str, space: Space) -> list[Params]:
     """Points from YAML, a list of mappings: names as in Optuna (`exact-inv.trainer.norm_val`) or as
     options (`trainer: exact-inv`, `trainer.norm_val: 1`), all or some of a branch's parameters.
 
-    Raises ConfigError, naming the point: not such a list, a parameter that is not searched, a
-    value that it cannot have, no `trainer` where the space chooses among rules.
+    Raises ConfigError, naming the point, if it is not such a list, or if a parameter is not
+    searched, a value is out of range, or `trainer` is missing in a space of several rules.
     """
     try:
         points = yaml.safe_load(text)
@@ -174,7 +174,7 @@ def _read_point(written: Any, space: Space) -> Params:
 
 
 def _read_rule(named: Params, space: Space) -> Params:
-    """The choice of a rule, by itself: what the other names mean depends on it."""
+    """The choice of a rule, which decides what the other names mean."""
     rules = rules_of(space)
     if not rules:
         return {}
@@ -185,8 +185,7 @@ def _read_rule(named: Params, space: Space) -> Params:
 
 
 def _read_number(value: Any) -> Any:
-    """PyYAML takes 1e-3 for a text, as YAML 1.1 does; Hydra and everyone else takes it for a
-    number."""
+    """`value`, or the number that it spells: PyYAML, unlike Hydra, reads 1e-3 as a text."""
     number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if number else value
 
@@ -208,8 +207,8 @@ def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
 
 
 def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
-    """A point may repeat the groups that its branch chooses: the points of a study of several
-    rules then suit a study of one."""
+    """Raises ConfigError unless `name` is a group that the branch sets to `value`. (Points may
+    repeat groups, so that points of a study of several rules suit a study of one.)"""
     chosen = {path.overrides.get(name) for path in reached}
     if name not in _groups(reached[0]) or len(chosen) > 1:
         known = {known for path in reached for p in path.params for known in (p, option_of(p))}
@@ -220,7 +219,7 @@ def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
 
 
 def _converted(distribution: Distribution, value: Any) -> Any:
-    """A value that is allowed, in the type that Optuna would suggest it."""
+    """An allowed value, in the type that Optuna would suggest."""
     if isinstance(distribution, CategoricalDistribution):
         return next(choice for choice in distribution.choices if same(value, choice))
     return int(value) if isinstance(distribution, IntDistribution) else float(value)

@@ -1,11 +1,11 @@
-"""The study loop: it asks for trials, starts them, hears of them, and ends them. Knows no Ray.
+"""The study loop: asks for trials, starts them, hears from them, and ends them. Independent of Ray.
 
-The log is the only state: every step is written before it is acted upon, and going on after a kill
-is replaying the log and entering the same loop. An epoch and what it leads to (the trial is
-complete, or stopped early) are one transaction, so there is nothing to be mended.
+The log is the only state: every step is logged before it takes effect, and a study is resumed by
+replaying the log and entering the same loop. An epoch and its consequence (the trial is complete,
+or stopped early) are one transaction, so that a kill leaves nothing to repair.
 
-Ray Tune turns control around, it asks and tells. So the loop is a coroutine: each `yield` is where
-it waits for the next outcome, and gives back whether the trial that spoke last has ended.
+Ray Tune inverts control: it calls us. So the loop is a coroutine: each `yield` waits for the next
+outcome, and returns whether the trial that reported last has ended.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from disinhib.tuning.event_log import (
 
 
 class StudyStopped(RuntimeError):
-    """The study cannot go on now, and can be resumed; the message says what to do first."""
+    """The study cannot continue now but can be resumed; the message says what is in the way."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A worker has taken up the trial."""
+    """A worker has started the trial."""
 
     trial: int
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a worker reports after an epoch."""
+    """A worker's report of an epoch."""
 
     trial: int
     epoch: int  # from 1
@@ -53,12 +53,12 @@ class Epoch:
     place: Mapping[str, str]
     diverged: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
     flags: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
-    obstacle: str | None = None  # why the study has to stop: no checkpoint can be written
+    obstacle: str | None = None  # why the study must stop: no checkpoint can be written
 
 
 @dataclass(frozen=True)
 class Raised:
-    """The trial's training raised."""
+    """The trial's training raised an error."""
 
     trial: int
     reason: str
@@ -66,7 +66,7 @@ class Raised:
 
 @dataclass(frozen=True)
 class Lost:
-    """The trial's workers died, again and again."""
+    """The trial's workers died too often."""
 
     trial: int
     reason: str
@@ -77,14 +77,14 @@ Loop = Generator[bool, Outcome, None]
 
 
 class Backend(Protocol):
-    """What runs the trials."""
+    """Runs the trials."""
 
     def start(self, config: TrialConfig) -> None:
-        """Hands over a trial, to be run as soon as there is room for it."""
+        """Starts a trial as soon as there is room for it."""
         ...
 
 
-# What may be asked for next, given the records: nothing now, or a trial, or a batch of them.
+# The next trials, given the records: none for now, one, or a batch.
 Source = Callable[[Mapping[int, Record]], Iterable[Asked]]
 Stops = Callable[[Mapping[int, Record], int, float], bool]  # (records, trial, its newest score)
 
@@ -99,8 +99,8 @@ def study_loop(
     at_once: int,
     observe: Callable[[Event], None],
 ) -> Loop:
-    """Runs the trials that are left of `records` and those of `source` to their end, `at_once` at a
-    time; `observe` is called with every event that has happened.
+    """Runs the unfinished trials of `records` and those of `source` to their end, `at_once` at a
+    time; calls `observe` with every event.
 
     `score` of an epoch's metrics is signed: more is better. Raises what the log raises, and
     StudyStopped.
@@ -113,7 +113,7 @@ def study_loop(
 
     waiting = deque(number for number in sorted(records) if not records[number].ended)
     running: set[int] = set()
-    ended = False  # the trial that spoke last
+    ended = False  # the trial that reported last
     while True:
         while len(running) < at_once:
             if not waiting:
@@ -147,8 +147,8 @@ def events_of(
     stops: Stops,
     score: Callable[[Mapping[str, list[float]]], float],
 ) -> list[Event]:
-    """What follows from an outcome; nothing if it is known already, as a trial that goes on from a
-    checkpoint reports earlier epochs again."""
+    """The events that follow from an outcome; none if it is known, because a trial that continues
+    from a checkpoint reports earlier epochs again."""
     record = records[outcome.trial]
     if isinstance(outcome, Raised | Lost):
         return [_end(record, FAILED, outcome.reason)]
@@ -182,12 +182,12 @@ def _end(record: Record, state: str, reason: str | None = None) -> Ended:
 
 
 def never(records: Mapping[int, Record], trial: int, score: float) -> bool:
-    """Of a study whose trials all run their whole budget."""
+    """No early stopping: every trial runs its whole budget."""
     return False
 
 
 def mean_score(metric: str, sign: int) -> Callable[[Mapping[str, list[float]]], float]:
-    """The mean over seeds of `metric`, those that have diverged apart; more is better."""
+    """The mean of `metric` over the seeds that have not diverged; more is better."""
 
     def score(metrics: Mapping[str, list[float]]) -> float:
         values = [value for value in metrics[metric] if math.isfinite(value)]
@@ -197,7 +197,7 @@ def mean_score(metric: str, sign: int) -> Callable[[Mapping[str, list[float]]], 
 
 
 def from_list(trials: Iterable[Asked]) -> Source:
-    """The `trials`, one after the other, in the order in which they are listed."""
+    """The `trials` of a list, one after another."""
     listed = list(trials)
 
     def source(records: Mapping[int, Record]) -> list[Asked]:
@@ -210,8 +210,8 @@ Proposer = Callable[[int, Mapping[int, Record]], Asked]
 
 
 def from_search(propose: Proposer, trials: int, batch: int | None = None) -> Source:
-    """The trials that `propose(number, records)` gives, `trials` in all: one after the other, or
-    with `batch` so many together as soon as all earlier ones have ended."""
+    """`trials` trials, proposed by `propose(number, records)`: one after another, or `batch` at a
+    time as soon as all earlier ones have ended."""
 
     def source(records: Mapping[int, Record]) -> list[Asked]:
         first = len(records)

@@ -1,4 +1,4 @@
-"""What is pinned when a study starts: kept in its folder, and compared when it goes on."""
+"""The manifest: what is pinned when a study starts, and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ MANIFEST = "manifest.json"  # in the study's folder
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a study starts from, in plain values."""
+    """What a study starts from, in plain values (JSON)."""
 
-    id: str  # the study's own, wherever it goes
+    id: str  # of the study, in every store
     provenance: dict[str, Any]  # code, packages, machine, data of its first trial
     space: dict[str, Any] | None = None  # space_tree.definition; None if nothing is searched
-    points: list[dict[str, Any]] = field(default_factory=list)  # parameters to be tried first
-    past: list[suggest.Tried] = field(default_factory=list)  # trials that it learns from
+    points: list[dict[str, Any]] = field(default_factory=list)  # initial points
+    past: list[suggest.Tried] = field(
+        default_factory=list
+    )  # trials of earlier studies, for a warm start
 
     def tags(self, command: str) -> dict[str, str]:
-        """What MLflow shows of where a study, started by `command`, and its trials come from."""
+        """MLflow tags: the provenance of a study that `command` started, and of its trials."""
         code = self.provenance["code"]
         space = {} if self.space is None else {"space_sha256": space_tree.fingerprint(self.space)}
         commit = {} if code["commit"] is None else {"mlflow.source.git.commit": code["commit"]}
@@ -62,9 +64,9 @@ class Manifest:
 
 
 def of_search(study: Study) -> Manifest:
-    """What a new search starts from.
+    """The manifest of a new search.
 
-    Raises ConfigError if the space, a point or the study to learn from does not fit.
+    Raises ConfigError if the space, a point or the study to warm-start from does not fit.
     """
     space = SPACES[study.space]
     past = [] if study.warm_start is None else _past(study, study.warm_start)
@@ -83,9 +85,9 @@ def _provenance(study: Study) -> dict[str, Any]:
 
 
 def _past(study: Study, name: str) -> list[suggest.Tried]:
-    """The trials of the earlier study `name` that ended, and those that it had learnt from itself.
+    """The trials of the earlier study `name` that have ended, and those that it learned from.
 
-    Raises ConfigError if there is no such study, if its scores are not to be compared with this
+    Raises ConfigError if there is no such study, if its scores are not comparable with this
     study's, or if none of its trials lies in this study's space.
     """
     folder = study.out_dir / name
@@ -97,7 +99,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
         if then.get(option) != now[option]:
             raise ConfigError(
                 f"warm_start: {name} had {option}={then.get(option)}, and this study has"
-                f" {now[option]}: their scores are not to be compared"
+                f" {now[option]}: their scores are not comparable"
             )
     earlier = read(folder, name).past
     with closing(EventLog(folder)) as log:
@@ -112,7 +114,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
 
 
 def read(folder: Path, name: str) -> Manifest:
-    """Raises ConfigError if there is none that this version can read."""
+    """The manifest in a study's folder. Raises ConfigError if this version cannot read one."""
     try:
         return Manifest(**json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -123,7 +125,7 @@ def read(folder: Path, name: str) -> Manifest:
 
 
 def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any]) -> None:
-    """Makes the study's folder, with what is `kept` of its options, whole or not at all."""
+    """Makes the study's folder, with its manifest and its options `kept`, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
         whole = Path(part, "study")
@@ -137,7 +139,7 @@ def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any]) -> None:
         EventLog(whole).close()
         try:
             whole.rename(folder)
-        except OSError as error:  # another study has taken the name meanwhile
+        except OSError as error:  # another study took the name in the meantime
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             allowed = "a new name: it has just been taken"
@@ -148,10 +150,10 @@ def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any]) -> None:
 
 
 def of_resumed(study: Study) -> Manifest:
-    """The manifest of the search that goes on.
+    """The manifest of the search that is resumed.
 
     Raises ConfigError with the differences if the search space, the code, the packages or the
-    data are not what they were.
+    data have changed.
     """
     manifest = read(study.folder, study.name)
     changed = [
@@ -160,14 +162,14 @@ def of_resumed(study: Study) -> Manifest:
     ]
     if changed:
         raise ConfigError(
-            f"resume: {study.name} is not what it was: {'; '.join(changed)}; undo that, or start"
+            f"resume: {study.name} has changed: {'; '.join(changed)}; undo that, or start"
             f" another study from it: study={study.name} extend=true"
         )
     return manifest
 
 
 def proposer(study: Study, manifest: Manifest) -> Proposer:
-    """How the study's search proposes a trial, given its number and the records so far."""
+    """The study's proposer: (number, records so far) -> the trial of that number."""
     space = SPACES[study.space]
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)

@@ -1,6 +1,6 @@
-"""How this project speaks to MLflow: silently, and with little patience. Import before `mlflow`.
+"""MLflow's settings: few messages and short timeouts. Import this module before `mlflow`.
 
-What a user has set in the environment stands.
+Variables that the user has set keep their values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _ONCE = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-# And these whenever it speaks to a server, whose own patience is minutes.
+# MLflow reads these for each request; its own timeouts are minutes.
 _REQUESTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again, and loses nothing meanwhile
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again and loses nothing
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 
@@ -34,7 +34,7 @@ _ours: set[str] = set()  # variables that are set here at the moment, and by nob
 
 @contextmanager
 def requests(**patience: str) -> Iterator[None]:
-    """For its time, requests go by these settings, `patience` (variable=value) before ours."""
+    """Within it, requests use these settings; `patience` (variable=value) overrides ours."""
     settings = {
         name: value
         for name, value in {**_REQUESTS, **patience}.items()

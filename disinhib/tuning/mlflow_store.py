@@ -1,9 +1,9 @@
 """A study in MLflow, written by the driver alone.
 
-A study is a parent run, each trial a child run of it (tag `mlflow.parentRunId`); of a retraining,
-each seed of each trial is one. The child has what Optuna chose as params, under Optuna's names,
-every epoch's metrics with the epoch as step, and, as tags and artifacts, the command, the options
-and the provenance that run the same training again.
+A study is a parent run, and each of its trials a child run (tag `mlflow.parentRunId`); in a
+retraining, each seed is a child run. A child has the searched parameters as params, under Optuna's
+names, the metrics of every epoch with the epoch as step, and, as tags and artifacts, the command,
+the options and the provenance, from which the same training can be run again.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from disinhib.tuning.event_log import (
     over_seeds,
 )
 
-FIRST_CONTACT = "5"  # s; whoever waits at the terminal
+FIRST_CONTACT = "5"  # s; somebody waits at the terminal
 RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
-MOST_METRICS = 800  # in one request; MLflow takes 1000 items of all kinds
+MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
 # Tags of a retrained seed's run, beside those of every trial.
 OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
 SEED, FLAG = "seed", "flag"
@@ -64,7 +64,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def absolute(uri: str | None, folder: Path) -> str:
-    """The tracking URI: SQLite in `folder` by default; a relative SQLite path is the driver's."""
+    """The tracking URI: by default SQLite in `folder`; makes a relative SQLite path absolute."""
     if uri is None:
         return f"sqlite:///{folder / 'mlflow.db'}"
     scheme, _, path = uri.partition(":///")
@@ -72,10 +72,10 @@ def absolute(uri: str | None, folder: Path) -> str:
 
 
 def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
-    """Connects, and creates tables and experiment where they are missing.
+    """Connects, and creates missing tables and a missing experiment.
 
-    Once, here, in one process: several that open a fresh SQLite store race in its migration.
-    `artifacts` is where files go if the store is a local one; a server has its own place.
+    Done once, in one process: several that open a fresh SQLite store race in its migration.
+    `artifacts` is the folder for files if the store is local; a server has its own.
 
     Raises ConfigError if there is no such store or it does not answer.
     """
@@ -100,14 +100,14 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
 
 def _make_sqlite(file: Path) -> None:
     """Makes the store if there is none, whole or not at all: MLflow takes seconds to make its
-    tables, and never opens again what a kill left of them."""
+    tables, and cannot open a store whose creation was killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as part:
             whole = Path(part, file.name)
             with _quiet_migration():
                 MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments()
-            with suppress(FileExistsError):  # another study has made it meanwhile
+            with suppress(FileExistsError):  # another study made it in the meantime
                 os.link(whole, file)
 
 
@@ -122,15 +122,15 @@ def _quiet_migration() -> Iterator[None]:
         logger.setLevel(level)
 
 
-RunKey = tuple[int, int | None]  # a trial's number and, of a retraining, the seed
+RunKey = tuple[int, int | None]  # a trial's number and, in a retraining, the seed
 
 
 class MlflowStore:
     """Writes a study into MLflow: a parent run, and under it a run for each trial or seed.
 
-    `tags` and `files` (name -> text) belong to the study's run; `trial_files` to every trial's, and
-    so do `tags`. Models are read from `models(number, seed)`. The study's `id` and a trial's number
-    (and seed) find its runs again.
+    `tags` are for all runs, `files` (name -> text) for the study's run, `trial_files` for those of
+    trials. Models are read from `models(number, seed)`. Runs are found again by the study's `id`
+    and the trial's number (and seed).
     """
 
     name, option = "mlflow", "tracking.uri"
@@ -149,7 +149,7 @@ class MlflowStore:
         self.tags, self.files, self.trial_files = tags, files, trial_files
         self.models = models
         self.address = experiment.uri
-        self.study_run: str | None = None  # as soon as the store is loaded
+        self.study_run: str | None = None  # set when the store is loaded
         self.runs: dict[RunKey, str] = {}
         self.configs: dict[int, TrialConfig] = {}
 
@@ -163,7 +163,7 @@ class MlflowStore:
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
         for run in sorted(runs, key=lambda run: run.info.start_time):
             if by_key.setdefault(_key(run), run) is not run:
-                # A request that nobody answered in time was carried out none the less.
+                # A request that was not answered in time had been carried out nevertheless.
                 self.client.delete_run(run.info.run_id)
         parent = by_key.pop(None, None)
         tags = {**self.tags, "study": self.study, "study_id": self.id}
@@ -199,11 +199,11 @@ class MlflowStore:
                 run = self.runs[record.number, seed]
                 self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
                 self.client.set_terminated(run, RUN_STATUS[KILLED])
-        assert self.study_run is not None  # nothing was delivered before it was there
+        assert self.study_run is not None  # it exists before anything is delivered
         self.client.set_terminated(self.study_run, RUN_STATUS[COMPLETE if whole else KILLED])
 
     def _deliver(self, number: int, lane: int, seed: int | None, events: Sequence[Logged]) -> None:
-        """A run's news, in as few requests as there can be."""
+        """Sends a run's events in as few requests as possible."""
         run = self.runs[number, seed]
         metrics: list[Metric] = []
         params: list[Param] = []
@@ -234,7 +234,7 @@ class MlflowStore:
             self.client.set_terminated(run, status, _milliseconds(ended_at))
 
     def _begin(self, asked: Asked, began: float) -> None:
-        """Makes the trial's runs, those that a delivery which failed has not made."""
+        """Makes the trial's runs, except those that an earlier, failed delivery has made."""
         config = self.configs[asked.trial] = asked.config
         for seed in _seeds(config):
             one = config if seed is None else _of_seed(config, seed)
@@ -275,7 +275,7 @@ class MlflowStore:
 
 
 def _key(run: Run) -> RunKey | None:
-    """None of the study's own run."""
+    """The key of a trial's run; None for the study's own run."""
     tags = run.data.tags
     if "trial" not in tags:
         return None
@@ -283,19 +283,19 @@ def _key(run: Run) -> RunKey | None:
 
 
 def _seeds(config: TrialConfig) -> list[int | None]:
-    """The seeds that have a run each; [None] where the trial has one."""
+    """The seeds that have a run each; [None] if the trial has one run."""
     return [*config["seeds"]] if config["final"] else [None]
 
 
 def _of_seed(config: TrialConfig, seed: int) -> TrialConfig:
-    """What trains one seed of a retraining by itself."""
+    """The configuration of one seed of a retraining by itself."""
     command = f"{config['command']} seed={seed} test_at_end=true"
     options = {**config["options"], "seed": seed}
     return TrialConfig(**{**config, "command": command, "options": options, "seeds": [seed]})
 
 
 def _metrics(done: EpochDone, lane: int | None, when: float) -> list[Metric]:
-    """An epoch's, with the time at which they were heard: told again, they are the same."""
+    """An epoch's metrics, with the time of the event: the same when delivered again."""
     if lane is None:
         values = over_seeds(done.metrics)
     else:
@@ -309,7 +309,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _ending(state: str, epochs: int, reason: str | None) -> dict[str, str]:
-    """Tags that say how a trial ended."""
+    """Tags of a trial's end."""
     return {"trial_state": state, "epochs": str(epochs), **({"reason": reason} if reason else {})}
 
 

@@ -1,4 +1,4 @@
-"""A study's options: composed, checked, and the options of each of its trials.
+"""The options of a study and of each of its trials, composed and checked.
 
 The driver composes every trial's options itself, so that a trial is one command that
 `python -m disinhib` understands, and a worker needs no Hydra.
@@ -30,7 +30,7 @@ hydra_config.register("scheduler", hydra_config.nodes(early_stopping.EARLY_STOPP
 
 @dataclass(frozen=True)
 class Study:
-    """A study's checked options. `overrides` are those it was given, before any trial's own."""
+    """A study's checked options. `overrides` are the user's, which apply to every trial."""
 
     name: str
     out_dir: Path  # absolute; the study's own folder is out_dir / name
@@ -78,12 +78,12 @@ class Study:
 
 
 def compose(overrides: Sequence[str]) -> Study:
-    """The study that `overrides` (as on the command line) ask for, its own options checked.
+    """The study that `overrides` (as on the command line) describe, with its own options checked.
 
-    `resume=true` and `extend=true` put them on top of those of the study that they name.
+    With `resume=true` or `extend=true` they come on top of the overrides of the study named.
 
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
-    `resume`, no such study, or other options than it has.
+    `resume`, no such study, or options that differ from its own.
     """
     own, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(own)
@@ -93,7 +93,7 @@ def compose(overrides: Sequence[str]) -> Study:
         overrides = resume.on_top_of(earlier, overrides, own)
     settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(settings)
-    # The rest may be options of a group that only the space chooses, say of model/vf=dale.
+    # Other options may belong to a group that only the space chooses, say model/vf=dale.
     first = next(space_tree.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
     with _blaming(settings["space"]):
@@ -122,7 +122,7 @@ def compose(overrides: Sequence[str]) -> Study:
 
 
 def kept(study: Study) -> dict[str, Any]:
-    """What is kept of the options, to resume or extend the study."""
+    """The options that are stored, to resume or extend the study."""
     return {"overrides": list(study.overrides), "options": dict(study.options)}
 
 
@@ -139,7 +139,7 @@ def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
-    """Trial `number`: the study's options with what the space chose on top.
+    """Trial `number`: the study's options, and the overrides of the space on top.
 
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
@@ -151,7 +151,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
-    # A trial writes no folder of its own, so where it would do so is no part of its command.
+    # A trial writes no folder of its own, so out_dir is not part of its command.
     options["out_dir"] = _composed(hydra_config.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
     return TrialConfig(
@@ -166,7 +166,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     )
 
 
-# Hydra takes 90 ms for what every trial of a structure has in common.
+# Cached, because Hydra takes 90 ms for what all trials of a structure share.
 _composed = lru_cache(maxsize=64)(hydra_config.compose)
 
 
@@ -187,10 +187,10 @@ def rule_name(choices: Mapping[str, str]) -> str:
 
 
 def check_space(study: Study) -> list[TrialConfig]:
-    """A configuration of every branch of the space, composed and its data loaded.
+    """A configuration of every branch of the space, composed, with its data loaded.
 
-    Raises ConfigError if one is refused, or if the study was given an option that is searched;
-    data.DataError if there is no such data.
+    Raises ConfigError if one is refused, or if an override sets an option that is searched;
+    data.DataError if the data cannot be loaded.
     """
     checked = []
     given = {
@@ -212,7 +212,7 @@ def check_space(study: Study) -> list[TrialConfig]:
 
 @contextmanager
 def _blaming(space: str) -> Iterator[None]:
-    """Names the space in a refusal of what it chose."""
+    """Adds the space's name to a refusal of its choices."""
     try:
         yield
     except ConfigError as error:
@@ -220,11 +220,11 @@ def _blaming(space: str) -> Iterator[None]:
 
 
 def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """What is tried first: the published defaults of each rule, then the points of the study's
-    file, then for a grid all of it but what is `known`, in an order of the study's own.
+    """The initial points: the published defaults of each rule, the points of the study's file, and
+    for a grid all its points except the `known` ones, shuffled by the study's seed.
 
     Raises ConfigError if a point is not in the space, if a rule has fewer trials than points, or
-    if a grid has fewer points than the study trials.
+    if a grid has fewer points than the study has trials.
     """
     space = SPACES[study.space]
     points = defaults(space, partial(_configured, study))
@@ -255,6 +255,6 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
 
 
 def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
-    """The study's options, flat, under the groups that a branch of its space chooses."""
+    """The study's options, flat, with the groups that a branch of its space chooses."""
     groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
     return flatten(_composed("study", (*study.overrides, *groups))[0])

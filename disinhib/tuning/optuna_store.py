@@ -18,7 +18,7 @@ from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Record
 from disinhib.tuning.suggest import STATES, value
 
 FILE = "optuna.log"  # in the study's folder
-ID = "study_id"  # the attribute by which a study there is known as ours
+ID = "study_id"  # the attribute that identifies our study there
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -44,7 +44,7 @@ def refuse_taken(url: str, study: str, resume: bool) -> None:
 
 
 def _mended(file: Path) -> Path:
-    """`file` without what a kill leaves: a lock that nobody holds, a line cut short.
+    """`file` without the remains of a kill: a lock that nobody holds, an incomplete line.
 
     Only the study's own process writes it, and the study's event log says that there is no other.
     """
@@ -59,9 +59,9 @@ def _mended(file: Path) -> Path:
 
 
 class OptunaStore:
-    """Writes the study `name` into the storage at `url`, or into its `folder`.
+    """Writes a study into the storage at `url`, or into a file in its `folder`.
 
-    `sign` is that of its metric: the scores there are as they were measured."""
+    `sign` is that of the metric: scores are stored as they were measured."""
 
     name, option = "optuna", "searcher.storage"
 
@@ -96,7 +96,7 @@ class OptunaStore:
                     self._end(ended)
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
-        """Nothing: an interrupted trial is as unfinished as one that runs."""
+        """Does nothing: an interrupted trial stays unfinished, like a running one."""
 
     def _ask(self, asked: Asked) -> None:
         if self._id(asked.trial) is not None:
@@ -122,7 +122,7 @@ class OptunaStore:
 
     def _end(self, ended: Ended) -> None:
         trial = self._id(ended.trial)
-        assert trial is not None  # it was asked for before
+        assert trial is not None  # its Asked event came before
         there = self.storage.get_trial(trial)
         if there.state.is_finished():
             return
@@ -135,7 +135,7 @@ class OptunaStore:
         self.storage.set_trial_state_values(trial, STATES[ended.state], values)
 
     def _id(self, number: int) -> int | None:
-        """The id of a trial in this storage; None if it is not there."""
+        """The id of a trial in this storage; None if it is missing."""
         if number not in self.ids:
             with suppress(KeyError):
                 self.ids[number] = self.storage.get_trial_id_from_study_id_trial_number(

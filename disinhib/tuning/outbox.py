@@ -1,9 +1,8 @@
-"""The outbox: from the event log to the stores that people look at, in order, everything, nothing
-twice.
+"""The outbox: delivers every event of the log, in order and once, to MLflow and Optuna's store.
 
-Each store has a thread of its own and a cursor in the log, so a store that does not answer holds up
-nothing: the log is its queue. A delivery that may or may not have arrived is made
-again, and stores take twice what is the same twice.
+Each store has its own thread and its own cursor in the log, which is its queue: a store that does
+not answer delays nothing else. A delivery that may not have arrived is repeated, and stores accept
+the same event twice.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from disinhib.errors import one_line
 from disinhib.tuning.event_log import Asked, EventLog, Logged, Record, replay
 
 BATCH = 200  # events in one delivery
-PAUSE = 1.0  # s between deliveries: what comes in the meantime goes together
-PATIENCE = 20.0  # s that a study's end waits for a store that does not answer
+PAUSE = 1.0  # s between deliveries, each of all events of the meantime
+PATIENCE = 20.0  # s that the end of a study waits for a store that does not answer
 RETRY = (1.0, 15.0)  # s between attempts: the first, and the longest
 
 
 class Store(Protocol):
-    """A place that is given copies of the log's events."""
+    """A place that gets copies of the log's events."""
 
     name: str
-    address: str  # where it is: another place is another store
-    option: str  # that gives its address
+    address: str  # another address is another store
+    option: str  # the option that sets its address
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
-        """Connects, mends what a kill left half-done; which of `records` are there already."""
+        """Connects and repairs what a kill left half-done. Returns which of `records` it has."""
         ...
 
     def deliver(self, events: Sequence[Logged]) -> None:
-        """Takes events, in their order; again, perhaps, what it has taken before."""
+        """Stores events, in their order; possibly some that it has already."""
         ...
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
-        """The study has ended, and was interrupted if it is not whole: the trials that have not
-        ended, by it."""
+        """Records the end of the study. If it is not `whole`, it was interrupted, and so were its
+        unfinished trials."""
         ...
 
 
 class Outbox:
-    """Brings `store` up to the `log`, now and then for as long as it runs; `say` prints a line."""
+    """Keeps `store` up to date with the `log`; `say` prints a line."""
 
     def __init__(self, log: EventLog, store: Store, say: Callable[[str], None]):
         self.log, self.store, self.say = log, store, say
@@ -59,9 +58,9 @@ class Outbox:
         self.thread = threading.Thread(target=self._run, name=store.name, daemon=True)
 
     def reconcile(self) -> int:
-        """Delivers all that is missing, in the caller's own thread; returns how many events were.
+        """Delivers all missing events, in the caller's thread; returns their number.
 
-        Raises ConfigError if the store does not take them.
+        Raises ConfigError if the store refuses them.
         """
         try:
             behind = self._load()
@@ -76,18 +75,18 @@ class Outbox:
         self.thread.start()
 
     def stop(self) -> None:
-        """Asks the thread to deliver the rest and to end."""
+        """Tells the thread to deliver the rest and end."""
         self.stopping.set()
 
     def finish(self, records: Mapping[int, Record], whole: bool) -> int:
-        """Delivers the rest and closes the store; returns how many events, of which the study's
-        end is one, it did not take."""
+        """Delivers the rest and closes the store; returns how many events (the end of the study is
+        one) the store lacks."""
         self.stop()
         before = None
         while self.thread.is_alive():
             self.thread.join(PATIENCE)
             behind = self._behind()
-            if behind == before:  # it hangs in a request, and is left to itself
+            if behind == before:  # it hangs in a request: give up
                 break
             if behind and before is None:
                 self.say(f"{self.store.name}: waiting for it to take {behind} records")
@@ -109,7 +108,7 @@ class Outbox:
                 if not self.loaded:
                     self._load()
                 more = self._deliver()
-            except Exception as error:  # each store raises its own kinds; none is lost, all wait
+            except Exception as error:  # each store raises its own kinds; events wait
                 self._failed(error)
                 deadline = deadline or (time.monotonic() + PATIENCE if last_round else None)
                 if deadline and time.monotonic() > deadline:
@@ -130,19 +129,19 @@ class Outbox:
         return self.log.last() - self.log.delivered(self.cursor)
 
     def _load(self) -> int:
-        """How many events the store lacks."""
+        """Loads the store; returns how many events it lacks."""
         events = self.log.events()
         there = self.store.load(replay(events))
         cursor = self.log.delivered(self.cursor)
         delivered = {e.event.trial for e in events if isinstance(e.event, Asked) and e.id <= cursor}
-        if delivered - there:  # the store itself lost something: all of it again
+        if delivered - there:  # the store has lost trials: deliver everything again
             cursor = 0
             self.log.set_delivered(self.cursor, cursor)
         self.loaded = True
         return self.log.last() - cursor
 
     def _deliver(self) -> bool:
-        """Delivers what there is; whether there may be more."""
+        """Delivers a batch of events; returns whether there may be more."""
         events = self.log.events(self.log.delivered(self.cursor), BATCH)
         if events:
             self.store.deliver(events)
@@ -150,7 +149,7 @@ class Outbox:
         return len(events) == BATCH
 
     def _failed(self, error: Exception) -> None:
-        self.loaded = False  # what arrived of the last attempt is known when it is back
+        self.loaded = False  # find out what has arrived when it answers again
         if self.failed is None:
             self.say(
                 f"{self.store.name} does not take records ({one_line(error)}); they wait in the"

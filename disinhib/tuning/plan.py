@@ -1,8 +1,7 @@
-"""What a study would do, how long it takes and what it needs: `python tune_main.py plan=true`.
+"""The plan of a study (`python tune_main.py plan=true`): its trials, duration and needs.
 
-No trial runs and nothing is written. One epoch of every structure is timed, in workers like those
-of trials; the rest follows from these numbers and from the study's own early stopping, which is
-asked about made-up trials.
+Runs no trial and writes nothing. It times an epoch of every structure, in workers like those of
+trials, and simulates the study with these numbers, made-up scores and the study's early stopping.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from disinhib.tuning.suggest import SAMPLERS
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
-# Epochs of made-up trials: enough for a mean of SEEDS studies that are small; a large study
-# varies less, and asking about each of its epochs takes a while.
+# Simulated studies, and epochs in all: a small study is simulated SEEDS times; a large one varies
+# less and takes longer to simulate.
 SEEDS, EPOCHS_ASKED = 5, 50_000
 TIMED = 2  # epochs of each structure: the first, which compiles, and one that does not
 
@@ -52,21 +51,21 @@ class Preview(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What is compiled by itself; the trials of a rule may have several."""
+    """A structure: its trials share one compiled program. A rule may have several."""
 
     name: str
-    trial: TrialConfig  # one that has it
+    trial: TrialConfig  # one of its trials
 
 
 class Cost(NamedTuple):
-    """Of a structure, measured in a worker that did nothing else."""
+    """The cost of a structure, measured in a worker that did nothing else."""
 
-    first_epoch: float  # s, with what had to be traced, compiled or loaded
+    first_epoch: float  # s, with tracing and with compiling or loading
     epoch: float  # s
-    tracing: float  # s of the first epoch that no later study is spared
-    memory_mb: float  # the most that the worker held
+    tracing: float  # s of the first epoch, in every worker again
+    memory_mb: float  # the worker's peak
     checkpoint_mb: float
-    ready_at: float  # s since the epoch (1970): code and data were there
+    ready_at: float  # s since 1970: code and data were loaded
 
 
 class Estimate(NamedTuple):
@@ -77,9 +76,9 @@ class Estimate(NamedTuple):
 def previews(
     study: Study, propose: Proposer, points: Sequence[Mapping[str, Any]], rules: int
 ) -> list[Preview]:
-    """The first trial of each of so many `rules` and of each kind, given are those of `points`.
+    """The first trial of each kind for each of `rules` rules; GIVEN are those of `points`.
 
-    Looks as far as ten trials a rule beyond `points`, and not beyond those of the study.
+    Proposes at most ten trials a rule beyond `points`, and no more than the study has.
     """
     shown: dict[tuple[str, str], Preview] = {}
     records: dict[int, Record] = {}
@@ -100,8 +99,8 @@ def _is_published(study: Study, trial: TrialConfig) -> bool:
 
 
 def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]:
-    """The distinct structures of the space, with the published default of every number that does
-    not decide them; those that take longest to compile and run come first."""
+    """The structures of the space, with the published default of every number that does not
+    affect the structure; those that take longest to compile and run come first."""
     by_structure = {config.parse(branch["options"]).architecture: branch for branch in branches}
     by_cost = sorted(by_structure, key=lambda each: (each.circuit != "dale", -sum(each.sizes)))
     described = {each: flatten(asdict(each)) for each in by_structure}
@@ -119,7 +118,7 @@ def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]
 
 
 def _at_defaults(study: Study, branch: TrialConfig) -> TrialConfig:
-    """`branch` without the numbers that its space chose, unless they decide its structure."""
+    """`branch` without the numbers that its space chose, unless they affect its structure."""
     chosen = {n: value for n, value in branch["searched"].items() if not isinstance(value, float)}
     bare = configure(study, branch["number"], chosen)
     structure, wanted = (config.parse(one["options"]).architecture for one in (bare, branch))
@@ -133,11 +132,11 @@ def simulate(
     stops: Stops,
     seed: int,
 ) -> Estimate:
-    """A study of made-up trials, `at_once` at a time. Rules, the keys of `costs`, take turns, and a
-    trial has one of its rule's structures at random; trials of a rule without any fail at once.
+    """Simulates a study, `at_once` trials at a time. Rules, the keys of `costs`, take turns, and a
+    trial has a random structure of its rule; trials of a rule without structures fail at once.
 
-    A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget for half of
-    the way. `stops(records, trial, score)` decides who ends early.
+    A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget to get half
+    way. `stops(records, trial, score)` decides which trials end early.
     """
     draw = np.random.default_rng(seed)
     quality = draw.uniform(size=study.trials)
@@ -146,7 +145,7 @@ def simulate(
     rule_of = lambda number: rules[number % len(rules)]
     waiting = deque(number for number in range(study.trials) if costs[rule_of(number)])
     free, running = list(range(at_once)), []
-    known: set[tuple[int, Cost]] = set()  # structures that a worker has traced
+    known: set[tuple[int, Cost]] = set()  # structures that a worker has traced already
     records = {
         number: Record(TrialConfig(number=number, rule=rule_of(number), epochs=study.epochs))  # pyright: ignore
         for number in range(study.trials)
@@ -178,14 +177,14 @@ def without_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once:
 
 
 def with_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int) -> Estimate:
-    """The mean over some studies, each with early stopping of its own."""
+    """The mean over several simulated studies, with the study's early stopping."""
     seeds = max(1, min(SEEDS, EPOCHS_ASKED // (study.trials * study.epochs)))
     each = [simulate(study, costs, at_once, study.stops, seed) for seed in range(seeds)]
     return Estimate(*(statistics.mean(values) for values in zip(*each, strict=True)))
 
 
 def disk_mb(costs: Mapping[str, Sequence[Cost]], at_once: int, keep_best: int) -> float:
-    """The most that checkpoints take: of the trials that run, and of the best of each rule."""
+    """Peak size of the checkpoints: of running trials, and of the best of each rule."""
     largest = [max(cost.checkpoint_mb for cost in own) for own in costs.values() if own]
     return at_once * max(largest, default=0.0) + keep_best * sum(largest)
 
@@ -193,8 +192,8 @@ def disk_mb(costs: Mapping[str, Sequence[Cost]], at_once: int, keep_best: int) -
 def measure(
     study: Study, manifest: Manifest, structures: Sequence[Structure]
 ) -> dict[str, Cost | str]:
-    """What each structure costs, by its name, or why it failed: two epochs of each are a study of
-    their own, in a folder that goes when they are done."""
+    """The cost of each structure by its name, or why it failed. Two epochs of each are trained as a
+    study, in a temporary folder."""
     trials = [
         Asked(number, TrialConfig(**{**structure.trial, "number": number, "epochs": TIMED}))
         for number, structure in enumerate(structures)
@@ -246,7 +245,7 @@ def _cost(epochs: Sequence[Logged], checkpoint_mb: float) -> Cost:
 def run(study: Study, console: Console) -> None:
     """Prints the plan of `study`.
 
-    Raises ConfigError and data.DataError where the study itself would before it opens its stores.
+    Raises ConfigError and data.DataError as the study would before it opens its stores.
     """
     started = time.time()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -261,7 +260,7 @@ def run(study: Study, console: Console) -> None:
     points = [] if SAMPLERS[study.searcher["name"]].grid else begun.points  # a grid is all points
     rules = len({branch["rule"] for branch in branches})
     shown = previews(study, manifest.proposer(study, begun), points, rules)
-    whole = "; for all of its trials, also those that ended" if study.resume else ""
+    whole = "; counts all trials, also those that have ended" if study.resume else ""
     say(f"plan of study {study.name}: runs no trial and writes nothing{whole}\n")
     say(*_preview_lines(shown, len(branches)), "")
     with cluster.cluster(study.cluster):
@@ -279,7 +278,7 @@ def run(study: Study, console: Console) -> None:
             costs[structure.trial["rule"]].append(cost)
     ready_at = min((cost.ready_at for own in costs.values() for cost in own), default=math.inf)
     if not any(costs.values()):
-        say("no structure ran: there is nothing to estimate from")
+        say("no structure could be timed: there is no estimate")
         return
     say(*_time_lines(study, costs, at_once, ready_at - started), "")
     say(*_need_lines(study, costs, at_once, fitting, total))
@@ -292,7 +291,7 @@ def _preview_lines(shown: Sequence[Preview], branches: int) -> list[str]:
         lines.append(f"trial {trial['number']}, {kind}: {' '.join(words)}")
     return [
         *lines,
-        f"each was composed and checked, as were {branches} that make every choice of the space",
+        f"each was composed and checked, and so were {branches} that cover all choices",
     ]
 
 
@@ -314,16 +313,19 @@ def _time_lines(
     }
     failing = [rule for rule, own in costs.items() if not own]
     return [
-        "first epoch: compiled, or loaded if it was; the study only loads what this plan compiled",
+        "first epoch: with compiling, or loading if cached; the study will only load",
         "",
         *(
             f"{name}: {_hours(startup + estimate.seconds)}, {estimate.epochs:.0f} epochs"
             for name, estimate in estimates.items()
         ),
         f"assumed: {at_once} trials at a time, rules in turn, a rule's structures equally often,"
-        " qualities uniformly random and no better later in the study, half of a quality learnt in"
+        " random final scores that do not improve during the study, half of a score reached in"
         f" 1/16 to 1/4 of the budget, {TRIAL_SECONDS} s between trials, {startup:.1f} s to start",
-        *([f"not counted, as none of their structures ran: {', '.join(failing)}"] * bool(failing)),
+        *(
+            [f"not counted, because none of their structures could be timed: {', '.join(failing)}"]
+            * bool(failing)
+        ),
     ]
 
 
@@ -345,8 +347,8 @@ def _need_lines(
     most = study.cluster["max_concurrent"]
     return [
         f"{of_what}: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all",
-        f"disk: at most {disk:.1f} MB of checkpoints ({at_once} that run, {keep} kept for each"
-        f" rule; written and weighed), {'over' if disk > cap * 1e3 else 'under'}"
+        f"disk: at most {disk:.1f} MB of checkpoints ({at_once} running, {keep} kept for each"
+        f" rule; measured), {'over' if disk > cap * 1e3 else 'under'}"
         f" checkpoints.cap_gb={cap:g}",
         f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; {fitting} trials fit"
         f" at once, cluster.max_concurrent={'null' if most is None else most}",

@@ -1,6 +1,6 @@
-"""What a study shows while it runs and when it is over.
+"""What the terminal shows while a study runs and when it has ended.
 
-Numbers first (`tally`, `best`, `seconds_left`: pure functions of records), then their drawing.
+First the numbers (`tally`, `best`, `seconds_left`: pure functions of records), then their display.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rich.text import Text
 from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, Record
 
-PLAIN_SECONDS = 10.0  # between two lines where stdout is no terminal
+PLAIN_SECONDS = 10.0  # between two lines if stdout is not a terminal
 
 
 class Tally(NamedTuple):
-    """How many trials are in which state."""
+    """The number of trials in each state."""
 
     complete: int
     pruned: int
@@ -42,7 +42,7 @@ def tally(records: Iterable[Record]) -> Tally:
 
 
 class Standing(NamedTuple):
-    """How a rule stands; `best` is its best complete trial, if there is one."""
+    """A rule's best complete trial, if it has one, and the states of its trials."""
 
     rule: str
     best: Record | None
@@ -50,7 +50,7 @@ class Standing(NamedTuple):
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """The best trial; only complete ones compete, and of equals the first wins."""
+    """The best complete trial; of equals, the first. None if no trial is complete."""
     complete = sorted(
         (record for record in records if record.state == COMPLETE), key=lambda record: record.number
     )
@@ -66,20 +66,20 @@ def standings(records: Sequence[Record]) -> list[Standing]:
 
 
 def merit(record: Record | None) -> float:
-    """The score of a trial, more being better; minus infinity if it has none."""
+    """A trial's score, signed: more is better; minus infinity if it has none."""
     return -math.inf if record is None or record.score is None else record.score
 
 
 def in_words(score: float | None, metric: str) -> str:
-    """A score as it was measured: the records' are signed."""
+    """A score as it was measured, without the sign, as a text."""
     return "none" if score is None else f"{SELECTION[metric].sign * score:.2f}"
 
 
 def seconds_left(
     records: Sequence[Record], trials: int, elapsed: float, before: int = 0
 ) -> float | None:
-    """Seconds until `trials` have ended at the pace since `before` had; None until enough more
-    have for the start and the compilations not to count."""
+    """Seconds until `trials` have ended, at this session's pace (`before` had ended earlier); None
+    until enough have ended to make the start and the compilations negligible."""
     ended = tally(records).ended
     enough = max(1, min(10, (trials - before) // 5))
     return elapsed / (ended - before) * (trials - ended) if ended - before >= enough else None
@@ -123,8 +123,8 @@ def leaderboard(records: Sequence[Record], metric: str) -> Table:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """Why trials failed, and where in the search space: for each rule, how many of them, the
-    reasons, and the number that tells them best from its other trials."""
+    """Why trials failed, and where in the search space: for each rule, the number of failed trials,
+    the reasons, and the parameter that best separates them from the rule's other trials."""
     lines = []
     for rule in sorted({record.rule for record in records if record.state == FAILED}):
         own = [record for record in records if record.rule == rule]
@@ -144,7 +144,7 @@ def _kind(reason: str) -> str:
 
 
 def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
-    """The searched number by which `failed` differ most from `others`, and its range in both."""
+    """The parameter by which `failed` differ most from `others`, and its range in both."""
     numeric = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     found = []
     for name in failed[0].config["searched"]:
@@ -153,7 +153,7 @@ def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
             for side in (failed, others)
         )
         if bad and good:
-            # Share of pairs in which the failed one is larger: 0.5 tells nothing.
+            # Share of pairs in which the failed one is larger; 0.5 means no difference.
             larger = sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / len(bad) / len(good)
             found.append((abs(larger - 0.5), name, larger > 0.5, bad, good))
     if not found:
@@ -161,14 +161,14 @@ def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
     _, name, high, bad, good = max(found)
     end = "high" if high else "low"
     return (
-        f", most at {end} {name}: {min(bad):.3g} to {max(bad):.3g}"
+        f", mostly at {end} {name}: {min(bad):.3g} to {max(bad):.3g}"
         f" (the others {min(good):.3g} to {max(good):.3g})"
     )
 
 
 class Progress:
     """Shows a study of `trials` trials on `console`: a live table on a terminal, else a line every
-    PLAIN_SECONDS; failures are named as they happen."""
+    PLAIN_SECONDS; prints failures as they happen."""
 
     def __init__(self, console: Console, trials: int, metric: str):
         self.console, self.trials, self.metric = console, trials, metric

@@ -1,7 +1,8 @@
-"""What is needed to run a trial again: code, packages, data, threads; and the machine, to know.
+"""The provenance of a run: code, packages, data and threads, which are needed to run it again, and
+the machine.
 
-Plain JSON-able data. jax is not imported: whoever replays a trial reads this first, to set the
-number of XLA's threads.
+Plain values (JSON). Does not import jax: a replay reads the provenance first, to set the number of
+XLA's threads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-# What decides results, and what a patch of the commit covers.
+# Files that affect results, and those that the patch covers.
 DECISIVE = ("disinhib/**/*.py", "search_spaces/*.py", "conf/**/*.yaml", "tune_main.py")
 SOURCES = ("disinhib", "search_spaces", "analysis", "conf", "tune_main.py", "pyproject.toml")
 PACKAGES = (
@@ -57,10 +58,10 @@ def collect(config: RunConfig, threads: int) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes results of two provenances incomparable, a short line each.
+    """The differences that make results of two provenances incomparable, a short line each.
 
-    Not the machine and the number of threads, which a replay may choose; nor the commit, as one
-    that changes a README is the same code.
+    The machine and the number of threads do not count, because a replay may choose them; nor does
+    the commit, because one that changes only a README has the same code.
     """
     files, files_now = before["code"]["files"], now["code"]["files"]
     lines = []

@@ -1,8 +1,8 @@
 """Ray Tune as the backend of the study loop, by its public interface.
 
-Tune schedules every trial, places and reuses its workers, and restarts those that died. It asks a
-searcher for trials and tells a scheduler of results: here both speak to the study loop. Tune's own
-record of a study is a copy, of the trials that were handed to it since the study was last started.
+Tune schedules every trial, places and reuses workers, and restarts trials whose worker died. It
+asks a searcher for trials and reports results to a scheduler: here both call the study loop. Tune's
+own record is a copy, of the trials that ran since the study was last started.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from disinhib.tuning.ray_workaround import deaths_counted_once
 from disinhib.tuning.worker import FAILURE, REPORT, Policy
 
 FOLDER = "ray"  # in the study's folder
-WORKERS_LOST = 3  # a trial goes on after so many deaths of its worker, and no more
+WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker, and no more
 
 
 class RayBackend:
-    """Runs what the study loop starts, as trials of `trainable` with `resources` (cpu, gpu) each.
+    """Runs the trials that the study loop starts, as `trainable` with `resources` (cpu, gpu) each.
 
-    Ray's own record goes into `folder`. `on_step()` is called now and then, `on_over_cap()` when
-    the cap kept a trial from writing its checkpoint.
+    Ray's own record is in `folder`. `on_step()` is called now and then, `on_over_cap()` when the
+    cap prevented a trial from writing its checkpoint.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class RayBackend:
         self.trainable, self.resources, self.policy = trainable, resources, policy
         self.folder, self.on_step, self.on_over_cap = folder, on_step, on_over_cap
         self.queue: deque[TrialConfig] = deque()
-        self.error: Exception | None = None  # why the study cannot go on
+        self.error: Exception | None = None  # why the study cannot continue
         self.over = False
 
     def start(self, config: TrialConfig) -> None:
         self.queue.append(config)
 
     def run(self, loop: Loop, at_once: int, callbacks: Sequence[tune.Callback] = ()) -> None:
-        """Runs `loop` to its end, or until Ctrl-C. Raises what it raises."""
+        """Runs `loop` to its end, or until Ctrl-C. Raises the errors of the loop."""
         self.loop = loop
         self._advance(lambda: next(loop))
         name = lambda trial: f"{trial.config['number']:04d}"
@@ -77,21 +77,21 @@ class RayBackend:
                 verbose=0,
             ),
         )
-        # Ray would start one worker at a time and give it up as soon as another falls free, so that
-        # short trials would run one after the other.
+        # By default Ray starts one worker at a time and drops it when another becomes free, so
+        # that short trials would run one after another.
         pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
         if not self.over:
             try:
                 with environment.variables(pending), deaths_counted_once():
                     tuner.fit()
             except Exception:
-                if self.error is None:  # Ray wraps what its callbacks raise
+                if self.error is None:  # Ray wraps errors of its callbacks
                     raise
         if self.error is not None:
             raise self.error
 
     def tell(self, outcome: Outcome) -> bool:
-        """Whether the trial has ended, now that the loop has heard of `outcome`."""
+        """Sends `outcome` to the loop; returns whether the trial has ended."""
         return self._advance(lambda: self.loop.send(outcome))
 
     def _advance(self, step: Callable[[], bool]) -> bool:
@@ -101,40 +101,40 @@ class RayBackend:
             return step()
         except StopIteration:
             self.over = True
-        except Exception as error:  # kept: Ray takes an error in some of its hooks for the trial's
+        except Exception as error:  # kept, because Ray blames the trial for errors in some hooks
             self.error, self.over = error, True
         return True
 
     def __getstate__(self) -> dict:
-        return {}  # Ray keeps a copy of all that it is given; the log is the truth
+        return {}  # Ray pickles its parts; the state is in the log
 
 
 class RaySearcher(Searcher):
-    """The trials that the loop has started, one after the other."""
+    """Gives Tune the trials that the loop has started, one after another."""
 
     def __init__(self, backend: RayBackend):
         super().__init__()
         self.backend = backend
 
     def suggest(self, trial_id: str) -> Any:
-        if self.backend.error is not None:  # or Ray would go on asking for minutes
+        if self.backend.error is not None:  # else Ray would keep asking for minutes
             raise self.backend.error
         if self.backend.queue:
             return {**self.backend.queue.popleft(), "policy": self.backend.policy}
         return Searcher.FINISHED if self.backend.over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """The loop knows already."""
+        """Does nothing: the scheduler has told the loop."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing: the log has it."""
+        """Does nothing: the state is in the log."""
 
     def __getstate__(self) -> dict:
         return {}
 
 
 class RayScheduler(FIFOScheduler):
-    """Tells the loop of results, and ends the trials that it has ended."""
+    """Passes results to the loop, and stops the trials that the loop has ended."""
 
     def __init__(self, backend: RayBackend):
         super().__init__()
@@ -143,7 +143,7 @@ class RayScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
         number = trial.config["number"]
         if FAILURE in result:
-            # The worker raises it in its next step; to run the trial once more would not help.
+            # The worker raises it in its next step; running the trial again would not help.
             trial.max_failures = 0
             self.backend.tell(Raised(number, result[FAILURE]))
             return TrialScheduler.CONTINUE
@@ -161,7 +161,7 @@ class RayScheduler(FIFOScheduler):
 
 
 class RayCallback(tune.Callback):
-    """Tells the loop which trials run, and ends Tune when the study cannot go on."""
+    """Tells the loop which trials have started, and ends Tune if the study cannot continue."""
 
     def __init__(self, backend: RayBackend):
         self.backend = backend

@@ -1,8 +1,8 @@
-"""A bug of Ray, worked around until it is mended there: the only room that touches Ray's private
-parts. `tests/test_ray_workaround.py` fails when Ray no longer needs it.
+"""A workaround for a bug of Ray: the only module that touches Ray's private parts.
 
-Ray 2.60 tells its controller twice of a worker that dies while it is being reset for its next
-trial, and the second time fails the trial that the first time has queued again.
+`tests/test_ray_workaround.py` fails when Ray no longer needs it. Ray 2.60 reports to its controller
+twice that a worker has died while being reset for its next trial; the first report queues the trial
+again, the second one fails it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ray
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
-AFFECTED = ("2.60.",)  # versions that were seen to have it
+AFFECTED = ("2.60.",)  # versions that have the bug
 
 
 def needed(version: str = ray.__version__) -> bool:
@@ -24,7 +24,7 @@ def needed(version: str = ray.__version__) -> bool:
 
 @contextmanager
 def deaths_counted_once() -> Iterator[None]:
-    """For its time, a worker's death is told once; nothing where Ray does not have the bug."""
+    """Within it, Ray handles a worker's death once. Does nothing if Ray does not have the bug."""
     if not needed():
         yield
         return
@@ -35,7 +35,7 @@ def deaths_counted_once() -> Iterator[None]:
         again = last.get(trial.trial_id) is exception and trial.status == Trial.PENDING
         last[trial.trial_id] = exception
         if again:
-            self._resetting_trials.discard(trial)  # or it would wait for this reset for ever
+            self._resetting_trials.discard(trial)  # else it would wait for this reset forever
         else:
             process(self, trial, exception)
 

@@ -1,4 +1,4 @@
-"""Going on with a study, or from one: which of its options stay, and which may change."""
+"""Resuming or extending a study: which of its options stay, and which may change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disinhib.errors import ConfigError
 from disinhib.hydra_config import is_group, option_of
 
 FILE = "study.yaml"  # in a study's folder
-# What may differ from the study that is resumed: where it runs and writes, not what it does.
+# Options that may change when a study is resumed: where it runs and writes, not what it does.
 RESUMED_WITH = (
     *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
     *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path"),
@@ -40,12 +40,12 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
 def on_top_of(
     earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
 ) -> list[str]:
-    """Overrides of a study that goes on from an earlier one."""
-    # Its place is where it was found; what it started from is no concern of one that extends it.
+    """Overrides of a study that resumes or extends an earlier one."""
+    # The folder is known; a study that extends another has initial points of its own.
     left = {option_of(override) for override in overrides} | {"study", "out_dir"}
     if own["extend"]:
         left |= {"warm_start", "points"}
-    # What was given for the searcher, say, goes with the searcher.
+    # A new choice of a group, say another searcher, drops the options of the old choice.
     groups = tuple(name.replace("/", ".") + "." for name in left if is_group(name))
     before = [
         o

@@ -1,4 +1,4 @@
-"""Which of a study's checkpoints stay: those of trials that may go on, and the best few of each
+"""Which of a study's checkpoints stay: those of unfinished trials, and the best few of each
 rule."""
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ def checkpoint_file(folder: str | Path, number: int) -> Path:
 
 
 def model_file(folder: str | Path, number: int, seed: int) -> Path:
-    """Where a final trial leaves the model of a seed."""
+    """The file of the trained model of a final trial's seed."""
     return Path(folder) / f"{number:04d}-{seed}.model"
 
 
 def folder(study: Path, id: str) -> Path:
-    """Where the study `id` keeps them. By its id: a machine that does not share the study's folder
-    may have an earlier study's there, of the same name."""
+    """The folder of the study's checkpoints. Its name has the study's `id`, because a machine that
+    does not share the study's folder may have one of an earlier study of the same name."""
     return study / "checkpoints" / id[:8]
 
 
 def kept(records: Iterable[Record], best: int) -> list[Record]:
-    """The `best` complete trials of each rule: all first ones before all second ones, so that the
-    last is the one to do without."""
+    """The `best` complete trials of each rule, by rank: the first of every rule, then the second
+    ..., so that the last can be removed first."""
     ranks: dict[str, int] = {}
     ranked = []
     complete = [record for record in records if record.state == COMPLETE]
@@ -39,7 +39,7 @@ def kept(records: Iterable[Record], best: int) -> list[Record]:
 
 
 def tidy(folder: Path, records: Iterable[Record], best: int) -> None:
-    """Removes what trials that have ended left, except for those that are kept."""
+    """Removes the checkpoints of trials that have ended, except those that are kept."""
     records = list(records)
     keep = {record.number for record in kept(records, best)}
     for record in records:
@@ -48,7 +48,7 @@ def tidy(folder: Path, records: Iterable[Record], best: int) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what a kill left half-written; nobody may be writing."""
+    """Removes files that a kill left half-written. No process may be writing."""
     for part in folder.glob(".*.part"):
         part.unlink()
 
@@ -60,8 +60,8 @@ def remove_models(folder: Path) -> None:
 
 
 def make_room(folder: Path, records: Iterable[Record], best: int, cap_bytes: float) -> bool:
-    """Sees to it that one more fits under the cap, if need be by removing the kept checkpoint that
-    is worth least; whether it does."""
+    """Makes room for one more checkpoint under the cap, if necessary by removing the worst kept
+    one. Returns whether there is room."""
     sizes = [file.stat().st_size for file in folder.glob("*.msgpack")]
     if sum(sizes) + max(sizes, default=0) <= cap_bytes:
         return True

@@ -1,7 +1,7 @@
-"""What a search space says when it is asked: its branches, and what it searches.
+"""A search space as a tree: its paths, its branches, its parameters.
 
-A space is a function of a trial and can only be run (`search_spaces`). Here a tracer stands in for
-the trial and answers what the space asks for.
+A space is a function of a trial and can only be run (`search_spaces`). Here it runs with a tracer
+in place of the trial, which decides the value of each parameter and records it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from search_spaces import Overrides, Space
 
-RULE = "trainer"  # the parameter by which a space chooses its rule, if it does
+RULE = "trainer"  # the parameter by which a space of several rules chooses one
 ENDS = ("low", "high")  # of a numeric range
 
 Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
@@ -23,14 +23,14 @@ Params = dict[str, Any]
 
 
 class Branch(NamedTuple):
-    """One way through a space: the choices made, and what it returned."""
+    """A branch of a space: its choices, and the overrides that the space returns there."""
 
     choices: Params
     overrides: Overrides
 
 
 class _Tracer:
-    """Stands in for an `optuna.Trial`: every parameter has the value that `choose` gives it."""
+    """In place of an `optuna.Trial`: `choose` decides the value of every parameter."""
 
     def __init__(self, choose: Callable[[str, Distribution], Any]):
         self.choose, self.number = choose, 0
@@ -58,7 +58,7 @@ class _Tracer:
 
 
 class Path(NamedTuple):
-    """One way through a space: parameters in the order asked for, and what it returned."""
+    """A path through a space: parameters in the order asked for, and the overrides returned."""
 
     params: Params
     distributions: dict[str, Distribution]
@@ -87,7 +87,7 @@ def ends_of(distribution: Distribution, end: str) -> Sequence:
 
 
 def branches(space: Space) -> Iterator[Branch]:
-    """Ways through `space` that together make every categorical choice at least once, each with
+    """Branches of `space` that together make every categorical choice at least once, each with
     its numbers at the low and at the high end of their ranges."""
     todo: list[Params] = [{}]
     seen: set[tuple[str, Any]] = set()
@@ -110,14 +110,14 @@ def _first_path(space: Space, forced: Params, end: str) -> Path:
 
 
 def rules_of(space: Space) -> list[str]:
-    """The rules among which `space` chooses; empty if it has one only."""
+    """The rules among which `space` chooses; empty if it has only one."""
     chosen = [branch.choices[RULE] for branch in branches(space) if RULE in branch.choices]
     return list(dict.fromkeys(chosen))
 
 
 def paths(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iterator[Path]:
-    """Every way through `space` when a parameter may have any of its `values`, depth first: what
-    is asked for last varies fastest. As many runs of the space as there are paths."""
+    """Every path through `space` with each parameter at any of its `values`, depth first: the
+    parameter asked for last varies fastest. Runs the space once for each path."""
     todo: list[Params] = [{}]
     while todo:
         script = todo.pop()
@@ -140,7 +140,7 @@ def _scripted(
 
 
 def at_ends(space: Space, given: Params) -> Iterator[Path]:
-    """Every way through `space` with the values of `given`, every other choice, and every other
+    """Every path through `space` with the values in `given`, every other choice, and every other
     number at the low and at the high end of its range."""
     for end in ENDS:
         yield from paths(
@@ -150,11 +150,11 @@ def at_ends(space: Space, given: Params) -> Iterator[Path]:
 
 
 def definition(space: Space) -> dict[str, Any]:
-    """What `space` searches, in JSON's types: two spaces with equal definitions search the same.
+    """A definition of `space` in JSON's types: spaces with equal definitions search the same.
 
     `parameters` has the range or the choices of each. `branches` has, for every combination of
-    choices, the numbers that are searched there, and the options that are set: null if a number
-    moves it, else its value. Takes a run of the space for every end of every combination.
+    choices, the numbers searched there and the options set: null if a number changes it, else its
+    value. Runs the space for each end of each combination.
     """
     parameters: dict[str, Any] = {}
     found: dict[str, list[Path]] = {}
@@ -175,7 +175,7 @@ def described(distribution: Distribution) -> dict[str, Any]:
 
 
 def _described_branch(paths: Sequence[Path]) -> dict[str, Any]:
-    """Of paths with the same choices: which may be one only, if a number decides what is chosen."""
+    """A branch of the definition, from its paths (only one if a number decides a choice)."""
     numbers = sorted({name for path in paths for name in path.params if name not in path.choices})
     overrides: dict[str, Any] = {}
     for path in paths:
@@ -186,12 +186,12 @@ def _described_branch(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def parameters_for(option: str, parameters: Iterable[str]) -> list[str]:
-    """Those of `parameters` that by their name are searched for `option`."""
+    """Those of `parameters` whose name says that they set `option`."""
     return [name for name in parameters if option in (name, option_of(name))]
 
 
 def option_of(parameter: str) -> str:
-    """What follows the branch in a parameter's name; the name itself if nothing does."""
+    """The option in a parameter's name, without the branch in front."""
     return parameter.partition(".")[2] or parameter
 
 
@@ -204,8 +204,8 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two definitions, a line for each parameter, and for each option that
-    is set otherwise; empty only if the two are equal."""
+    """The differences of two definitions: a line for each parameter, and for each option that is
+    set to another value; empty only if the two are equal."""
     if _canonical(before) == _canonical(now):
         return []
     old, new = before["parameters"], now["parameters"]
@@ -222,7 +222,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for (option, was, becomes), places in sorted(_changed_settings(before, now).items())
         if not parameters_for(option, changed)
     ]
-    return lines or ["the choices under which parameters are searched are others"]
+    return lines or ["parameters are searched under other choices"]
 
 
 def _changed_settings(
@@ -242,7 +242,7 @@ def _changed_settings(
 
 
 def _settings(branch: Mapping[str, Any]) -> dict[str, str]:
-    """What a branch of a definition does with each option, in words."""
+    """How a branch of a definition sets each option, in words."""
     return {
         **{option_of(name): "searched" for name in branch["parameters"]},
         **{
@@ -263,7 +263,7 @@ def _where(places: Sequence[Params]) -> str:
 
 
 def words(described: Mapping[str, Any] | None) -> str:
-    """What a parameter may be."""
+    """The range or the choices of a parameter, in words."""
     if described is None:
         return "not searched"
     if described["kind"] == "categorical":

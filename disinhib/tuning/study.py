@@ -1,7 +1,7 @@
-"""`python tune_main.py [option=value ...]`: one study that searches (options: conf/study.yaml).
+"""`python tune_main.py [option=value ...]`: a study that searches (options: conf/study.yaml).
 
-compose -> check -> begin, or go on -> run -> tell. Everything that can be wrong with the input is
-found before a trial is started or anything is written; such an error is one line (ConfigError).
+Composes and checks the options, begins or resumes the study, runs it and prints its result. Invalid
+input is refused, in one line (ConfigError), before a trial starts or anything is written.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from disinhib.tuning.worker import TrainingTrial
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the study that the command line asks for.
+    """Runs the study that the command line describes.
 
-    Returns the exit code: 0, 1 if no trial was completed or the study could not go on, 130 if it
-    was interrupted.
+    Returns the exit code: 0, 1 if no trial is complete or the study cannot continue, 130 if it was
+    interrupted.
     """
     if {"-h", "--help"} & {*arguments}:
         print(usage())
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    """Every option of a study: conf/study.yaml, and what its groups offer."""
+    """Every option of a study: conf/study.yaml, then the options of each searcher and scheduler."""
     lines = [(hydra_config.CONFIGURATIONS / "study.yaml").read_text()]
     for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
         for name, entry in table.items():
@@ -53,8 +53,8 @@ def usage() -> str:
 
 
 def carry_out(study: Study) -> tuple[int, Finished | None]:
-    """Runs `study`, or plans it, and prints what comes of it: the exit code of `main`, and what
-    the study left, if it ran and nothing kept it from going on."""
+    """Runs or plans `study` and prints the result. Returns the exit code of `main`, and the
+    finished study unless it was only planned or could not continue."""
     console = Console()
     if study.plan:
         plan.run(study, console)
@@ -65,7 +65,8 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
         obstacle = _full_disk(error)
         if obstacle is None:
             raise
-        print(f"error: {obstacle}: make room, then go on: {resume_command(study)}", file=sys.stderr)
+        command = resume_command(study)
+        print(f"error: {obstacle}: make room, then resume: {command}", file=sys.stderr)
         return 1, None
     summary(finished, study, console)
     if not finished.whole:
@@ -79,14 +80,14 @@ def run(
     trainable: type[tune.Trainable] = TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
 ) -> Finished:
-    """Runs every trial of `study`, or those that are left of it. As `engine.run`."""
+    """Runs the trials of `study` that have not ended, as `engine.run` does."""
     return engine.run(job(study), console, trainable, callbacks)
 
 
 def job(study: Study) -> Job:
-    """The search that `study` asks for.
+    """The search that `study` describes, ready to run.
 
-    Raises ConfigError if it cannot be or, resumed, is not what it was.
+    Raises ConfigError if it is invalid or, when resumed, has changed.
     """
     begun = manifest.of_resumed(study) if study.resume else manifest.of_search(study)
     return Job(
@@ -110,7 +111,7 @@ def job(study: Study) -> Job:
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """What the system said, if it is for want of space that the study could not go on."""
+    """The system's message if the study stopped because the disk is full, else None."""
     while error is not None:
         if isinstance(error, StudyStopped):
             return str(error)
@@ -126,7 +127,7 @@ def resume_command(study: Study) -> str:
 
 
 def summary(finished: Finished, study: Study, console: Console) -> None:
-    """Prints the leaderboard and the commands that go on from here."""
+    """Prints the leaderboard and the next commands."""
     records = finished.records
     say: Callable[[str], None] = partial(
         console.print, soft_wrap=True, highlight=False, markup=False
@@ -139,12 +140,12 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
     for line in progress.failures(records):
         say(line)
     for name, count in finished.undelivered.items():
-        say(f"{name} has not taken {count} records: resume the study when it answers")
+        say(f"{name} lacks {count} records: resume the study when it answers")
     uri = shlex.quote(finished.tracking_uri)
     ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
     if finished.undelivered or not finished.whole:
-        say(f"go on:       {resume_command(study)}")
+        say(f"resume:      {resume_command(study)}")
     if top := progress.best(records):
         say(f"best trial:  {tool('python')} {top.config['command'].removeprefix('python ')}")

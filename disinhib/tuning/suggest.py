@@ -1,8 +1,8 @@
-"""What to try next: an Optuna study is built from the history, and asked once.
+"""The next configuration: builds an Optuna study from the history and asks it once.
 
-A proposal follows from the space, the sampler, the history and a seed, and from nothing else: so a
-study that goes on after a kill proposes what it would have proposed. Balanced rules, deterministic
-batches and warm starts are filters on the history.
+A proposal depends only on the space, the sampler, the history and a seed, so a study that is
+resumed after a kill proposes what it would have proposed. Balanced rules, deterministic batches and
+warm starts are filters on the history.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tried(TypedDict):
     rule: str
     point: Point
     scores: list[float]  # by epoch; signed: more is better
-    state: str  # that of a trial which has not ended is none of STATES
+    state: str  # a key of STATES if the trial has ended
 
 
 class Proposal(NamedTuple):
@@ -66,7 +66,7 @@ def suggest(
 
 
 class _Numbered:
-    """An `optuna.Trial` under its number in the study: Optuna's own counts the history."""
+    """An `optuna.Trial` with its number in the study: Optuna's own counts the history."""
 
     def __init__(self, trial: optuna.Trial, number: int):
         self.trial, self.number = trial, number
@@ -85,7 +85,7 @@ def point(
 
 
 def frozen_trial(tried: Tried) -> FrozenTrial:
-    """As Optuna keeps it."""
+    """The trial as Optuna stores it."""
     return create_trial(
         state=STATES.get(tried["state"], TrialState.RUNNING),
         value=value(tried["state"], tried["scores"]),
@@ -119,13 +119,13 @@ def history(
     rules: Sequence[str] = (),
     batch: int | None = None,
 ) -> list[Tried]:
-    """What the proposal of trial `number` may learn from, the oldest first.
+    """The trials that the proposal of trial `number` may learn from, oldest first.
 
-    With `rules` these take turns, and each learns from its own trials alone: in one common study
-    TPE calls the best few trials *of all rules* good, and nothing would ever be learnt about the
-    parameters of a rule that is not the best. With `batch`, of the trials of the same batch
-    (`batch` consecutive numbers) it is only known that they run: so no proposal depends on which
-    trial was faster. `past` are trials of earlier studies.
+    With `rules`, the rules take turns, and each learns from its own trials only: in one common
+    study, TPE would call the best few trials *of all rules* good and learn nothing about the
+    parameters of the other rules. With `batch`, the trials of the same batch (`batch` consecutive
+    numbers) count as running, so that no proposal depends on which trial was faster. `past` are
+    trials of earlier studies.
     """
     turn = number % len(rules) if rules else None
     learnt = [trial for trial in past if turn is None or trial["rule"] == rules[turn]]
@@ -142,8 +142,8 @@ def history(
 def fixed_params(
     number: int, points: Sequence[Mapping[str, Any]], rules: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What is decided already of trial `number`: its rule where `rules` take turns, and one of the
-    `points` that are tried first."""
+    """The parameters of trial `number` that are not sampled: its rule if `rules` take turns, and
+    an initial point if any of `points` are left."""
     turn, index = divmod(number, max(1, len(rules)))
     if rules:
         points = [point for point in points if point.get(RULE) == rules[index]]
@@ -152,14 +152,13 @@ def fixed_params(
 
 
 def as_tried(records: Iterable[Record], space: Space) -> list[Tried]:
-    """What an earlier study can teach one of `space`: those of its trials that were complete or
-    pruned and lie in `space`, as points of it."""
+    """The complete and pruned trials among `records` that lie in `space`, as points of it."""
     learnable = (event_log.COMPLETE, event_log.PRUNED)
     return within((tried(record) for record in records if record.state in learnable), space)
 
 
 def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
-    """Those that lie in `space`, as points of it, with its ranges."""
+    """The trials that lie in `space`, as points of it, with its ranges."""
     inside = []
     for trial in trials:
         there = _point_of(space, {RULE: trial["rule"], **trial["point"]["params"]})
@@ -169,7 +168,7 @@ def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
 
 
 def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
-    """`params` as the point of `space` that they are; None if they are none."""
+    """`params` as a point of `space`; None if they are not one."""
     known = lambda name, kind: name in params and allows(kind, params[name])
     path = trace(
         space, lambda name, kind: params[name] if known(name, kind) else ends_of(kind, "low")[0]
@@ -180,17 +179,17 @@ def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
 
 
 def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
-    """Seeds of trial `number`, independent of all others; below 2**31, as jax takes them."""
+    """The seeds of trial `number`, independent of those of other trials; below 2**31, for jax."""
     return _seeds(study_seed, (number,), replicates)
 
 
 def sampler_seed(study_seed: int, number: int) -> int:
-    """The seed with which trial `number` is proposed."""
+    """The sampler's seed for trial `number`."""
     return _seeds(study_seed, (number, 0))[0]
 
 
 def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
-    """`points` in an order of the study's own."""
+    """`points`, shuffled by the study's seed."""
     order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))
     return [points[index] for index in order]
 
@@ -201,9 +200,9 @@ def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
 
 
 class Sampler(NamedTuple):
-    """`make(**options, seed=...)` is Optuna's; `own` are its options, given on to it; `needs` is a
-    package that it imports and that may be missing; `grid`: it is asked only for points that are
-    given; `balanced` is the default of that option."""
+    """An entry of SAMPLERS. `make(**options, seed=...)` is Optuna's class, `own` its options;
+    `needs` is a package that it imports and that may be missing; `grid` says that all its points
+    are initial points; `balanced` is the default of that option."""
 
     make: MakeSampler
     own: tuple[Option, ...]
@@ -214,7 +213,7 @@ class Sampler(NamedTuple):
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """All of them: every searcher's, then its own."""
+        """All options: those of every searcher, then its own."""
         balanced = COMMON[0]._replace(default=self.balanced)
         points = (POINTS_PER_RANGE,) if self.grid else ()
         return (balanced, *COMMON[1:], *points, *self.own)
@@ -222,30 +221,30 @@ class Sampler(NamedTuple):
 
 COMMON = (
     Option(
-        "balanced", True, FLAG, "every rule gets the same number of trials and a sampler of its own"
+        "balanced", True, FLAG, "every rule has the same number of trials and a sampler of its own"
     ),
     Option(
         "deterministic",
         False,
         FLAG,
-        "reproducible: proposals and decisions do not depend on timing, but are made in batches",
+        "reproducible: proposals and decisions do not depend on timing, in batches",
     ),
-    Option("batch", 6, COUNT, "trials proposed together if deterministic"),
+    Option("batch", 6, COUNT, "trials in a batch, if deterministic"),
     Option(
         "storage",
         None,
         OPTIONAL_TEXT,
-        "Optuna's own store: a database's URL; null: a file in the study's folder",
+        "Optuna's copy of the study: a database's URL; null: a file in the study's folder",
     ),
 )
 POINTS_PER_RANGE = Option(
-    "points_per_range", 3, COUNT, "of each number, from one end of its range to the other"
+    "points_per_range", 3, COUNT, "values of each range, from one end to the other"
 )
 _quiet = Option(
-    "warn_independent_sampling", False, FLAG, "warn of parameters that are drawn independently"
+    "warn_independent_sampling", False, FLAG, "warn about parameters that are sampled independently"
 )
 _startup = lambda count: Option(
-    "n_startup_trials", count, INDEX, "random ones first (per rule, if balanced)"
+    "n_startup_trials", count, INDEX, "random trials first (per rule, if balanced)"
 )
 
 SAMPLERS: dict[str, Sampler] = {
@@ -254,34 +253,38 @@ SAMPLERS: dict[str, Sampler] = {
         # Every argument is here, as Optuna 5 changed defaults.
         (
             _startup(5),
-            Option("n_ei_candidates", 24, COUNT, "candidates of which the best is proposed"),
+            Option("n_ei_candidates", 24, COUNT, "candidates, of which the best is proposed"),
             Option("multivariate", True, FLAG, "model parameters jointly"),
-            Option("group", True, FLAG, "joint sampling within each branch of a space"),
-            Option("constant_liar", True, FLAG, "keep off the neighbourhood of running trials"),
+            Option("group", True, FLAG, "sample jointly within each branch of the space"),
+            Option("constant_liar", True, FLAG, "avoid the neighbourhood of running trials"),
         ),
         "tree-structured Parzen estimator (Bergstra et al. 2011)",
     ),
     "random": Sampler(
-        optuna.samplers.RandomSampler, (), "independent draws from the space's own distributions"
+        optuna.samplers.RandomSampler,
+        (),
+        "independent draws from the distributions of the search space",
     ),
     "cmaes": Sampler(
         optuna.samplers.CmaEsSampler,
         (
             _startup(5),
-            Option("sigma0", None, or_null(POSITIVE), "first step; null: a sixth of the ranges"),
+            Option("sigma0", None, or_null(POSITIVE), "initial step; null: a sixth of the ranges"),
             Option(
                 "popsize",
                 None,
                 or_null(COUNT),
-                "trials of a generation; null: 4 + 3 log(parameters)",
+                "trials in a generation; null: 4 + 3 log(parameters)",
             ),
             Option("consider_pruned_trials", False, FLAG, "learn from pruned trials, too"),
-            Option("use_separable_cma", False, FLAG, "a diagonal covariance matrix"),
-            Option("with_margin", False, FLAG, "for whole numbers (Hamano et al. 2022)"),
+            Option("use_separable_cma", False, FLAG, "use a diagonal covariance matrix"),
+            Option(
+                "with_margin", False, FLAG, "use a margin, for whole numbers (Hamano et al. 2022)"
+            ),
             Option("lr_adapt", False, FLAG, "adapt the learning rate (Nomura et al. 2023)"),
             _quiet,
         ),
-        "CMA-ES on a branch's numbers; its choices are drawn at random",
+        "CMA-ES on the numeric parameters of a branch; choices are drawn at random",
         needs="cmaes",
     ),
     "gp": Sampler(
@@ -297,8 +300,8 @@ SAMPLERS: dict[str, Sampler] = {
     "grid": Sampler(
         optuna.samplers.RandomSampler,
         (),
-        "every combination of every choice and of points_per_range values of every range, in an"
-        " order that the study's seed draws; the published defaults come first",
+        "every combination of every choice and of points_per_range values of every range,"
+        " shuffled by the study's seed; the published defaults come first",
         balanced=False,
         grid=True,
     ),
@@ -306,7 +309,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def sampler(options: Mapping[str, Any]) -> MakeSampler:
-    """`make(seed=...)` of the sampler that a study's `searcher` options name."""
+    """`make(seed=...)` of the sampler in a study's `searcher` options."""
     entry = SAMPLERS[options["name"]]
     own = {option.name: options[option.name] for option in entry.own}
 

@@ -1,4 +1,4 @@
-"""What a study's own options may be: a table of checks, and the few that depend on each other."""
+"""Checks of a study's own options: a table, and the few checks that involve several options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
-# Root options and groups that only a study has; the rest of its options are those of training.
+# Options and groups that only a study has; its other options are those of training.
 STUDY_OPTIONS = (
     *("study", "resume", "extend", "plan", "space", "trials", "replicates", "metric", "mode"),
     *("points", "warm_start", "checkpoints"),
@@ -67,7 +67,7 @@ CHECKS: dict[str, Check] = {
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if an option of the study itself is not allowed."""
+    """Raises ConfigError if one of the study's own options is not allowed."""
     if "grid" in options:
         raise ConfigError(
             "experiment: given one with a grid, which has nothing to tune; needed is"
@@ -103,13 +103,13 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def _own(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `training_options` leaves out, and what a study needs of the rest."""
+    """The options that only a study has, and the training options that it checks itself."""
     names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed", "out_dir")
     return {name: options[name] for name in names if name in options}
 
 
 def _of_entry(group: str, table: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Check]:
-    """The checks of the table's entry that `options` name."""
+    """The checks of the entry of `table` that `options` name."""
     names = one_of(table)
     entry = checks.check(f"{group}.name", options[f"{group}.name"], names)
     own = {f"{group}.{option.name}": option.check for option in table[entry].options}

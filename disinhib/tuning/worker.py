@@ -1,13 +1,13 @@
 """One trial in a Ray worker: a configuration trained epoch by epoch, its seeds as lanes.
 
-The driver composes and checks a trial's options; the worker gets the plain result (`TrialConfig`)
-and knows nothing of Hydra, Optuna or MLflow. Workers are reused, and the core caches its compiled
-programs by structure, so the second trial of a structure compiles nothing, as the metric
-`compilations` of every epoch proves.
+The driver composes and checks a trial's options; the worker gets the result as plain values
+(`TrialConfig`) and does not use Hydra, Optuna or MLflow. Workers are reused, and the core caches
+compiled programs by structure, so the second trial of a structure compiles nothing: the metric
+`compilations` of every epoch shows it.
 
-A trial's checkpoint has its reports so far beside its state. A worker that goes on from one first
-makes them again, so that no epoch is lost that the driver had not yet heard of when it, or the
-worker, was killed; the study loop ignores what it has heard.
+A trial's checkpoint has its state and its reports so far. A worker that continues from a checkpoint
+first repeats these reports, so that no epoch is lost that the driver did not hear of before a kill;
+the study loop ignores those that it has.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REPORT, FAILURE = "report", "failure"
 
 
 class Policy(TypedDict):
-    """Where and when a trial keeps its state."""
+    """Where and when a trial saves its state."""
 
     folder: str
     every_seconds: float  # between two checkpoints of a trial
@@ -56,17 +56,17 @@ class TrainingTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        """Makes ready for a trial, in a new worker or in one that has run others. What can fail
-        is left to the first step, whose errors are the trial's own and not the worker's."""
+        """Prepares for a trial, in a new worker or in a reused one. Whatever can fail happens in
+        the first step, whose errors count as the trial's and not as the worker's."""
         self._trial = cast(TrialConfig, new_config)
         self._policy = cast(Policy, new_config["policy"])
         self._begun, self._failure = False, None
         return True
 
     def step(self) -> dict:
-        """Trains one epoch, or reports one again that a checkpoint has.
+        """Trains one epoch, or repeats the report of an epoch in the checkpoint.
 
-        What training raises is reported first and raised in the next step, so that the driver can
+        An error of training is reported first and raised in the next step, so that the driver can
         tell it from the death of a worker.
         """
         if self._failure is not None:
@@ -88,8 +88,8 @@ class TrainingTrial(tune.Trainable):
         report = self._reports[self._told - 1]
         if self._trial["final"] and self._told == self._trial["epochs"]:
             report = self._checked(report)
-        # Not `done` after the last epoch: the study loop ends every trial, and Tune would not tell
-        # its scheduler of such a result.
+        # No `done` after the last epoch: the study loop ends every trial, and Tune would not pass a
+        # result with `done` to its scheduler.
         return {
             **over_seeds(report["metrics"]),
             REPORT: json.dumps({**report, "epoch": self._told, **obstacle}),
@@ -97,13 +97,13 @@ class TrainingTrial(tune.Trainable):
         }
 
     def _begin(self) -> None:
-        """Loads data, and the trial's checkpoint if it has one; data and compiled programs of
-        earlier trials are still there."""
+        """Loads the data, and the trial's checkpoint if it has one; reuses data and compiled
+        programs of earlier trials."""
         from disinhib import checkpoint, compilation_cache, config, memory, training
 
-        compilation_cache.share()  # here, as it asks for the device, which may be missing
+        compilation_cache.share()  # here, because it needs the device, which may be missing
         self._memory = memory.start()
-        self._compiled = len(self._compilations)  # the first epoch answers for a trial's start
+        self._compiled = len(self._compilations)  # the first epoch includes the start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
         self._lanes = len(self._trial["seeds"])
@@ -116,8 +116,8 @@ class TrainingTrial(tune.Trainable):
             self._state = training.initial_state(self._run, self._trial["seeds"])
 
     def _epoch(self) -> dict[str, Any]:
-        """The report of one epoch. Raises training.Diverged where one seed's divergence is the
-        trial's: such numbers are a failure, never a score."""
+        """The report of one epoch. In a search, raises training.Diverged if one seed diverges: its
+        numbers are a failure, never a score."""
         from disinhib import memory, training
 
         advance = training.advance if self._trial["final"] else training.run_epoch
@@ -142,15 +142,15 @@ class TrainingTrial(tune.Trainable):
         return {"metrics": metrics, "place": place(), "diverged": diverged}
 
     def _diverged(self) -> dict[str, str]:
-        """Seeds that have diverged, up to the epoch that is told now."""
+        """Reasons of the seeds that have diverged up to the epoch being reported."""
         reasons: dict[str, str] = {}
         for report in self._reports[: self._told]:
             reasons |= report["diverged"]
         return reasons
 
     def _checked(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """The last report of a final trial, with what a check of its dynamics gives; and a file for
-        each trained model, beside the checkpoint."""
+        """The last report of a final trial, with the results of the check of its dynamics. Writes a
+        file for each trained model beside the checkpoint."""
         import jax
 
         from disinhib import export
@@ -177,7 +177,7 @@ class TrainingTrial(tune.Trainable):
         return {**report, "metrics": metrics, "flags": flags}
 
     def _save(self) -> dict[str, Any]:
-        """Writes a checkpoint if one is due; says what kept it from doing so."""
+        """Writes a checkpoint if one is due. Returns why it could not, if so."""
         from disinhib import checkpoint
 
         policy, last = self._policy, len(self._reports) >= self._trial["epochs"]
@@ -195,31 +195,31 @@ class TrainingTrial(tune.Trainable):
             return {"obstacle": f"{error.strerror}: {file.parent}"}
         if not written:
             if last:
-                file.unlink(missing_ok=True)  # that of an earlier epoch is not its final state
+                file.unlink(missing_ok=True)  # an earlier epoch's is not the final state
             return {"over_cap": True}
         self._saved = time.monotonic()
         return {}
 
 
 def _bytes_beside(file: Path) -> int:
-    """What the other checkpoints in the folder of `file` take."""
+    """Size of the other checkpoints in the folder of `file`."""
     sizes = []
     for other in file.parent.glob("*.msgpack"):
-        with suppress(FileNotFoundError):  # the driver removes some meanwhile
+        with suppress(FileNotFoundError):  # the driver may remove some at the same time
             sizes.append(other.stat().st_size if other != file else 0)
     return sum(sizes)
 
 
 def place() -> dict[str, str]:
-    """Where this process computes."""
+    """The host and the device of this process."""
     import jax
 
     return {"device": jax.devices()[0].device_kind, "host": platform.node()}
 
 
 def count_compilations() -> list[float]:
-    """Starts a list that grows by the seconds of each program that is compiled (or, shared, loaded)
-    in this process."""
+    """A list that from now on gets the seconds of each program that this process compiles (or loads
+    from the cache)."""
     from jax import monitoring
 
     seconds: list[float] = []
