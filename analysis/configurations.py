@@ -64,8 +64,9 @@ class Configuration(NamedTuple):
         return "none" if averaged is None else str(averaged).lower()
 
 
-def checked_settings(given: Sequence[str]) -> dict[str, Any]:
-    settings, _ = hydra_config.compose(CONFIG, given)
+def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The retraining's options. Raises ConfigError."""
+    settings, _ = hydra_config.compose(CONFIG, overrides)
     checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
     for name in ("seeds", "out_dir", "cluster", "tracking", "checkpoints"):
         for option, value in flatten({name: settings[name]}).items():
@@ -132,17 +133,17 @@ def of_selection(
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
     try:
-        chosen = yaml.safe_load(text)
-        uri, study_run = chosen["tracking_uri"], chosen["study_run"]
-        run_ids = [entry["run_id"] for entry in chosen["selected"]]
+        selection = yaml.safe_load(text)
+        uri, study_run = selection["tracking_uri"], selection["study_run"]
+        run_ids = [entry["run_id"] for entry in selection["selected"]]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise Refused(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
         ) from error
-    given = settings["tracking"]["uri"]
-    if given is None and ":***@" in uri:
+    other_uri = settings["tracking"]["uri"]
+    if other_uri is None and ":***@" in uri:
         raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
-    store = stores.connect(given or uri)
+    store = stores.connect(other_uri or uri)
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
@@ -161,22 +162,22 @@ def _of_trial(
             f" ({runs.COMPLETE})"
         )
     try:
-        kept = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
+        options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
     except Exception as error:  # MLflow's stores of artifacts raise their own kinds
         raise Refused(f"{run_id}: cannot read its artifacts ({one_line(error)})") from error
-    kept.update({name: settings[name] for name in ("device", "gpu_id")})
+    options.update({name: settings[name] for name in ("device", "gpu_id")})
     if settings["dataset"]["path"] is not None:
-        kept["dataset"]["path"] = settings["dataset"]["path"]
+        options["dataset"]["path"] = settings["dataset"]["path"]
     # Its command without the seeds (`python -m disinhib -m seed=1,2 ...`, if it had several).
     _, _, program, *words = shlex.split(tags["command"])
     words = [word for word in words if word != "-m" and not word.startswith("seed=")]
     command = shlex.join(["python", "-m", program, *words])
-    return Configuration(kept, command, tags["rule"], run.data.params, number, run_id)
+    return Configuration(options, command, tags["rule"], run.data.params, number, run_id)
 
 
-def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """(the names chosen on each axis of the grid, the other options)."""
-    experiment = [text for text in given if text.partition("=")[0] == "experiment"]
+    experiment = [text for text in overrides if text.partition("=")[0] == "experiment"]
     grid = hydra_config.compose(CONFIG, experiment)[0]["grid"]
     if grid is None:
         folder = hydra_config.CONFIGURATIONS / "experiment"
@@ -185,7 +186,7 @@ def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
             f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
         )
     chosen, rest = {axis: [str(name) for name in names] for axis, names in grid.items()}, []
-    for text in given:
+    for text in overrides:
         axis, _, names = text.partition("=")
         if axis not in grid:
             rest.append(text)
@@ -200,20 +201,20 @@ def chosen_axes(given: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def of_grid(
-    settings: Mapping[str, Any], given: Sequence[str], axes: Mapping[str, Sequence[str]]
+    settings: Mapping[str, Any], overrides: Sequence[str], axes: Mapping[str, Sequence[str]]
 ) -> list[Configuration]:
     """Every combination of the names chosen on the `axes` of the experiment's grid."""
     grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
     planned = []
     for names in itertools.product(*axes.values()):
-        place = dict(zip(axes, names, strict=True))
-        overrides = [o for axis, name in place.items() for o in grid[axis][name]]
-        composed, choices = hydra_config.compose(CONFIG, [*given, *overrides])
+        cell = dict(zip(axes, names, strict=True))
+        own = [override for axis, name in cell.items() for override in grid[axis][name]]
+        composed, choices = hydra_config.compose(CONFIG, [*overrides, *own])
         options = {name: value for name, value in composed.items() if name not in OWN}
         # out_dir is not part of the command.
         options["out_dir"] = hydra_config.compose(hydra_config.TRAINING, ())[0]["out_dir"]
         options["seed"], options["resume"] = 0, None
         choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
         command = hydra_config.command(options, choices)
-        planned.append(Configuration(options, command, studies.rule_name(choices), place))
+        planned.append(Configuration(options, command, studies.rule_name(choices), cell))
     return planned

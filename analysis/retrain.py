@@ -51,23 +51,23 @@ SUFFIX = "-retrained"  # of the study's name
 @mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, 1 if a configuration could not be trained, 130 if interrupted."""
-    files, given = cli.split(arguments, __doc__ or "")
-    names = {text.partition("=")[0] for text in given}
+    files, overrides = cli.split(arguments, __doc__ or "")
+    names = {text.partition("=")[0] for text in overrides}
     has_file, has_grid = len(files) == 1, "experiment" in names
     if len(files) > 1 or has_file == has_grid:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
     command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
     if has_file:
-        settings = configurations.checked_settings(given)
+        settings = configurations.checked_settings(overrides)
         store, study, planned = configurations.of_selection(Path(files[0]), settings, names)
         experiment = store.client.get_experiment(study.run.info.experiment_id).name
         settings["tracking"] = {"uri": store.uri, "experiment": experiment}
         settings["study"] = settings["study"] or study.name + SUFFIX
         used = configurations.used_seeds(store, study.run.info.experiment_id)
     else:
-        axes, given = configurations.chosen_axes(given)
-        settings = configurations.checked_settings(given)
-        study, planned = None, configurations.of_grid(settings, given, axes)
+        axes, overrides = configurations.chosen_axes(overrides)
+        settings = configurations.checked_settings(overrides)
+        study, planned = None, configurations.of_grid(settings, overrides, axes)
         if not settings["study"]:
             raise refusal("study", settings["study"], "the name under which the grid is recorded")
         used = configurations.used_in_experiment(settings)

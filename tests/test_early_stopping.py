@@ -2,37 +2,55 @@
 
 import math
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings, strategies as st
 from ray.air.constants import TRAINING_ITERATION
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
-from disinhib.tuning import early_stopping
-from disinhib.tuning.early_stopping import SCHEDULERS, SCORE, Stopping
+from disinhib import hydra_config
+from disinhib.errors import ConfigError
+from disinhib.tuning import early_stopping, validation
+from disinhib.tuning.early_stopping import EARLY_STOPPING, asha, bracket, decide, median
+from disinhib.tuning.event_log import Record
 
-SHIPPED = Path(__file__).parent.parent / "conf" / "scheduler"
 EPOCHS = 8
-EARLY = [name for name in SCHEDULERS if name != "none"]  # those that stop trials
 
 
 def options(name, **given):
-    shipped = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    defaults = {option.name: option.default for option in EARLY_STOPPING[name].options}
     # So that a handful of trials is enough.
-    shipped |= {"min_samples_required": 1} if "min_samples_required" in shipped else {}
-    return {**shipped, **given}
+    defaults |= {"min_samples_required": 1} if "min_samples_required" in defaults else {}
+    return {"name": name, **defaults, **given}
 
 
-def stopping(name, mode="max", batch=None, epochs=EPOCHS, **given):
-    return Stopping(options(name, **given), epochs, mode, batch)
+class Judge:
+    """A study's records, and what is decided of them; its trials' rules take turns."""
 
+    def __init__(self, name, batch=None, seed=0, rules=("a",), **given):
+        self.options, self.batch, self.seed, self.rules = options(name, **given), batch, seed, rules
+        self.records = {}
 
-def config(number, rules=("a",)):
-    return {"number": number, "rule": rules[number % len(rules)], "epochs": EPOCHS}
+    def stops(self, number, score):
+        """Whether `number` is stopped as it reports `score`; never after its last epoch."""
+        record = self.records.setdefault(number, self.new(number))
+        over = record.epochs + 1 == EPOCHS
+        stops = not over and self.decide(number, score)
+        record.scores.append(score)
+        return stops
+
+    def new(self, number):
+        rule = self.rules[number % len(self.rules)]
+        return Record({"number": number, "rule": rule, "epochs": EPOCHS})  # pyright: ignore
+
+    def decide(self, number, score):
+        return decide(self.records, number, score, self.options, self.seed, self.batch)
+
+    def bracket(self, number):
+        return bracket(number, self.seed, self.options, EPOCHS)
 
 
 class Decision(NamedTuple):
@@ -42,7 +60,7 @@ class Decision(NamedTuple):
     stops: bool
 
 
-def play(judge, scores, order, rules=("a",)):
+def play(judge, scores, order):
     """What `judge` decides of trials with `scores` [trials][epochs] that report in `order`, until
     they are stopped or done; the rest report one after the other."""
     at, over, decisions = Counter(), set(), []
@@ -52,7 +70,7 @@ def play(judge, scores, order, rules=("a",)):
             continue
         at[number] += 1
         score = scores[number][at[number] - 1]
-        stops = judge.stops(config(number, rules), at[number], score)
+        stops = judge.stops(number, score)
         decisions.append(Decision(number, at[number], score, stops))
         if stops or at[number] == EPOCHS:
             over.add(number)
@@ -73,68 +91,92 @@ WORSE = [[1 - n / 10 for _ in range(EPOCHS)] for n in range(TRIALS)]
 MANY = 24  # some in every bracket
 
 
-def test_every_scheduler_is_shipped():
-    assert {file.stem for file in SHIPPED.glob("*.yaml")} == {*SCHEDULERS}
-    assert all(options(name)["name"] == name for name in SCHEDULERS)
+def worsening(name, **given):
+    """How long each of many trials runs, each worse than all before it."""
+    return lasted(play(Judge(name, **given), [[-n] * EPOCHS for n in range(MANY)], ()))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+EARLY = [name for name in EARLY_STOPPING if min(worsening(name).values()) < EPOCHS]
+
+
+# The table.
+
+
+@pytest.mark.parametrize("name", EARLY_STOPPING)
+def test_hydra_offers_every_entry_with_its_options_and_defaults(name):
+    composed, choices = hydra_config.compose("study", [f"scheduler={name}"])
+    entry = EARLY_STOPPING[name]
+    defaults = {option.name: option.default for option in entry.options}
+    assert composed["scheduler"] == {"name": name, **defaults}
+    assert choices["scheduler"] == name and entry.words
+    validation.check(composed)
+    for option in entry.options:
+        wrong = {**composed, "scheduler": {**composed["scheduler"], option.name: object()}}
+        with pytest.raises(ConfigError, match=rf"^scheduler\.{option.name}: given "):
+            validation.check(wrong)
+
+
+def test_hydra_offers_no_other():
+    with pytest.raises(ConfigError) as refusal:
+        hydra_config.compose("study", ["scheduler=soon"])
+    allowed = str(refusal.value).partition("allowed is one of ")[2].split(";")[0]
+    assert sorted(allowed.split(", ")) == sorted(EARLY_STOPPING)
+
+
+@pytest.mark.parametrize("name", EARLY_STOPPING)
 @pytest.mark.parametrize("batch", [None, 2])
 def test_worse_and_worse_trials_are_stopped_but_never_before_the_grace_period(name, batch):
-    worse = [[-n] * EPOCHS for n in range(MANY)]
-    ran = lasted(play(stopping(name, batch=batch), worse, ()))
+    ran = worsening(name, batch=batch)
     assert ran[0] == EPOCHS
     assert all(epochs >= EPOCHS // 4 for epochs in ran.values())
-    if name in EARLY:
-        assert min(ran.values()) < EPOCHS
-    else:
-        assert set(ran.values()) == {EPOCHS}
+    assert (min(ran.values()) < EPOCHS) == (name in EARLY) == (name != "none")
 
 
 @pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize("grace", [1, 3, 5])
 def test_the_first_decision_is_at_the_end_of_the_grace_period(name, grace):
-    worse = [[-n] * EPOCHS for n in range(MANY)]
-    assert min(lasted(play(stopping(name, grace_period=grace), worse, ())).values()) == grace
+    assert min(worsening(name, grace_period=grace).values()) == grace
 
 
 @pytest.mark.parametrize("name", EARLY)
 @given(scores=curves, order=orders, grace=st.integers(1, EPOCHS))
 @settings(max_examples=30)
 def test_nothing_is_stopped_within_the_grace_period(name, scores, order, grace):
-    decisions = play(stopping(name, grace_period=grace), scores, order)
+    decisions = play(Judge(name, grace_period=grace), scores, order)
     assert not any(d.stops for d in decisions if d.epoch < grace)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", EARLY_STOPPING)
 @pytest.mark.parametrize("batch", [None, 2])
 @given(scores=curves, order=orders, data=st.data())
 @settings(max_examples=30)
-def test_told_from_the_start_again_it_decides_the_same(name, batch, scores, order, data):
-    """As a study does that goes on: up to any moment from the journal, and from there live."""
+def test_it_decides_the_same_whoever_asks_and_in_whatever_order_trials_are_listed(
+    name, batch, scores, order, data
+):
+    """As in a study that goes on: up to any moment from the log, and from there live."""
     if batch is not None:  # one begins when the one before has ended
         order = [*order, *(n for n in range(TRIALS) for _ in range(EPOCHS))]
         order.sort(key=lambda number: number // batch)
-    first, second = stopping(name, batch=batch), stopping(name, batch=batch)
-    decisions = play(first, scores, order)
+    decisions = play(Judge(name, batch=batch), scores, order)
     at = data.draw(st.integers(0, len(decisions)))
-    again = [second.stops(config(d.number), d.epoch, d.score) for d in decisions[:at]]
-    heard = {d.number: d.epoch for d in decisions[:at]}
-    assert {n: second.heard_of(n) for n in range(TRIALS)} == {
-        n: heard.get(n, 0) for n in range(TRIALS)
-    }
-    again += [second.stops(config(d.number), d.epoch, d.score) for d in decisions[at:]]
-    assert again == [d.stops for d in decisions]
+    again = Judge(name, batch=batch)
+    for number in data.draw(st.permutations(sorted({d.number for d in decisions[:at]}))):
+        record = again.records[number] = again.new(number)
+        record.scores += [d.score for d in decisions[:at] if d.number == number]
+    assert [again.stops(d.number, d.score) for d in decisions[at:]] == [
+        d.stops for d in decisions[at:]
+    ]
 
 
 @pytest.mark.parametrize("name", EARLY)
-@given(scores=curves, order=orders)
-@settings(max_examples=30)
-def test_least_of_the_negative_is_most(name, scores, order):
-    negative = [[-score for score in curve] for curve in scores]
-    most = play(stopping(name, "max"), scores, order)
-    least = play(stopping(name, "min"), negative, order)
-    assert [d.stops for d in most] == [d.stops for d in least]
+def test_what_is_no_number_is_compared_with_nobody(name):
+    """Else no comparison with such a trial's peers would come out as worse any more."""
+    broken, good = [[math.nan] * EPOCHS] * 2, [[0.5] * EPOCHS] * 6
+    for peers in (good, [*broken, *good]):
+        of_one = options(name, grace_period=2, bracket=0)
+        assert EARLY_STOPPING[name].stops([0.1, 0.1], peers, EPOCHS, of_one)
+        assert not EARLY_STOPPING[name].stops([0.9, 0.9], peers, EPOCHS, of_one)
+    assert not EARLY_STOPPING[name].stops([0.1, 0.1], broken, EPOCHS, of_one)
 
 
 # Within a rule.
@@ -144,13 +186,12 @@ def test_least_of_the_negative_is_most(name, scores, order):
 @given(scores=curves, order=orders)
 @settings(max_examples=30)
 def test_a_rule_is_judged_as_if_it_were_alone(name, scores, order):
-    together = play(stopping(name, within_rule=True), scores, order, rules=("a", "b"))
+    rules = ("a", "b")
+    together = play(Judge(name, within_rule=True, rules=rules), scores, order)
     for first in (0, 1):
         own = [d for d in together if d.number % 2 == first]
-        alone = stopping(name, within_rule=True)
-        assert [alone.stops(config(d.number, ("a", "b")), d.epoch, d.score) for d in own] == [
-            d.stops for d in own
-        ]
+        alone = Judge(name, within_rule=True, rules=rules)
+        assert [alone.stops(d.number, d.score) for d in own] == [d.stops for d in own]
 
 
 @pytest.mark.parametrize("name", EARLY)
@@ -159,8 +200,8 @@ def test_a_worse_rule_is_stopped_only_if_rules_are_compared(name, batch):
     # Every trial of b is better than the one before, and worse than any of a.
     scores = [[100 if n % 2 == 0 else n] * EPOCHS for n in range(MANY)]
     for within in (True, False):
-        judge = stopping(name, within_rule=within, batch=batch)
-        ran = lasted(play(judge, scores, (), rules=("a", "b")))
+        judge = Judge(name, within_rule=within, batch=batch, rules=("a", "b"))
+        ran = lasted(play(judge, scores, ()))
         assert all(ran[n] == EPOCHS for n in range(0, MANY, 2))
         assert (min(ran.values()) == EPOCHS) == within
 
@@ -168,7 +209,7 @@ def test_a_worse_rule_is_stopped_only_if_rules_are_compared(name, batch):
 # Batches.
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", EARLY_STOPPING)
 @given(scores=curves, data=st.data())
 @settings(max_examples=40)
 def test_in_batches_it_does_not_matter_who_is_faster(name, scores, data):
@@ -177,24 +218,54 @@ def test_in_batches_it_does_not_matter_who_is_faster(name, scores, data):
     for first in range(0, TRIALS, size):
         batch = [n for n in range(first, first + size) for _ in range(EPOCHS)]
         order += data.draw(st.permutations(batch))
-    interleaved = play(stopping(name, batch=size), scores, order)
-    in_turn = play(stopping(name, batch=size), scores, ())
+    interleaved = play(Judge(name, batch=size), scores, order)
+    in_turn = play(Judge(name, batch=size), scores, ())
     assert sorted(interleaved) == sorted(in_turn)
 
 
 @pytest.mark.parametrize("name", EARLY)
 def test_without_batches_it_does(name):
     better = WORSE[::-1]
-    in_turn = lasted(play(stopping(name), better, ()))
-    last_one_first = lasted(play(stopping(name), better, sorted(range(TRIALS), reverse=True) * 8))
+    in_turn = lasted(play(Judge(name), better, ()))
+    last_one_first = lasted(play(Judge(name), better, sorted(range(TRIALS), reverse=True) * 8))
     assert in_turn != last_one_first
 
 
 @pytest.mark.parametrize("name", EARLY)
 def test_a_batch_is_compared_with_earlier_ones_only(name):
-    ran = lasted(play(stopping(name, batch=3), WORSE, ()))
+    ran = lasted(play(Judge(name, batch=3), WORSE, ()))
     assert [ran[n] for n in range(3)] == [EPOCHS] * 3  # nobody to compare with
     assert min(ran[n] for n in range(3, 6)) < EPOCHS
+
+
+# Successive halving.
+
+
+@pytest.mark.parametrize(
+    ("factor", "budget", "rungs"),
+    [
+        (2, 16, [1, 2, 4, 8]), (2, 17, [1, 2, 4, 8, 16]), (3, 27, [1, 3, 9]), (4, 3, [1]),
+        (10, 1000, [1, 10, 100]), (1.5, 8, [1, 2, 3, 4, 6]), (1.2, 4, [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_a_trial_is_judged_at_every_rung_and_nowhere_else(factor, budget, rungs):
+    """Once at each: where two milestones fall on one epoch (1.2 and 1.44 on 2), Ray's own judges
+    the trial again in the next epoch."""
+    given_ = options("asha", grace_period=1, reduction_factor=factor)
+    peers = [[1.0] * budget] * 3
+    judged = [n for n in range(1, budget) if asha([0.0] * n, peers, budget, given_)]
+    assert judged == rungs
+
+
+@pytest.mark.parametrize(
+    ("score", "factor", "stops"),
+    # The peers at the rung: 1, 2, 3, 4. Their median is 2.5, their upper quartile 3.25.
+    [(2.4, 2, True), (2.5, 2, False), (3.2, 4, True), (3.25, 4, False), (5.0, 4, False)],
+)
+def test_a_trial_goes_on_if_it_is_as_good_as_the_percentile_of_its_peers(score, factor, stops):
+    given_ = options("asha", grace_period=2, reduction_factor=factor)
+    peers = [[9.0, 1.0], [9.0, 2.0, 9.0], [9.0, 3.0], [9.0, 4.0], [9.0]]
+    assert asha([0.0, score], peers, EPOCHS, given_) is stops
 
 
 # Hyperband.
@@ -204,10 +275,9 @@ LI = [81, 34, 15, 8, 5]
 
 
 def test_shares_of_hyperbands_brackets_are_the_published_ones():
-    found = early_stopping.hyperband_brackets(
-        options("hyperband", grace_period=1, reduction_factor=3), 81
-    )
-    assert [math.ceil(share / found[-1] * 5 - 1e-9) for share in found] == LI
+    given_ = options("hyperband", grace_period=1, reduction_factor=3)
+    shares = early_stopping.hyperband_brackets(given_, 81)
+    assert [math.ceil(share / shares[-1] * 5 - 1e-9) for share in shares] == LI
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([1.5, 2, 2.5, 3, 4, 10]))
@@ -220,51 +290,50 @@ def test_shares_sum_to_one_and_no_bracket_begins_after_the_end(epochs, grace, fa
     assert grace * factor**last <= epochs * (1 + 1e-6) < grace * factor ** (last + 1) * (1 + 2e-6)
 
 
-def first_decision(judge, epochs):
-    """The epoch after which Ray's `judge` stops a trial that is the worst of three from the start;
-    `epochs` if it is none before the last."""
-    for name, score in (("one", 1.0), ("two", 0.9), ("worst", 0.1)):
-        trial = early_stopping._Name(name)
-        judge.on_trial_add(None, trial)
-        for epoch in range(1, epochs + 1):
-            result = {SCORE: score, TRAINING_ITERATION: epoch}
-            if judge.on_trial_result(None, trial, result) == TrialScheduler.STOP:
-                break
-    return epoch
-
-
 @pytest.mark.parametrize(
     ("epochs", "grace", "factor", "expected"),
     [(16, 1, 2, [1, 2, 4, 8, 16]), (27, 3, 3, [3, 9, 27]), (20, None, 2, [5, 10, 20]),
      (20, 3, 4, [3, 12])],
 )  # fmt: skip
 def test_a_brackets_first_decision_is_a_reduction_factor_later(epochs, grace, factor, expected):
+    """Of a trial that is the worst of three from the start; `epochs` if it is never judged."""
     given_ = options("hyperband", grace_period=grace, reduction_factor=factor)
+    peers = [[1.0] * epochs, [0.9] * epochs]
+
+    def first(k):
+        stops = lambda n: asha([0.1] * n, peers, epochs, {**given_, "bracket": k})
+        return next(filter(stops, range(1, epochs)), epochs)
+
     brackets = range(len(early_stopping.hyperband_brackets(given_, epochs)))
-    make = SCHEDULERS["hyperband"].make
-    found = [first_decision(make(given_, epochs, "max", k), epochs) for k in brackets]
-    assert found == expected
+    assert [first(k) for k in brackets] == expected
 
 
-def test_trials_fall_into_brackets_by_their_shares_and_by_their_number_only():
-    judge = stopping("hyperband", epochs=16, grace_period=1)
-    groups = [judge._group({"number": n, "rule": "a"}) for n in range(3000)]
-    counts = Counter(bracket for _, bracket in groups)  # pyright: ignore
-    found = [counts[k] / len(groups) for k in range(len(judge.shares))]
-    # Three standard errors of the largest share: 3 * sqrt(0.5 * 0.5 / 3000).
-    np.testing.assert_allclose(found, judge.shares, atol=0.028)
-    assert [judge._group({"number": n, "rule": "a"}) for n in range(50)] == groups[:50]
+def test_trials_fall_into_brackets_by_their_shares_their_number_and_the_studys_seed():
+    given_ = options("hyperband", grace_period=1)
+    shares = early_stopping.hyperband_brackets(given_, 16)
+    brackets = [[bracket(n, seed, given_, 16) for n in range(3000)] for seed in (0, 1, 0)]
+    assert brackets[0] == brackets[2] != brackets[1]
+    for drawn in brackets:
+        counts = Counter(drawn)
+        # Three standard errors of the largest share: 3 * sqrt(0.5 * 0.5 / 3000).
+        np.testing.assert_allclose([counts[k] / 3000 for k in range(len(shares))], shares,
+                                   atol=0.028)  # fmt: skip
 
 
-@given(scores=curves, order=orders)
+def test_others_than_hyperband_have_one_bracket():
+    for name in {*EARLY_STOPPING} - {"hyperband"}:
+        assert {bracket(n, 0, options(name), EPOCHS) for n in range(50)} == {0}
+
+
+@given(scores=curves, order=orders, seed=st.integers(0, 9))
 @settings(max_examples=30)
-def test_a_bracket_is_judged_as_if_it_were_alone(scores, order):
-    together = play(stopping("hyperband"), scores, order)
-    bracket = {n: stopping("hyperband")._group(config(n)) for n in range(TRIALS)}
-    for one in set(bracket.values()):
-        own, alone = [d for d in together if bracket[d.number] == one], stopping("hyperband")
-        decided = [alone.stops(config(d.number), d.epoch, d.score) for d in own]
-        assert decided == [d.stops for d in own]
+def test_a_bracket_is_judged_as_if_it_were_alone(scores, order, seed):
+    judge = Judge("hyperband", seed=seed)
+    together = play(judge, scores, order)
+    for one in {judge.bracket(n) for n in range(TRIALS)}:
+        own = [d for d in together if judge.bracket(d.number) == one]
+        alone = Judge("hyperband", seed=seed)
+        assert [alone.stops(d.number, d.score) for d in own] == [d.stops for d in own]
 
 
 # Median.
@@ -273,24 +342,59 @@ def test_a_bracket_is_judged_as_if_it_were_alone(scores, order):
 THREE = [[0.0, *[mean] * (EPOCHS - 1)] for mean in (0.7, 0.5, 0.3)]
 
 
-@pytest.mark.parametrize(("best", "ends"), [(0.49, 2), (0.5, EPOCHS), (0.51, EPOCHS)])
+def ends(scores, peers):
+    """The epoch after which median stopping ends a trial that has three peers or is let alone."""
+    given_ = options("median", min_samples_required=3)
+    stops = lambda n: median(scores[:n], peers, EPOCHS, given_)
+    return next(filter(stops, range(1, EPOCHS)), EPOCHS)
+
+
+@pytest.mark.parametrize(("best", "last"), [(0.49, 2), (0.5, EPOCHS), (0.51, EPOCHS)])
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
-def test_median_stops_a_trial_whose_best_is_below_the_others_median(best, ends, order):
-    scores = [*(THREE[n] for n in order), [0.0, *[best] * (EPOCHS - 1)]]
-    judge = stopping("median", min_samples_required=3)
-    assert lasted(play(judge, scores[:3], ())) == dict.fromkeys(range(3), EPOCHS)
-    epochs = enumerate(scores[3], start=1)
-    assert next((n for n, s in epochs if judge.stops(config(3), n, s)), EPOCHS) == ends
+def test_median_stops_a_trial_whose_best_is_below_the_others_median(best, last, order):
+    peers = [THREE[n] for n in order]
+    assert ends([0.0, *[best] * (EPOCHS - 1)], peers) == last
+    assert ends([best] * EPOCHS, peers) == last
+
+
+def test_a_good_epoch_before_the_grace_period_counts_as_a_trials_best():
+    assert ends([0.6, *[0.0] * (EPOCHS - 1)], THREE) == EPOCHS
 
 
 def test_median_waits_for_enough_others():
     bad = [0.0] * EPOCHS
-    for others, ends in ((2, EPOCHS), (3, 2)):
-        judge = stopping("median", min_samples_required=3)
-        assert lasted(play(judge, [*THREE[:others], bad], ()))[others] == ends
+    assert ends(bad, THREE[:2]) == EPOCHS
+    assert ends(bad, THREE) == 2
+    assert ends(bad, [*THREE[:2], THREE[2][:4]]) == 2
+    assert ends(bad, [*THREE[:2], THREE[2][:1]]) == EPOCHS  # has not got as far
 
 
-# Ray itself.
+# Ray itself, told of everything as Ray Tune tells it, which tells of a trial's end otherwise.
+
+
+def decided_by_ray(make, decisions, rules):
+    """What Ray's scheduler, one for each rule, decides of the same reports."""
+    judges = {rule: make() for rule in {rules(d.number) for d in decisions}}
+    trials = {}
+    for number in sorted({d.number for d in decisions}):
+        trials[number] = RayTrial(trial_id=str(number))
+        judges[rules(number)].on_trial_add(None, trials[number])
+    stops = []
+    for number, epoch, score, _ in decisions:
+        result = {"score": score, TRAINING_ITERATION: epoch}
+        judge, trial = judges[rules(number)], trials[number]
+        if epoch == EPOCHS:
+            judge.on_trial_complete(None, trial, result)
+            stops.append(False)
+        else:
+            stops.append(judge.on_trial_result(None, trial, result) == TrialScheduler.STOP)
+    return stops
+
+
+class RayTrial(SimpleNamespace):
+    """Stands in for Ray's trial, which is a key of its dictionaries."""
+
+    __hash__ = object.__hash__
 
 
 @given(
@@ -301,25 +405,31 @@ def test_median_waits_for_enough_others():
     within=st.booleans(),
 )
 def test_asha_decides_as_rays_own_does(scores, order, grace, factor, within):
-    """Ray's, told of everything as Ray tells it, which tells of a trial's end otherwise."""
-    rules = ("a", "b")
-    given_ = {"grace_period": grace, "reduction_factor": factor, "within_rule": within}
-    ours = play(stopping("asha", **given_), scores, order, rules)
+    judge = Judge("asha", grace_period=grace, reduction_factor=factor, within_rule=within,
+                  rules=("a", "b"))  # fmt: skip
+    decisions = play(judge, scores, order)
     make = lambda: AsyncHyperBandScheduler(
-        metric=SCORE, mode="max", max_t=EPOCHS, grace_period=grace, reduction_factor=factor
+        metric="score", mode="max", max_t=EPOCHS, grace_period=grace, reduction_factor=factor
     )
-    judges = {rule: make() for rule in rules}
-    for n in range(TRIALS):
-        judges[rules[n % 2 * within]].on_trial_add(None, early_stopping._Name(str(n)))  # pyright: ignore
-    for number, epoch, score, stops in ours:
-        judge, trial = judges[rules[number % 2 * within]], early_stopping._Name(str(number))
-        result = {SCORE: score, TRAINING_ITERATION: epoch}
-        if epoch == EPOCHS:
-            judge.on_trial_complete(None, trial, result)  # pyright: ignore
-            continue
-        decided = judge.on_trial_result(None, trial, result)  # pyright: ignore
-        assert stops == (decided == TrialScheduler.STOP)
+    rules = lambda number: number % 2 if within else 0
+    assert decided_by_ray(make, decisions, rules) == [d.stops for d in decisions]
 
 
-def test_a_trial_nobody_heard_of_has_no_epochs():
-    assert stopping("asha").heard_of(3) == 0
+@given(
+    scores=curves,
+    order=orders,
+    grace=st.integers(1, EPOCHS),
+    least=st.integers(1, 3),
+    within=st.booleans(),
+)
+def test_median_decides_as_rays_own_does(scores, order, grace, least, within):
+    judge = Judge("median", grace_period=grace, min_samples_required=least, within_rule=within,
+                  rules=("a", "b"))  # fmt: skip
+    decisions = play(judge, scores, order)
+    make = lambda: MedianStoppingRule(
+        time_attr=TRAINING_ITERATION, metric="score", mode="max", grace_period=grace,
+        min_samples_required=least,
+        min_time_slice=math.inf,  # pyright: ignore[reportArgumentType]  (never pauses a trial)
+    )  # fmt: skip
+    rules = lambda number: number % 2 if within else 0
+    assert decided_by_ray(make, decisions, rules) == [d.stops for d in decisions]

@@ -1,4 +1,4 @@
-"""The journal: nothing twice, nothing half, nothing lost by a kill or on a full disk."""
+"""The event log: nothing twice, nothing half, nothing lost by a kill or on a full disk."""
 
 import errno
 import json
@@ -15,41 +15,44 @@ import pytest
 from hypothesis import given, strategies as st
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import event_log as journals
 from disinhib.tuning.event_log import (
-    ASKED,
     COMPLETE,
-    ENDED,
-    EPOCH,
     FAILED,
+    FILE,
     PRUNED,
     WAITING,
-    Event,
-    Journal,
+    Asked,
+    Ended,
+    EpochDone,
+    EventLog,
+    Logged,
+    follow,
+    over_seeds,
+    replay,
 )
 
 ROOT = Path(__file__).parent.parent
 
 
-def config(number, rule="bp", epochs=3):
-    return {"number": number, "rule": rule, "epochs": epochs}
+def config(number, rule="bp", epochs=3, seeds=(1,), final=False):
+    return {"number": number, "rule": rule, "epochs": epochs, "seeds": [*seeds], "final": final}
 
 
 def asked(number, **about):
-    return (number, ASKED, 0, {"config": config(number, **about), "point": {}})
+    return Asked(number, config(number, **about))
 
 
-def epoch(number, at, score=0.5):
-    return (number, EPOCH, at, {"score": score, "metrics": {}})
+def epoch(number, at, score=0.5, **more):
+    return EpochDone(number, at, score, **{"metrics": {}, "place": {}, **more})
 
 
 def ended(number, state=COMPLETE, reason=None):
-    return (number, ENDED, 0, {"state": state, "reason": reason})
+    return Ended(number, state, 0, reason)
 
 
 @pytest.fixture
-def journal(tmp_path):
-    with closing(Journal(tmp_path)) as opened:
+def log(tmp_path):
+    with closing(EventLog(tmp_path)) as opened:
         yield opened
 
 
@@ -57,58 +60,81 @@ def keys(events):
     return [(event.trial, event.kind, event.epoch) for event in events]
 
 
-def test_events_come_back_as_they_were_appended(journal, tmp_path):
-    written = [asked(0), epoch(0, 1, 1 / 3), epoch(0, 2, -1e-300), ended(0, FAILED, "π ≠ 3")]
-    returned = journal.append(written)
-    assert [(e.trial, e.kind, e.epoch, e.body) for e in returned] == written
-    assert journal.events() == returned
-    journal.close()
-    with closing(Journal(tmp_path)) as again:
-        assert again.events() == returned and again.last() == returned[-1].id
+def events_of(log):
+    return [logged.event for logged in log.events()]
 
 
-def test_what_is_heard_twice_happened_once(journal):
-    first = journal.append([asked(0), epoch(0, 1, 0.25)])
-    news = journal.append([epoch(0, 1, 0.75), epoch(0, 2), asked(0), epoch(0, 2, 0.75)])
-    assert keys(news) == [(0, EPOCH, 2)]
-    assert journal.events() == [*first, *news]
-    assert [e.body["score"] for e in journal.events() if e.kind == EPOCH] == [0.25, 0.5]
+def test_events_come_back_as_they_were_appended(log, tmp_path):
+    about = {"metrics": {"valid_loss": [1 / 7, 2.5]}, "place": {"host": "h"},
+             "diverged": {"8": "Diverged"}, "flags": {"7": "unstable"}}  # fmt: skip
+    point = {"params": {"x": 1}, "distributions": {"x": "{}"}, "system_attrs": {"a": [1, None]}}
+    written = [
+        Asked(0, config(0), point, {"dataset": "digits"}, {"provenance.json": "{}\n"}),
+        epoch(0, 1, 1 / 3, **about), epoch(0, 2, -1e-300),
+        Ended(0, FAILED, 2, "π ≠ 3", [{"seed": 7, "state": FAILED}]),
+    ]  # fmt: skip
+    assert log.append(written) == written
+    logged = log.events()
+    assert events_of(log) == written
+    assert [one.id for one in logged] == [1, 2, 3, 4]
+    assert all(0 <= later.time - earlier.time < 60 for earlier, later in pairwise(logged))
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
+        assert again.events() == logged and again.last() == logged[-1].id
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([EPOCH, ENDED]), st.integers(0, 3))))
-def test_only_news_gets_an_id_and_ids_have_no_gaps(told):
-    with closing(_in_memory()) as journal:
-        news = [event for key in told for event in journal.append([(*key, {})])]
-        assert keys(news) == list(dict.fromkeys(told))
-        assert [event.id for event in news] == list(range(1, len(news) + 1))
-        assert journal.last() == len(news)
+def test_a_number_that_is_none_comes_back_as_such(log):
+    """JSON has no NaN; that of a seed that has diverged is written all the same."""
+    log.append([epoch(0, 1, float("nan"), metrics={"valid_loss": [float("nan"), 1.0]})])
+    (event,) = events_of(log)
+    assert event.score != event.score
+    assert event.metrics["valid_loss"][0] != event.metrics["valid_loss"][0]
+    assert event.metrics["valid_loss"][1] == 1.0
 
 
-def _in_memory() -> Journal:
+def test_what_is_heard_twice_happened_once(log):
+    first = log.append([asked(0), epoch(0, 1, 0.25)])
+    new = log.append([epoch(0, 1, 0.75), epoch(0, 2), asked(0), epoch(0, 2, 0.75)])
+    assert keys(new) == [(0, EpochDone.kind, 2)]
+    assert events_of(log) == [*first, *new]
+    assert [e.score for e in events_of(log) if isinstance(e, EpochDone)] == [0.25, 0.5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([epoch, ended]), st.integers(1, 3))))
+def test_only_what_is_new_gets_an_id_and_ids_have_no_gaps(calls):
+    with closing(_in_memory()) as log:
+        events = [make(n, at) if make is epoch else make(n) for n, make, at in calls]
+        new = [event for told in events for event in log.append([told])]
+        assert keys(new) == list(dict.fromkeys(keys(events)))
+        assert [logged.id for logged in log.events()] == list(range(1, len(new) + 1))
+        assert log.last() == len(new)
+
+
+def _in_memory() -> EventLog:
     class Memory:
         def __truediv__(self, name):
             return ":memory:"
 
-    return Journal(Memory())  # pyright: ignore[reportArgumentType]
+    return EventLog(Memory())  # pyright: ignore[reportArgumentType]
 
 
-def test_events_are_read_on_from_one_and_so_many_at_a_time(journal):
-    journal.append([epoch(0, n) for n in range(1, 8)])
-    assert [e.epoch for e in journal.events(after=2, limit=3)] == [3, 4, 5]
-    assert [e.epoch for e in journal.events(after=5)] == [6, 7]
-    assert journal.events(after=journal.last()) == []
+def test_events_are_read_on_from_one_and_so_many_at_a_time(log):
+    log.append([epoch(0, n) for n in range(1, 8)])
+    assert [e.event.epoch for e in log.events(after=2, limit=3)] == [3, 4, 5]
+    assert [e.event.epoch for e in log.events(after=5)] == [6, 7]
+    assert log.events(after=log.last()) == []
 
 
-def test_an_empty_journal_has_nothing(journal):
-    assert journal.events() == [] and journal.last() == 0 and journal.delivered("x") == 0
+def test_an_empty_log_has_nothing(log):
+    assert log.events() == [] and log.last() == 0 and log.delivered("x") == 0
 
 
-def test_each_store_has_a_cursor_that_stays(journal, tmp_path):
-    journal.deliver("one", 3)
-    journal.deliver("one", 5)
-    journal.deliver("other", 1)
-    journal.close()
-    with closing(Journal(tmp_path)) as again:
+def test_each_store_has_a_cursor_that_stays(log, tmp_path):
+    log.set_delivered("one", 3)
+    log.set_delivered("one", 5)
+    log.set_delivered("other", 1)
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
         assert [again.delivered(name) for name in ("one", "other", "none")] == [5, 1, 0]
 
 
@@ -118,9 +144,9 @@ OPEN = """
 import sys
 from pathlib import Path
 from disinhib.errors import ConfigError
-from disinhib.tuning.event_log import Journal
+from disinhib.tuning.event_log import EventLog
 try:
-    Journal(Path(sys.argv[1]))
+    EventLog(Path(sys.argv[1]))
 except ConfigError as error:
     sys.exit(f"refused: {error}")
 """
@@ -135,21 +161,21 @@ def script(text, *arguments, **options):
 
 @pytest.mark.parametrize("written", [True, False], ids=["has been written", "only opened again"])
 def test_a_second_opener_is_refused_in_one_line(tmp_path, written):
-    first = Journal(tmp_path)
+    first = EventLog(tmp_path)
     if written:
         first.append([asked(0)])
     else:
         first.close()
-        first = Journal(tmp_path)
+        first = EventLog(tmp_path)
     refusal = f"study: {tmp_path} is open in another process"
     if written:
         assert script(OPEN, tmp_path).stderr.strip() == f"refused: {refusal}"
     with pytest.raises(ConfigError) as refused:
-        Journal(tmp_path)
+        EventLog(tmp_path)
     assert str(refused.value) == refusal
     first.append([asked(1)])  # the first one does not notice
     first.close()
-    Journal(tmp_path).close()
+    EventLog(tmp_path).close()
 
 
 # Kills.
@@ -157,14 +183,14 @@ def test_a_second_opener_is_refused_in_one_line(tmp_path, written):
 WRITE = """
 import itertools, sys
 from pathlib import Path
-from disinhib.tuning.event_log import Journal
-journal = Journal(Path(sys.argv[1]))
+from disinhib.tuning.event_log import EpochDone, EventLog
+log = EventLog(Path(sys.argv[1]))
 for number in itertools.count(1):
     # Two at a time, and long enough to cross pages.
-    body = {"score": number / 3, "metrics": {str(n): number for n in range(200)}}
-    pair = [(0, "epoch", 2 * number, body), (0, "epoch", 2 * number + 1, body)]
-    for event in journal.append(pair):
-        print(event.id, flush=True)
+    metrics = {str(n): [float(number)] for n in range(200)}
+    pair = [EpochDone(0, 2 * number + half, number / 3, metrics, {}) for half in (0, 1)]
+    for event in log.append(pair):
+        print(event.epoch, flush=True)
 """
 
 
@@ -180,65 +206,66 @@ def test_what_a_killed_process_had_written_is_there(tmp_path, after):
     writer.wait()
     printed = [int(line) for line in said if line.endswith("\n")]
     assert len(printed) >= after
-    with closing(Journal(tmp_path)) as journal:
-        events = journal.events()
-        assert [e.id for e in events] == list(range(1, len(events) + 1))
+    with closing(EventLog(tmp_path)) as log:
+        ids, events = [logged.id for logged in log.events()], events_of(log)
+        assert ids == list(range(1, len(events) + 1))
         assert len(events) >= len(printed) and len(events) % 2 == 0  # no half of a pair
         assert all(later.epoch == earlier.epoch + 1 for earlier, later in pairwise(events))
-        assert {e.body["score"] for e in events} == {e.epoch // 2 / 3 for e in events}
-        assert len(journal.append([ended(0)])) == 1
+        assert {e.score for e in events} == {e.epoch // 2 / 3 for e in events}
+        assert len(log.append([ended(0)])) == 1
     assert _intact(tmp_path)
 
 
 def _intact(folder):
-    with closing(sqlite3.connect(folder / journals.FILE)) as connection:
+    with closing(sqlite3.connect(folder / FILE)) as connection:
         return connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 # A full disk.
 
 
-def test_a_full_journal_takes_all_of_a_call_or_nothing(journal, tmp_path):
-    journal.append([asked(0), epoch(0, 1)])
-    before = journal.events()
-    pages = journal._connection.execute("PRAGMA page_count").fetchone()[0]
-    journal._connection.execute(f"PRAGMA max_page_count = {pages}")
-    large = {"score": 0.5, "metrics": {"x": "x" * 100_000}}
+def test_a_full_log_takes_all_of_a_call_or_nothing(log, tmp_path):
+    log.append([asked(0), epoch(0, 1)])
+    before = events_of(log)
+    pages = log._connection.execute("PRAGMA page_count").fetchone()[0]
+    log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    large = epoch(0, 3, place={"x": "x" * 100_000})
     with pytest.raises(OSError, match="no space left") as full:
-        journal.append([epoch(0, 2), (0, EPOCH, 3, large)])
+        log.append([epoch(0, 2), large])
     assert full.value.errno == errno.ENOSPC
-    assert journal.events() == before
-    journal.deliver("store", 2)  # what needs no room is still possible
-    journal._connection.execute("PRAGMA max_page_count = 10000")
-    news = journal.append([epoch(0, 2), (0, EPOCH, 3, large)])
-    assert keys(news) == [(0, EPOCH, 2), (0, EPOCH, 3)]
-    journal.close()
-    with closing(Journal(tmp_path)) as again:
-        assert again.events() == [*before, *news] and again.delivered("store") == 2
+    assert events_of(log) == before
+    log.set_delivered("store", 2)  # what needs no room is still possible
+    log._connection.execute("PRAGMA max_page_count = 10000")
+    assert log.append([epoch(0, 2), large]) == [epoch(0, 2), large]
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
+        assert events_of(again) == [*before, epoch(0, 2), large]
+        assert again.delivered("store") == 2
     assert _intact(tmp_path)
 
 
 FULL = """
 import json, resource, sys
 from pathlib import Path
-from disinhib.tuning.event_log import FILE, Journal
+from disinhib.tuning.event_log import FILE, EpochDone, EventLog
 folder = Path(sys.argv[1])
-journal = Journal(folder)
+log = EventLog(folder)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 limit = (folder / FILE).stat().st_size + 50_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-body, kept, error = {"score": 0.5, "metrics": "x" * 3000}, [], None
+epoch = lambda trial, at: EpochDone(trial, at, 0.5, {}, {"x": "x" * 3000})
+taken, code = [], None
 for number in range(1, 100):
     try:
-        kept += journal.append([(0, "epoch", 2 * number, body), (0, "epoch", 2 * number + 1, body)])
+        taken += log.append([epoch(0, 2 * number), epoch(0, 2 * number + 1)])
     except OSError as error:
         code = error.errno
         break
-there = journal.events() == kept
+there = [logged.event for logged in log.events()] == taken
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-kept += journal.append([(1, "epoch", 1, body)])
-there = there and journal.events() == kept
-print(json.dumps([code, there, [list(event) for event in kept]]))
+taken += log.append([epoch(1, 1)])
+there = there and [logged.event for logged in log.events()] == taken
+print(json.dumps([code, there, [[event.trial, event.epoch] for event in taken]]))
 """
 
 
@@ -246,24 +273,24 @@ def test_a_file_that_cannot_grow_loses_nothing(tmp_path):
     """As a disk that is full for a while, with the operating system's own refusal."""
     done = script(FULL, tmp_path)
     assert done.returncode == 0, done.stderr
-    code, there, kept = json.loads(done.stdout)
+    code, there, taken = json.loads(done.stdout)
     assert code == errno.ENOSPC and there
-    assert 3 <= len(kept) < 100
-    with closing(Journal(tmp_path)) as again:
-        assert [list(event) for event in again.events()] == kept
+    assert 3 <= len(taken) < 100
+    with closing(EventLog(tmp_path)) as again:
+        assert [[event.trial, event.epoch] for event in events_of(again)] == taken
     assert _intact(tmp_path)
 
 
 @pytest.mark.parametrize("raised", [TypeError, KeyboardInterrupt])
-def test_a_call_that_breaks_off_writes_nothing_and_the_next_one_works(journal, raised):
+def test_a_call_that_breaks_off_writes_nothing_and_the_next_one_works(log, raised):
     def events():
         yield asked(0)
         raise raised
 
     with pytest.raises(raised):
-        journal.append(events())
-    assert journal.events() == []  # the stores' threads read at any time
-    assert keys(journal.append([asked(1)])) == [(1, ASKED, 0)]
+        log.append(events())
+    assert log.events() == []  # the stores' threads read at any time
+    assert log.append([asked(1)]) == [asked(1)]
 
 
 # What follows from events.
@@ -284,15 +311,15 @@ def studies(draw):
     events = []
     while any(own):
         events.append(draw(st.sampled_from([some for some in own if some])).pop(0))
-    return [Event(n, 0.0, *event) for n, event in enumerate(events, start=1)], outcomes
+    return [Logged(n, 0.0, event) for n, event in enumerate(events, start=1)], outcomes
 
 
 @given(studies())
 def test_records_are_what_the_events_say(study):
     events, outcomes = study
-    found = journals.records(events)
-    assert {n: (r.scores, r.state, r.reason) for n, r in found.items()} == outcomes
-    for number, record in found.items():
+    records = replay(events)
+    assert {n: (r.scores, r.state, r.reason) for n, r in records.items()} == outcomes
+    for number, record in records.items():
         scores, state, _ = outcomes[number]
         assert (record.number, record.rule, record.budget) == (number, "bp", 3)
         assert record.epochs == len(scores)
@@ -304,13 +331,42 @@ def test_records_are_what_the_events_say(study):
 def test_records_can_be_followed_on_from_any_event(study, data):
     events, _ = study
     at = data.draw(st.integers(0, len(events)))
-    found = journals.records(events[:at])
-    for event in events[at:]:
-        journals.follow(found, event)
-    assert found == journals.records(events)
+    records = replay(events[:at])
+    for logged in events[at:]:
+        follow(records, logged.event)
+    assert records == replay(events)
 
 
-def test_the_journal_needs_no_more_than_its_own_file(journal, tmp_path):
-    journal.append([asked(0)])
-    journal.close()
-    assert os.listdir(tmp_path) == [journals.FILE]
+def test_a_record_has_what_became_of_each_seed():
+    records = {}
+    for event in (
+        Asked(0, config(0, seeds=(7, 8, 9), final=True), tags={"dataset": "digits"}),
+        epoch(0, 1),
+        epoch(0, 2, diverged={"8": "Diverged: kernel_0"}),
+        epoch(0, 3, flags={"9": "unstable"}),
+    ):
+        follow(records, event)
+    (record,) = records.values()
+    assert record.tags == {"dataset": "digits"}
+    assert record.seed_ends(COMPLETE, None) == [
+        {"seed": 7, "state": COMPLETE, "epochs": 3, "reason": None, "flag": ""},
+        {"seed": 8, "state": FAILED, "epochs": 1, "reason": "Diverged: kernel_0", "flag": ""},
+        {"seed": 9, "state": COMPLETE, "epochs": 3, "reason": None, "flag": "unstable"},
+    ]
+
+
+def test_metrics_over_seeds_are_means_and_deviations_of_finite_values():
+    nan = float("nan")
+    assert over_seeds({"a": [2.0], "b": [1.0, 3.0], "c": [1.0, nan, 3.0], "d": [nan, 5.0]}) == {
+        "a": 2.0,
+        **{"b": 2.0, "b_sd": 2**0.5},
+        **{"c": 2.0, "c_sd": 2**0.5},
+        **{"d": 5.0, "d_sd": 0.0},
+    }
+    assert all(value != value for value in over_seeds({"x": [nan, nan]}).values())
+
+
+def test_the_log_needs_no_more_than_its_own_file(log, tmp_path):
+    log.append([asked(0)])
+    log.close()
+    assert os.listdir(tmp_path) == [FILE]

@@ -1,47 +1,69 @@
 """MLflow as the driver writes it: a real SQLite store, fed with a study's events."""
 
 import itertools
+import math
+import os
 import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Param
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import mlflow_store
+from disinhib.tuning import mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import (
-    ASKED,
     COMPLETE,
-    ENDED,
-    EPOCH,
     FAILED,
     PRUNED,
-    Event,
-    Journal,
-    Record,
+    Asked,
+    Ended,
+    EpochDone,
+    EventLog,
+    Logged,
+    replay,
 )
-from disinhib.tuning.outbox import Delivery
+from disinhib.tuning.mlflow_store import MlflowStore
+from disinhib.tuning.outbox import Outbox
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
-IDS = itertools.count(1)
+ROOT = Path(__file__).parent.parent
 BEGAN = 1_700_000_000.0  # s since 1970
+PARAMS = {"trainer": "bp", "bp.optimizer.learning_rate": 0.01, "bp.strong": True}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def models(tmp_path_factory):
+    """Where workers leave the models of final trials."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracking")
     uri = mlflow_store.absolute(None, folder)
     return mlflow_store.open_store(uri, "disinhib", folder / "artifacts")
 
 
-def tracker_of(store, study):
-    """A new driver's tracker of the study of that name (and id)."""
-    tags, files = {"command": "python tune_main.py"}, {"provenance.json": "{}"}
-    return mlflow_store.Tracker(store, study, study, tags, {"config.yaml": "trials: 4\n"}, files)
+@pytest.fixture
+def new_store(experiment, models):
+    """`new_store(name)`: a new driver's, of the study of that name (and id)."""
+
+    def make(study):
+        tags, files = {"command": "python tune_main.py"}, {"provenance.json": "{}"}
+        own = {"config.yaml": "trials: 4\n"}
+        model = lambda number, seed: models / f"{study}-{number}-{seed}"
+        return MlflowStore(experiment, study, study, tags, own, files, model)
+
+    return make
 
 
-def config(number):
+def config(number, final=False):
     return {
         "number": number,
         "rule": "bp",
@@ -50,47 +72,53 @@ def config(number):
         "options": {"seed": number, "trainer": {"name": "bp"}},
         "seeds": [number, number + 100],
         "epochs": 3,
-        "metric": "valid_accuracy",
+        "final": final,
     }
 
 
-def course(number, epochs, state=None, reason=None):
-    """(trial, kind, epoch, body) of a trial with a budget of 3 epochs."""
-    told = [(number, ASKED, 0, {"config": config(number), "point": {}})]
+def trial(number, epochs, state=None, reason=None):
+    """The events of a trial of two seeds, with a budget of 3 epochs."""
+    point = {"params": PARAMS, "distributions": {}, "system_attrs": {}}
+    events = [Asked(number, config(number), point)]  # pyright: ignore[reportArgumentType]
     for epoch in range(1, epochs + 1):
-        metrics = {"valid_accuracy": 50.0 + epoch, "valid_loss": 1.0 / epoch}
+        # Means over seeds, with a deviation of 0.
+        metrics = {"valid_accuracy": [50.0 + epoch] * 2, "valid_loss": [1.0 / epoch] * 2}
         place = {"device": "cpu", "host": "here"}
-        body = {"score": 50.0 + epoch, "metrics": metrics, "place": place}
-        told.append((number, EPOCH, epoch, body))
+        events.append(EpochDone(number, epoch, 50.0 + epoch, metrics, place))
     if state is not None:
-        told.append((number, ENDED, 0, {"state": state, "epochs": epochs, "reason": reason}))
-    return told
+        events.append(Ended(number, state, epochs, reason))
+    return events
 
 
-def events(*arguments, **keywords):
-    """A trial's course as the journal tells it, an event a second."""
-    return [
-        Event(next(IDS), BEGAN + second, *told)
-        for second, told in enumerate(course(*arguments, **keywords))
-    ]
+def logged(*events):
+    """As the log has them, an event a second."""
+    return [Logged(1 + second, BEGAN + second, event) for second, event in enumerate(events)]
 
 
-def children(tracker):
-    """The trials' runs, each number's in a list."""
-    found = tracker.client.search_runs(
-        [tracker.experiment.id], f"tags.`mlflow.parentRunId` = '{tracker.study_run}'"
+def records(*events):
+    return replay(logged(*events))
+
+
+def children(store):
+    """The runs below the study's."""
+    return store.client.search_runs(
+        [store.experiment.id], f"tags.`mlflow.parentRunId` = '{store.study_run}'"
     )
-    runs = {}
-    for run in found:
-        runs.setdefault(int(run.data.tags["trial"]), []).append(run)
+
+
+def only_runs(store):
+    """The runs of trials, each of which has one."""
+    runs = {int(run.data.tags["trial"]): run for run in children(store)}
+    assert len(runs) == len(children(store))
     return runs
 
 
-def histories(tracker, run):
-    """What MLflow has of every metric: steps and values in its order."""
+def histories(store, run):
+    """What MLflow has of every metric, deviations apart: steps and values in its order."""
     return {
-        name: [(m.step, m.value) for m in tracker.client.get_metric_history(run.info.run_id, name)]
+        name: [(m.step, m.value) for m in store.client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
+        if not name.endswith("_sd")
     }
 
 
@@ -102,46 +130,30 @@ def expected_histories(epochs):
     }
 
 
-def files_of(tracker, run_id):
-    return {file.path for file in tracker.client.list_artifacts(run_id)}
+def files_of(store, run_id):
+    return {file.path for file in store.client.list_artifacts(run_id)}
 
 
 TRIAL_FILES = {"config.yaml", "command.txt", "provenance.json"}
 
 
-def test_params_are_flat_and_dotted():
-    searched = {
-        "model/vf": "dale",
-        "model/vf/activation@model.vf.actI": "tanh",
-        "trainer.norm_val": 0.5,
-    }
-    assert mlflow_store.params(searched) == [
-        Param("model.vf", "dale"),
-        Param("model.vf.actI", "tanh"),
-        Param("trainer.norm_val", "0.5"),
+def test_a_study_is_a_parent_run_and_its_trials_are_children_in_their_states(new_store):
+    store = new_store("states")
+    assert store.load({}) == set()
+    events = [
+        *trial(0, 3, COMPLETE),
+        *trial(1, 1, PRUNED),
+        *trial(2, 2, FAILED, "RuntimeError: loss is nan"),
+        *trial(3, 1),
     ]
+    store.deliver(logged(*events))
+    store.close(records(*events), whole=False)
 
-
-def test_a_study_is_a_parent_run_and_its_trials_are_children_in_their_states(store):
-    tracker = tracker_of(store, "states")
-    assert tracker.load() == set()
-    tracker.deliver(
-        [
-            *events(0, 3, COMPLETE),
-            *events(1, 1, PRUNED),
-            *events(2, 2, FAILED, "RuntimeError: loss is nan"),
-            *events(3, 1),
-        ]
-    )
-    unfinished = Record(config(3), [51.0], "running")
-    ended = [Record(config(0), [51.0, 52.0, 53.0], COMPLETE), Record(config(1), [51.0], PRUNED)]
-    tracker.close({0: ended[0], 1: ended[1], 3: unfinished}, whole=False)
-
-    parent = tracker.client.get_run(tracker.study_run or "")
+    parent = store.client.get_run(store.study_run)
     assert parent.info.status == "KILLED"  # as one of its trials was
     assert parent.data.tags["command"] == "python tune_main.py"
-    runs = {number: run for number, (run,) in children(tracker).items()}
-    found = {
+    runs = only_runs(store)
+    ends = {
         number: (
             run.info.status,
             run.data.tags["trial_state"],
@@ -150,49 +162,163 @@ def test_a_study_is_a_parent_run_and_its_trials_are_children_in_their_states(sto
         )
         for number, run in runs.items()
     }
-    assert found == {
+    assert ends == {
         0: ("FINISHED", "complete", "3", None),
         1: ("FINISHED", "pruned", "1", None),
         2: ("FAILED", "failed", "2", "RuntimeError: loss is nan"),
         3: ("KILLED", "killed", "1", "the study was interrupted"),
     }
     for run in runs.values():
-        assert histories(tracker, run) == expected_histories(int(run.data.tags["epochs"]))
+        assert histories(store, run) == expected_histories(int(run.data.tags["epochs"]))
     assert [runs[n].data.tags["seeds"] for n in range(4)] == ["0,100", "1,101", "2,102", "3,103"]
     assert runs[0].data.tags["host"] == "here"
-    assert runs[0].data.params["optimizer.learning_rate"] == "0.01"
     # When it was, not when it was told.
     assert runs[0].info.start_time == BEGAN * 1000
     assert runs[0].info.end_time == (BEGAN + 4) * 1000
 
 
-def test_a_study_whose_trials_all_ended_is_finished(store):
-    tracker = tracker_of(store, "ended")
-    tracker.load()
-    tracker.deliver(events(0, 3, COMPLETE))
-    tracker.close({0: Record(config(0), [51.0, 52.0, 53.0], COMPLETE)}, whole=True)
-    assert tracker.client.get_run(tracker.study_run or "").info.status == "FINISHED"
+def test_params_are_what_optuna_chose_under_its_names(new_store):
+    store = new_store("params")
+    store.load({})
+    store.deliver(logged(*trial(0, 0)))
+    (run,) = only_runs(store).values()
+    assert run.data.params == {name: str(value) for name, value in PARAMS.items()}
 
 
-def test_a_trial_that_fails_before_its_first_epoch_has_a_run_with_the_reason(store):
-    tracker = tracker_of(store, "early")
-    tracker.load()
-    tracker.deliver(events(0, 0, FAILED, "OSError: no such file"))
-    run = tracker.client.get_run(tracker.runs[0])
+def test_a_study_whose_trials_all_ended_is_finished(new_store):
+    store = new_store("ended")
+    store.load({})
+    store.deliver(logged(*trial(0, 3, COMPLETE)))
+    store.close(records(*trial(0, 3, COMPLETE)), whole=True)
+    assert store.client.get_run(store.study_run).info.status == "FINISHED"
+
+
+def test_a_trial_that_fails_before_its_first_epoch_has_a_run_with_the_reason(new_store):
+    store = new_store("early")
+    store.load({})
+    store.deliver(logged(*trial(0, 0, FAILED, "OSError: no such file")))
+    run = store.client.get_run(store.runs[0, None])
     assert (run.info.status, run.data.tags["epochs"]) == ("FAILED", "0")
     assert run.data.tags["reason"] == "OSError: no such file"
     assert run.data.metrics == {}
 
 
-def test_options_command_and_provenance_are_kept_with_a_trial(store, tmp_path):
-    tracker = tracker_of(store, "artifacts")
-    tracker.load()
-    tracker.deliver(events(7, 1))
-    tracker.client.download_artifacts(tracker.runs[7], "", str(tmp_path))
-    assert {file.name for file in tmp_path.iterdir()} == TRIAL_FILES
+def test_options_command_and_provenance_are_kept_with_a_trial(new_store, tmp_path):
+    store = new_store("artifacts")
+    store.load({})
+    asked, *_ = trial(7, 1)
+    store.deliver(logged(Asked(7, asked.config, tags={"dataset": "d"}, files={"more.txt": "m"})))
+    run = store.client.get_run(store.runs[7, None])
+    store.client.download_artifacts(run.info.run_id, "", str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {*TRIAL_FILES, "more.txt"}
     assert (tmp_path / "command.txt").read_text() == "python -m disinhib trainer=bp\n"
+    assert (tmp_path / "more.txt").read_text() == "m" and run.data.tags["dataset"] == "d"
     assert "name: bp" in (tmp_path / "config.yaml").read_text()
-    assert files_of(tracker, tracker.study_run) == {"config.yaml"}
+    assert files_of(store, store.study_run) == {"config.yaml"}
+
+
+# A retraining: a run for each seed.
+
+
+def retraining(number=0):
+    """Seed `number` ends with a flag, seed `number` + 100 diverges in the second epoch."""
+    of_seeds = [(1, [51.0, 52.0]), (2, [53.0, math.nan]), (3, [55.0, math.nan])]
+    why, flag = f"{number + 100}", f"{number}"
+    return [
+        Asked(number, config(number, final=True), {"params": {"trainer": "bp"}}),
+        *(
+            EpochDone(
+                number, epoch, values[0],
+                {"valid_accuracy": values, "compilations": [float(epoch)]},
+                {"host": "here", "device": "cpu"},
+                {why: "Diverged: kernel_0"} if epoch == 2 else {},
+                {flag: "unstable"} if epoch == 3 else {},
+            )
+            for epoch, values in of_seeds
+        ),
+        Ended(number, COMPLETE, 3, None, [
+            {"seed": number, "state": COMPLETE, "epochs": 3, "reason": None, "flag": "unstable"},
+            {"seed": number + 100, "state": FAILED, "epochs": 1,
+             "reason": "Diverged: kernel_0", "flag": ""},
+        ]),
+    ]  # fmt: skip
+
+
+def by_seed(store):
+    return {int(run.data.tags["seed"]): run for run in children(store)}
+
+
+def check_retraining(store):
+    """That MLflow has `retraining()` once."""
+    assert len(children(store)) == 2
+    one, other = (by_seed(store)[seed] for seed in (0, 100))
+    assert one.info.run_name == f"{store.study}-0000-seed0"
+    assert (one.info.status, other.info.status) == ("FINISHED", "FAILED")
+    about = lambda run: [run.data.tags.get(n) for n in ("trial", "seeds", "trial_state", "epochs")]
+    assert about(one) == ["0", "0", "complete", "3"]
+    assert about(other) == ["0", "100", "failed", "1"]
+    assert (one.data.tags["flag"], other.data.tags["flag"]) == ("unstable", "")
+    assert other.data.tags["reason"] == "Diverged: kernel_0" and "reason" not in one.data.tags
+    assert histories(store, one) == {
+        "valid_accuracy": [(1, 51.0), (2, 53.0), (3, 55.0)],
+        "compilations": [(1, 1.0), (2, 2.0), (3, 3.0)],  # of the worker, for all its seeds
+    }
+    assert histories(store, other)["valid_accuracy"] == [(1, 52.0)]  # and no NaN
+    assert one.data.params == other.data.params == {"trainer": "bp"}
+
+
+def test_each_seed_of_a_retraining_has_a_run_with_its_own_end(new_store, tmp_path):
+    store = new_store("seeds")
+    store.load({})
+    store.models(0, 0).write_bytes(b"the trained model")
+    store.deliver(logged(*retraining()))
+    check_retraining(store)
+    one, other = (by_seed(store)[seed].info.run_id for seed in (0, 100))
+    assert files_of(store, one) == {*TRIAL_FILES, "model.msgpack"}
+    assert files_of(store, other) == TRIAL_FILES
+    store.client.download_artifacts(one, "", str(tmp_path))
+    assert (tmp_path / "model.msgpack").read_bytes() == b"the trained model"
+    # What trains this seed by itself.
+    text = (tmp_path / "command.txt").read_text()
+    assert text == "python -m disinhib trainer=bp seed=0 test_at_end=true\n"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+    assert by_seed(store)[100].data.tags["command"].endswith("seed=100 test_at_end=true")
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_retraining_that_is_killed_is_resumed_in_the_same_runs(new_store, at):
+    """After so many of its five events: interrupted, or killed while another one is delivered."""
+    before, study = retraining()[:at], f"resumed-{at}"
+    first = new_store(study)
+    first.load({})
+    first.deliver(logged(*before))
+    ids = {run.info.run_id for run in children(first)}
+    first.close(records(*before), whole=False)
+    assert {run.info.status for run in children(first)} == {"KILLED"}
+
+    again = new_store(study)
+    assert again.load(records(*before)) == {0}
+    assert again.study_run == first.study_run
+    assert {run.info.status for run in children(again)} == {"RUNNING"}
+    again.deliver(logged(*retraining())[at:])
+    again.deliver(logged(*retraining()))  # all of it, as after a delivery whose answer was lost
+    assert {run.info.run_id for run in children(again)} == ids
+    check_retraining(again)
+
+
+def test_a_retraining_of_which_a_seeds_run_is_missing_is_not_there(new_store):
+    """As after a kill between the two."""
+    store = new_store("half-seeds")
+    store.load({})
+    store.deliver(logged(*retraining()))
+    store.client.delete_run(store.runs[0, 100])
+    again = new_store("half-seeds")
+    assert again.load(records(*retraining())) == set()
+    again.deliver(logged(*retraining()))
+    check_retraining(again)
+
+
+# Deliveries.
 
 
 @pytest.fixture
@@ -208,53 +334,52 @@ def requests(monkeypatch):
     return sent
 
 
-def test_the_news_of_a_trial_are_sent_together(store, requests):
-    tracker = tracker_of(store, "together")
-    tracker.load()
-    tracker.deliver(events(0, 3, COMPLETE))
+def test_the_news_of_a_trial_are_sent_together(new_store, requests):
+    store = new_store("together")
+    store.load({})
+    store.deliver(logged(*trial(0, 3, COMPLETE)))
     (request,) = requests
-    assert len(request["metrics"]) == 6
+    assert len(request["metrics"]) == 12  # two of three epochs, with their deviations
     assert len(request["params"]) == 3
 
 
-def test_more_metrics_than_one_request_takes_all_arrive(store, requests):
-    tracker = tracker_of(store, "many")
-    tracker.load()
-    tracker.deliver(events(0, 900))
+def test_more_metrics_than_one_request_takes_all_arrive(new_store, requests):
+    store = new_store("many")
+    store.load({})
+    store.deliver(logged(*trial(0, 450)))
     assert [len(request["metrics"]) for request in requests] == [800, 800, 200]
-    ((run,),) = children(tracker).values()
-    assert histories(tracker, run) == expected_histories(900)
+    (run,) = only_runs(store).values()
+    assert histories(store, run) == expected_histories(450)
 
 
-def test_what_is_told_twice_arrives_once(store):
-    tracker = tracker_of(store, "twice")
-    tracker.load()
-    told = [*events(0, 3, COMPLETE), *events(1, 2, FAILED, "RuntimeError: no")]
-    tracker.deliver(told)
-    once = {number: run for number, (run,) in children(tracker).items()}
-    tracker.deliver(told)
-    again = tracker_of(store, "twice")  # of a driver that was killed before it noted the delivery
-    assert again.load() == {0, 1}
-    assert again.study_run == tracker.study_run
-    again.deliver(told)
-    runs = {number: run for number, (run,) in children(tracker).items()}  # one of each
+def test_what_is_told_twice_arrives_once(new_store):
+    store = new_store("twice")
+    store.load({})
+    events = [*trial(0, 3, COMPLETE), *trial(1, 2, FAILED, "RuntimeError: no")]
+    store.deliver(logged(*events))
+    once = only_runs(store)
+    store.deliver(logged(*events))
+    again = new_store("twice")  # of a driver that was killed before it noted the delivery
+    assert again.load(records(*events)) == {0, 1}
+    assert again.study_run == store.study_run
+    again.deliver(logged(*events))
+    runs = only_runs(store)
     for number, epochs in ((0, 3), (1, 2)):
         assert runs[number].info.run_id == once[number].info.run_id
         assert runs[number].data.tags == once[number].data.tags
         assert runs[number].data.params == once[number].data.params
         assert runs[number].info.status == once[number].info.status
         assert runs[number].info.end_time == once[number].info.end_time
-        assert histories(tracker, runs[number]) == expected_histories(epochs)
+        assert histories(store, runs[number]) == expected_histories(epochs)
 
 
 @pytest.mark.parametrize("step", ["create_run", "log_artifacts", "log_batch", "set_terminated"])
 @pytest.mark.parametrize("arrives", [False, True])
 def test_a_delivery_that_failed_is_made_again_and_arrives_once(
-    store, step, arrives, tmp_path, monkeypatch
+    new_store, step, arrives, tmp_path, monkeypatch
 ):
     """The second call of `step` fails: before it has done anything, or only its answer is lost."""
-    study = f"failed-{step}-{arrives}"
-    tracker = tracker_of(store, study)
+    store = new_store(f"failed-{step}-{arrives}")
     real, calls = getattr(MlflowClient, step), itertools.count(1)
 
     def failing(self, *arguments, **keywords):
@@ -265,123 +390,131 @@ def test_a_delivery_that_failed_is_made_again_and_arrives_once(
             raise ConnectionError("gone")
         return answer
 
-    journal = Journal(tmp_path)
-    journal.append([*course(0, 3, COMPLETE), *course(1, 2, FAILED, "RuntimeError: no")])
-    monkeypatch.setattr(MlflowClient, step, failing)
-    carrier = Delivery(journal, tracker, print)
-    with pytest.raises(ConfigError, match="ConnectionError: gone"):
-        carrier.reconcile()
-    assert journal.delivered(carrier.cursor) == 0
-    Delivery(journal, tracker, print).reconcile()
-    assert journal.delivered(carrier.cursor) == journal.last()
-    journal.close()
+    with closing(EventLog(tmp_path)) as log:
+        log.append([*trial(0, 3, COMPLETE), *trial(1, 2, FAILED, "RuntimeError: no")])
+        monkeypatch.setattr(MlflowClient, step, failing)
+        box = Outbox(log, store, print)
+        with pytest.raises(ConfigError, match="ConnectionError: gone"):
+            box.reconcile()
+        assert log.delivered(box.cursor) == 0
+        Outbox(log, store, print).reconcile()
+        assert log.delivered(box.cursor) == log.last()
 
-    runs = {number: run for number, (run,) in children(tracker).items()}
+    runs = only_runs(store)
     assert {n: (r.info.status, r.data.tags["trial_state"]) for n, r in runs.items()} == {
         0: ("FINISHED", "complete"),
         1: ("FAILED", "failed"),
     }
     for number, epochs in ((0, 3), (1, 2)):
-        assert histories(tracker, runs[number]) == expected_histories(epochs)
-        assert files_of(tracker, runs[number].info.run_id) == TRIAL_FILES
-    (parent,) = mlflow_store._all_runs(store, f"tags.study_id = '{study}' and run_name = '{study}'")
-    assert parent.info.run_id == tracker.study_run
+        assert histories(store, runs[number]) == expected_histories(epochs)
+        assert files_of(store, runs[number].info.run_id) == TRIAL_FILES
+    own = f"tags.study_id = '{store.id}' and run_name = '{store.study}'"
+    (parent,) = mlflow_store._all_runs(store.experiment, own)
+    assert parent.info.run_id == store.study_run
 
 
-def test_a_run_left_by_a_kill_before_its_files_is_completed_and_not_doubled(store, monkeypatch):
-    killed = tracker_of(store, "half")
-    killed.load()
-    told = events(0, 2, PRUNED)
+def test_a_run_left_by_a_kill_before_its_files_is_completed_and_not_doubled(new_store, monkeypatch):
+    killed, events = new_store("half"), trial(0, 2, PRUNED)
+    killed.load({})
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow_store.Tracker, "_put", lambda *_: 1 / 0)
+        patch.setattr(MlflowStore, "_put", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            killed.deliver(told)
-    ((left,),) = children(killed).values()
+            killed.deliver(logged(*events))
+    (left,) = children(killed)
     assert files_of(killed, left.info.run_id) == set()
 
-    resumed = tracker_of(store, "half")
-    assert resumed.load() == {0}
-    resumed.deliver(told)
-    ((run,),) = children(resumed).values()
+    resumed = new_store("half")
+    assert resumed.load(records(*events)) == {0}
+    resumed.deliver(logged(*events))
+    (run,) = children(resumed)
     assert run.info.run_id == left.info.run_id
     assert files_of(resumed, run.info.run_id) == TRIAL_FILES
     assert run.data.tags["trial_state"] == "pruned"
     assert histories(resumed, run) == expected_histories(2)
 
 
-def test_what_was_interrupted_runs_again_when_the_study_goes_on(store):
-    interrupted = tracker_of(store, "again")
-    interrupted.load()
-    interrupted.deliver([*events(0, 3, COMPLETE), *events(1, 1)])
-    done = Record(config(0), [51.0, 52.0, 53.0], COMPLETE)
-    interrupted.close({0: done, 1: Record(config(1), [51.0], "running")}, whole=False)
+def test_what_was_interrupted_runs_again_when_the_study_goes_on(new_store):
+    interrupted, before = new_store("again"), [*trial(0, 3, COMPLETE), *trial(1, 1)]
+    interrupted.load({})
+    interrupted.deliver(logged(*before))
+    interrupted.close(records(*before), whole=False)
 
-    resumed = tracker_of(store, "again")
-    assert resumed.load() == {0, 1}
-    runs = {number: run for number, (run,) in children(resumed).items()}
+    resumed = new_store("again")
+    assert resumed.load(records(*before)) == {0, 1}
+    runs = only_runs(resumed)
     assert {n: run.info.status for n, run in runs.items()} == {0: "FINISHED", 1: "RUNNING"}
     assert {"trial_state", "epochs", "reason"}.isdisjoint(runs[1].data.tags)
     assert runs[0].data.tags["trial_state"] == "complete"
-    assert resumed.client.get_run(resumed.study_run or "").info.status == "RUNNING"
+    assert resumed.client.get_run(resumed.study_run).info.status == "RUNNING"
 
-    resumed.deliver(events(1, 3, COMPLETE))
-    resumed.close({0: done, 1: Record(config(1), [51.0, 52.0, 53.0], COMPLETE)}, whole=True)
-    runs = {number: run for number, (run,) in children(resumed).items()}
+    resumed.deliver(logged(*trial(1, 3, COMPLETE)))
+    resumed.close(records(*trial(0, 3, COMPLETE), *trial(1, 3, COMPLETE)), whole=True)
+    runs = only_runs(resumed)
     assert runs[1].info.status == "FINISHED"
     assert runs[1].data.tags["trial_state"] == "complete"
     assert "reason" not in runs[1].data.tags
-    assert resumed.client.get_run(resumed.study_run or "").info.status == "FINISHED"
+    assert resumed.client.get_run(resumed.study_run).info.status == "FINISHED"
 
 
 def test_a_kill_between_the_tags_and_the_status_of_an_interrupted_run_leaves_no_reason(
-    store, monkeypatch
+    new_store, monkeypatch
 ):
-    interrupted = tracker_of(store, "between")
-    interrupted.load()
-    interrupted.deliver(events(0, 1))
+    interrupted = new_store("between")
+    interrupted.load({})
+    interrupted.deliver(logged(*trial(0, 1)))
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_terminated", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            interrupted.close({0: Record(config(0), [51.0], "running")}, whole=False)
-    resumed = tracker_of(store, "between")
-    resumed.load()
-    ((run,),) = children(resumed).values()
+            interrupted.close(records(*trial(0, 1)), whole=False)
+    resumed = new_store("between")
+    resumed.load(records(*trial(0, 1)))
+    (run,) = children(resumed)
     assert {"trial_state", "epochs", "reason"}.isdisjoint(run.data.tags)
 
 
-def test_a_run_that_somebody_deleted_comes_back(store, tmp_path):
-    tracker = tracker_of(store, "deleted")
-    journal = Journal(tmp_path)
-    journal.append([*course(0, 3, COMPLETE), *course(1, 2, PRUNED)])
-    Delivery(journal, tracker, print).reconcile()
-    tracker.client.delete_run(tracker.runs[0])
-    again = tracker_of(store, "deleted")
-    assert Delivery(journal, again, print).reconcile() == journal.last()
-    journal.close()
-    runs = {number: run for number, (run,) in children(again).items()}
+def test_a_run_that_somebody_deleted_comes_back(new_store, tmp_path):
+    store = new_store("deleted")
+    with closing(EventLog(tmp_path)) as log:
+        log.append([*trial(0, 3, COMPLETE), *trial(1, 2, PRUNED)])
+        Outbox(log, store, print).reconcile()
+        store.client.delete_run(store.runs[0, None])
+        again = new_store("deleted")
+        assert Outbox(log, again, print).reconcile() == log.last()
+    runs = only_runs(again)
     assert histories(again, runs[0]) == expected_histories(3)
     assert histories(again, runs[1]) == expected_histories(2)
 
 
-def test_two_studies_of_one_name_are_told_apart(store):
+def test_two_studies_of_one_name_are_told_apart(new_store):
     """As in two folders that write to one server."""
-    one, other = tracker_of(store, "same"), tracker_of(store, "same")
+    one, other = new_store("same"), new_store("same")
     other.id = "another"
-    one.load()
-    one.deliver(events(0, 1))
-    assert other.load() == set()
+    one.load({})
+    one.deliver(logged(*trial(0, 1)))
+    assert other.load({}) == set()
     assert other.study_run != one.study_run
 
 
-def test_the_experiment_is_made_once(store, tmp_path):
-    assert mlflow_store.open_store(store.uri, "disinhib", tmp_path) == store
+# Stores that can and cannot be opened.
 
 
-def test_a_deleted_experiment_is_refused(store, tmp_path):
-    other = mlflow_store.open_store(store.uri, "deleted", tmp_path)
-    mlflow_store._client(store.uri).delete_experiment(other.id)
+def test_a_new_store_has_mlflows_tables_and_no_half_of_them(tmp_path, mlflow_template):
+    """The one that the suite's tests copy was made by `_make_sqlite`."""
+    with closing(sqlite3.connect(f"file:{mlflow_template}?mode=ro", uri=True)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    assert {"runs", "metrics", "params", "tags", "alembic_version"} <= tables
+    assert [file.name for file in mlflow_template.parent.iterdir()] == [mlflow_template.name]
+
+
+def test_the_experiment_is_made_once(experiment, tmp_path):
+    assert mlflow_store.open_store(experiment.uri, "disinhib", tmp_path) == experiment
+
+
+def test_a_deleted_experiment_is_refused(experiment, tmp_path):
+    other = mlflow_store.open_store(experiment.uri, "deleted", tmp_path)
+    mlflow_store._client(experiment.uri).delete_experiment(other.id)
     with pytest.raises(ConfigError, match=r"tracking\.experiment: given deleted"):
-        mlflow_store.open_store(store.uri, "deleted", tmp_path)
+        mlflow_store.open_store(experiment.uri, "deleted", tmp_path)
 
 
 def closed_port():
@@ -408,7 +541,8 @@ def test_a_store_that_cannot_be_opened_is_refused_in_one_line(uri, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_server_that_accepts_and_says_nothing_is_given_up_on(tmp_path):
+def test_a_server_that_accepts_and_says_nothing_is_given_up_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow_store, "FIRST_CONTACT", "1")
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
@@ -420,3 +554,42 @@ def test_relative_sqlite_paths_are_the_drivers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert mlflow_store.absolute("sqlite:///a/b.db", tmp_path) == f"sqlite:///{tmp_path}/a/b.db"
     assert mlflow_store.absolute("http://host", tmp_path) == "http://host"
+
+
+# MLflow's settings.
+
+OURS = {**mlflow_settings._ONCE, **mlflow_settings._REQUESTS}
+
+
+def test_requests_have_our_settings_and_nothing_outlives_them(monkeypatch):
+    for name in OURS:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    with mlflow_settings.requests():
+        now = dict(os.environ)
+        with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT="3"):  # at first contact
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+        assert dict(os.environ) == now == {**before, **mlflow_settings._REQUESTS}
+        with pytest.raises(ZeroDivisionError), mlflow_settings.requests(MLFLOW_X="1"):
+            assert os.environ["MLFLOW_X"] == str(1 // 0)
+    assert dict(os.environ) == before
+
+
+def test_what_a_user_has_set_stands(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT="3"):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+
+
+IMPORT = """
+import os
+before = dict(os.environ)
+import analysis.store, disinhib.tuning.mlflow_store
+assert dict(os.environ) == before, {*os.environ.items()} ^ {*before.items()}
+"""
+
+
+def test_importing_analysis_and_tuning_sets_nothing():
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

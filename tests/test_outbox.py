@@ -3,7 +3,7 @@
 import json
 import tempfile
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
@@ -16,17 +16,17 @@ from optuna.trial import TrialState
 from disinhib.errors import ConfigError
 from disinhib.tuning import optuna_store, outbox
 from disinhib.tuning.event_log import (
-    ASKED,
     COMPLETE,
-    ENDED,
-    EPOCH,
     FAILED,
     PRUNED,
-    Journal,
-    records,
+    Asked,
+    Ended,
+    EpochDone,
+    EventLog,
+    replay,
 )
 from disinhib.tuning.optuna_store import OptunaStore
-from disinhib.tuning.outbox import Delivery
+from disinhib.tuning.outbox import Outbox
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
@@ -35,12 +35,25 @@ pytestmark = pytest.mark.usefixtures("copied_stores")
 def hurry(monkeypatch):
     monkeypatch.setattr(outbox, "PAUSE", 0.002)
     monkeypatch.setattr(outbox, "RETRY", (0.001, 0.01))
-    monkeypatch.setattr(outbox, "PATIENCE", 0.05)
 
 
 @pytest.fixture
-def journal(tmp_path):
-    with closing(Journal(tmp_path)) as opened:
+def impatient(monkeypatch):
+    """So that nobody waits for a store that stays down."""
+    monkeypatch.setattr(outbox, "PATIENCE", 0.3)
+
+
+@contextmanager
+def open_log(folder):
+    with closing(EventLog(folder)) as opened:
+        # What is tested are stores, and no machine that loses power.
+        opened._connection.execute("PRAGMA synchronous = OFF")
+        yield opened
+
+
+@pytest.fixture
+def log(tmp_path):
+    with open_log(tmp_path) as opened:
         yield opened
 
 
@@ -48,22 +61,22 @@ def asked(number, rule="bp"):
     config = {"number": number, "rule": rule, "epochs": 3, "command": f"do {number}", "seeds": [1]}
     distributions = {"x": distribution_to_json(FloatDistribution(0.0, 1.0))}
     point = {"params": {"x": number / 10}, "distributions": distributions, "system_attrs": {}}
-    return (number, ASKED, 0, {"config": config, "point": point})
+    return Asked(number, config, point)  # pyright: ignore[reportArgumentType]
 
 
 def epoch(number, at, score=0.5):
-    return (number, EPOCH, at, {"score": score})
-
-
-def ended(number, state=COMPLETE, reason=None):
-    return (number, ENDED, 0, {"state": state, "epochs": 3, "reason": reason})
+    return EpochDone(number, at, score, {}, {})
 
 
 def whole(number, state=COMPLETE, reason=None):
     """All events of a trial."""
     epochs = {COMPLETE: 3, PRUNED: 2, FAILED: 1}[state]
-    told = [epoch(number, n, number + n / 10) for n in range(1, epochs + 1)]
-    return [asked(number), *told, ended(number, state, reason)]
+    reported = [epoch(number, n, number + n / 10) for n in range(1, epochs + 1)]
+    return [asked(number), *reported, Ended(number, state, epochs, reason)]
+
+
+def silent(line):
+    """Says nothing."""
 
 
 class Down(Exception):
@@ -71,8 +84,8 @@ class Down(Exception):
 
 
 class Fake:
-    """A store that keeps what it is given; `faults` says before each call how many events it
-    takes of it before it fails, None if it does not."""
+    """A store in memory; `faults` says before each call how many events it takes of it before it
+    fails, None if it does not."""
 
     name, address, option = "fake", "here", "fake.address"
 
@@ -85,17 +98,17 @@ class Fake:
         self.calls += 1
         return next(self.faults, None)
 
-    def load(self):
+    def load(self, records):
         if self._fault() is not None:
             raise Down("no answer\nat all")
         return set(self.there)
 
     def deliver(self, events):
         fault = self._fault()
-        for event in events[:fault]:
-            self.taken.append(event)
-            if event.kind == ASKED:
-                self.there.add(event.trial)
+        for logged in events[:fault]:
+            self.taken.append(logged)
+            if isinstance(logged.event, Asked):
+                self.there.add(logged.event.trial)
         if fault is not None:
             raise Down("no answer\nat all")
         self.up.set()
@@ -105,61 +118,61 @@ class Fake:
 
     def effect(self):
         """What a store has that takes twice what is the same twice."""
-        return list(dict.fromkeys(event.id for event in self.taken))
+        return list(dict.fromkeys(logged.id for logged in self.taken))
 
 
-def deliver(journal, store, say=lambda line: None):
+def deliver(log, store, say=silent):
     """A whole session's delivery."""
-    carrier = Delivery(journal, store, say)
-    carrier.start()
-    return carrier.finish(records(journal.events()), whole=True)
+    box = Outbox(log, store, say)
+    box.start()
+    return box.finish(replay(log.events()), whole=True)
 
 
 # Fake stores.
 
 
-def test_everything_arrives_in_order_and_once(journal):
+def test_everything_arrives_in_order_and_once(log):
     store, lines = Fake(), []
-    journal.append([event for n in range(3) for event in whole(n)])
-    carrier = Delivery(journal, store, lines.append)
-    assert carrier.reconcile() == 15
-    carrier.start()
+    log.append([event for n in range(3) for event in whole(n)])
+    box = Outbox(log, store, lines.append)
+    assert box.reconcile() == 15
+    box.start()
     for number in range(3, 60):
-        journal.append(whole(number))
-    assert carrier.finish(records(journal.events()), whole=True) == 0
-    assert store.taken == journal.events() and lines == []
+        log.append(whole(number))
+    assert box.finish(replay(log.events()), whole=True) == 0
+    assert store.taken == log.events() and lines == []
     (closed,) = store.closed
     assert sorted(closed) == list(range(60))
 
 
-def test_it_delivers_while_the_study_runs(journal):
+def test_it_delivers_while_the_study_runs(log):
     store = Fake()
-    carrier = Delivery(journal, store, lambda line: None)
-    carrier.start()
-    journal.append(whole(0))
+    box = Outbox(log, store, silent)
+    box.start()
+    log.append(whole(0))
     assert store.up.wait(30)
-    carrier.finish({}, whole=True)
-    assert store.taken == journal.events()
+    box.finish({}, whole=True)
+    assert store.taken == log.events()
 
 
-def test_a_backlog_goes_in_parts(journal, monkeypatch):
+def test_a_backlog_goes_in_parts(log, monkeypatch):
     monkeypatch.setattr(outbox, "BATCH", 4)
-    journal.append([asked(n) for n in range(12)])
+    log.append([asked(n) for n in range(12)])
     store = Fake()
-    carrier = Delivery(journal, store, lambda line: None)
-    assert carrier.reconcile() == 12
-    assert store.taken == journal.events() and 4 <= store.calls <= 5
-    assert journal.delivered(carrier.cursor) == 12
+    box = Outbox(log, store, silent)
+    assert box.reconcile() == 12
+    assert store.taken == log.events() and 4 <= store.calls <= 5
+    assert log.delivered(box.cursor) == 12
 
 
-def test_what_has_arrived_is_not_delivered_again_in_the_next_session(journal):
-    journal.append(whole(0))
-    deliver(journal, Fake())
-    journal.append(whole(1))
+def test_what_has_arrived_is_not_delivered_again_in_the_next_session(log):
+    log.append(whole(0))
+    deliver(log, Fake())
+    log.append(whole(1))
     store = Fake(there=[0])
-    carrier = Delivery(journal, store, lambda line: None)
-    assert carrier.reconcile() == 5
-    assert [e.trial for e in store.taken] == [1] * 5
+    box = Outbox(log, store, silent)
+    assert box.reconcile() == 5
+    assert [e.event.trial for e in store.taken] == [1] * 5
 
 
 faults = st.lists(st.one_of(st.none(), st.integers(0, 6)), max_size=8)
@@ -168,97 +181,97 @@ faults = st.lists(st.one_of(st.none(), st.integers(0, 6)), max_size=8)
 @given(faults=faults, trials=st.lists(st.integers(0, 3), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
 def test_a_store_that_fails_for_a_while_gets_everything(faults, trials):
-    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder))) as journal:
+    with tempfile.TemporaryDirectory() as folder, open_log(Path(folder)) as log:
         store = Fake(faults)
-        carrier = Delivery(journal, store, lambda line: None)
-        carrier.start()
+        box = Outbox(log, store, silent)
+        box.start()
         for number, pieces in enumerate(trials):
             events = whole(number)
-            journal.append(events[:pieces])
-            journal.append(events[pieces:])
-        assert carrier.finish({}, whole=True) == 0
-        assert store.effect() == [event.id for event in journal.events()]  # in order, none left out
+            log.append(events[:pieces])
+            log.append(events[pieces:])
+        assert box.finish({}, whole=True) == 0
+        assert store.effect() == [event.id for event in log.events()]  # in order, none left out
         assert len(store.closed) == 1
         # What may have arrived is made again, and no more than that: from a failed delivery on.
         assert len(store.taken) <= len(store.effect()) + sum(f or 0 for f in faults)
 
 
-def test_a_failure_is_said_in_a_line_and_so_is_its_end(journal):
+def test_a_failure_is_said_in_a_line_and_so_is_its_end(log):
     lines = []
-    journal.append(whole(0))
-    assert deliver(journal, Fake([0, 0, None, 2, None, None]), lines.append) == 0
+    log.append(whole(0))
+    assert deliver(log, Fake([0, 0, None, 2, None, None]), lines.append) == 0
     assert lines == [
-        "fake does not take records (Down: no answer); they wait in the journal until it does",
+        "fake does not take records (Down: no answer); they wait in the event log until it does",
         "fake answers again and has all records",
     ]
 
 
-def test_it_says_that_all_has_arrived_only_then(journal, monkeypatch):
+def test_it_says_that_all_has_arrived_only_then(log, monkeypatch):
     monkeypatch.setattr(outbox, "BATCH", 4)
-    journal.append([asked(n) for n in range(12)])
+    log.append([asked(n) for n in range(12)])
     store, said = Fake([0]), []
-    deliver(journal, store, lambda line: said.append((line, len(store.taken))))
+    deliver(log, store, lambda line: said.append((line, len(store.taken))))
     assert said[-1] == ("fake answers again and has all records", 12)
 
 
-def test_a_store_that_lost_a_trial_gets_everything_again(journal):
-    journal.append([event for n in range(3) for event in whole(n)])
-    deliver(journal, Fake())
-    journal.append([asked(3)])
+def test_a_store_that_lost_a_trial_gets_everything_again(log):
+    log.append([event for n in range(3) for event in whole(n)])
+    deliver(log, Fake())
+    log.append([asked(3)])
     store = Fake(there=[0, 2])
-    carrier = Delivery(journal, store, lambda line: None)
-    assert carrier.reconcile() == 16
-    assert store.taken == journal.events()
+    box = Outbox(log, store, silent)
+    assert box.reconcile() == 16
+    assert store.taken == log.events()
 
 
-def test_a_store_that_is_ahead_of_its_cursor_has_lost_nothing(journal):
-    """It took a delivery, and a kill came before the journal knew."""
-    journal.append([event for n in range(3) for event in whole(n)])
-    journal.deliver(Delivery(journal, Fake(), print).cursor, 5)  # trial 0
+def test_a_store_that_is_ahead_of_its_cursor_has_lost_nothing(log):
+    """It took a delivery, and a kill came before the log knew."""
+    log.append([event for n in range(3) for event in whole(n)])
+    log.set_delivered(Outbox(log, Fake(), print).cursor, 5)  # trial 0
     store = Fake(there=[0, 1, 2])
-    assert Delivery(journal, store, lambda line: None).reconcile() == 10
+    assert Outbox(log, store, silent).reconcile() == 10
     assert [e.id for e in store.taken] == list(range(6, 16))
 
 
-def test_a_store_that_stays_down_misses_what_it_misses(journal):
-    journal.append(whole(0))
-    carrier = Delivery(journal, store := Fake([None, None, *[0] * 100_000]), lambda line: None)
-    carrier.reconcile()
-    carrier.start()
-    journal.append(whole(1))
-    assert carrier.finish({}, whole=True) == 5 + 1  # the study's end
+def test_a_store_that_stays_down_misses_what_it_misses(log, impatient):
+    log.append(whole(0))
+    box = Outbox(log, store := Fake([None, None, *[0] * 100_000]), silent)
+    box.reconcile()
+    box.start()
+    log.append(whole(1))
+    assert box.finish({}, whole=True) == 5 + 1  # the study's end
     assert store.closed == []  # there is no one to say it to
     # The next session makes up for it.
-    assert deliver(journal, again := Fake(there=[0])) == 0
-    assert [e.trial for e in again.taken] == [1] * 5
+    assert deliver(log, again := Fake(there=[0])) == 0
+    assert [e.event.trial for e in again.taken] == [1] * 5
 
 
-def test_a_store_that_does_not_take_records_at_the_start_is_named(journal):
+def test_a_store_that_does_not_take_records_at_the_start_is_named(log):
     with pytest.raises(ConfigError, match=r"^fake\.address: given here, .* \(Down: no answer\)$"):
-        Delivery(journal, Fake([0]), lambda line: None).reconcile()
+        Outbox(log, Fake([0]), silent).reconcile()
 
 
-def test_stores_do_not_wait_for_each_other(journal):
+def test_stores_do_not_wait_for_each_other(log, impatient):
     down, up = Fake([0] * 100_000), Fake()
     up.name = "up"
-    carriers = [Delivery(journal, store, lambda line: None) for store in (down, up)]
-    for carrier in carriers:
-        carrier.start()
-    journal.append(whole(0))
+    boxes = [Outbox(log, store, silent) for store in (down, up)]
+    for box in boxes:
+        box.start()
+    log.append(whole(0))
     assert up.up.wait(30)
-    assert [carrier.finish({}, whole=True) for carrier in carriers] == [5 + 1, 0]
-    assert up.taken == journal.events() and down.taken == []
+    assert [box.finish({}, whole=True) for box in boxes] == [5 + 1, 0]
+    assert up.taken == log.events() and down.taken == []
 
 
-def test_a_store_that_fails_only_when_it_is_closed_misses_the_studys_end(journal):
+def test_a_store_that_fails_only_when_it_is_closed_misses_the_studys_end(log):
     class Closing(Fake):
         def close(self, records, whole):
             raise Down("no answer")
 
     lines = []
-    journal.append(whole(0))
-    assert deliver(journal, store := Closing(), lines.append) == 1
-    assert store.taken == journal.events()
+    log.append(whole(0))
+    assert deliver(log, store := Closing(), lines.append) == 1
+    assert store.taken == log.events()
     assert len(lines) == 1 and "Down: no answer" in lines[0]
 
 
@@ -268,16 +281,16 @@ STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: Tria
 
 
 @pytest.fixture
-def study(journal):
-    """A journal with a trial of each state, and one that has not ended."""
-    journal.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
-    journal.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)])
-    return journal
+def study(log):
+    """A log with a trial of each state, and one that has not ended."""
+    log.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
+    log.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)])
+    return log
 
 
 def opened(folder):
-    store = OptunaStore("s", "id", "max", None, folder)
-    there = store.load()
+    store = OptunaStore("s", "id", 1, None, folder)
+    there = store.load({})
     return store, there
 
 
@@ -299,11 +312,11 @@ EXPECTED = [
 ]
 
 
-def test_optuna_shows_what_the_journal_has(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
-    found = content(tmp_path)
-    assert [trial[:5] for trial in found] == EXPECTED
-    attributes = [trial[5] for trial in found]
+def test_optuna_shows_what_the_log_has(study, tmp_path):
+    assert deliver(study, OptunaStore("s", "id", 1, None, tmp_path)) == 0
+    shown = content(tmp_path)
+    assert [trial[:5] for trial in shown] == EXPECTED
+    attributes = [trial[5] for trial in shown]
     assert [a["rule"] for a in attributes] == ["bp", "bp", "bp", "lin-thresh"]
     assert [a["command"] for a in attributes] == [f"do {n}" for n in range(4)]
     assert [a.get("reason") for a in attributes] == [None, None, "Diverged: kernel_0", None]
@@ -315,19 +328,19 @@ def test_optuna_shows_what_the_journal_has(study, tmp_path):
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_what_optuna_is_given_again_changes_nothing(data):
-    with tempfile.TemporaryDirectory() as name, closing(Journal(Path(name))) as journal:
+    with tempfile.TemporaryDirectory() as name, open_log(Path(name)) as log:
         folder = Path(name)
-        journal.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
-        events = journal.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)]) and journal.events()
+        log.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
+        events = log.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)]) and log.events()
         store, _ = opened(folder)
         store.deliver(events[: (at := data.draw(st.integers(0, len(events))))])
         if data.draw(st.booleans()):  # a new session
             store, there = opened(folder)
-            assert there == {e.trial for e in events[:at]}
+            assert there == {e.event.trial for e in events[:at]}
         store.deliver(events[data.draw(st.integers(0, at)) :])
         store.deliver(events)
         assert [trial[:5] for trial in content(folder)] == EXPECTED
-        store.close(records(events), whole=True)
+        store.close(replay(events), whole=True)
         assert [trial[:5] for trial in content(folder)] == EXPECTED
 
 
@@ -372,21 +385,26 @@ def test_a_lock_that_nobody_holds_is_removed(study, tmp_path, link):
 
 
 def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "id", "max", None, tmp_path)) == 0
+    assert deliver(study, OptunaStore("s", "id", 1, None, tmp_path)) == 0
     (tmp_path / optuna_store.FILE).unlink()
-    carrier = Delivery(study, OptunaStore("s", "id", "max", None, tmp_path), lambda line: None)
-    assert carrier.reconcile() == len(study.events())
+    box = Outbox(study, OptunaStore("s", "id", 1, None, tmp_path), silent)
+    assert box.reconcile() == len(study.events())
     assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
 
 
 def test_optunas_store_may_be_a_database(study, tmp_path):
+    """Its scores are as they were measured: those of the log are signed, so that more is better."""
     url = f"sqlite:///{tmp_path / 'optuna.db'}"
-    Delivery(study, OptunaStore("s", "id", "min", url, tmp_path), print).reconcile()
-    found = optuna.load_study(study_name="s", storage=url)
+    Outbox(study, OptunaStore("s", "id", -1, url, tmp_path), print).reconcile()
+    there = optuna.load_study(study_name="s", storage=url)
     assert [
-        (t.number, t.state, t.value, t.params, t.intermediate_values) for t in found.get_trials()
-    ] == EXPECTED
-    assert found.direction == optuna.study.StudyDirection.MINIMIZE
+        (t.number, t.state, t.value, t.params, t.intermediate_values) for t in there.get_trials()
+    ] == [
+        (number, state, None if value is None else -value, params,
+         {epoch: -score for epoch, score in scores.items()})
+        for number, state, value, params, scores in EXPECTED
+    ]  # fmt: skip
+    assert there.direction == optuna.study.StudyDirection.MINIMIZE
 
 
 def test_another_study_of_that_name_is_refused(tmp_path):

@@ -36,7 +36,9 @@ SPACE = space_tree.definition(space)
 
 
 def trial(number, rule, state, scores, rate, **searched):
-    searched = {"trainer": rule, "optimizer.learning_rate": rate, **searched}
+    """A row of `runs.trials`; `searched` are the other parameters, by their options."""
+    of_rule = {"optimizer.learning_rate": rate, **searched}
+    params = {"trainer": rule, **{f"{rule}.{name}": value for name, value in of_rule.items()}}
     return {
         "trial": number,
         "run_id": f"run{number}",
@@ -46,8 +48,7 @@ def trial(number, rule, state, scores, rate, **searched):
         "epochs": len(scores),
         "budget": 3,
         "score": scores[-1] if scores else math.nan,
-        "scores": tuple(scores),
-        **{runs.SEARCHED + name: str(value) for name, value in searched.items()},
+        **{runs.SEARCHED + name: str(value) for name, value in params.items()},
     }
 
 

@@ -84,8 +84,6 @@ def test_studies():
     assert [t.state for t in bp] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     assert [t.value for t in bp] == [80, None, None]
     assert [t.user_attrs["trial"] for t in bp] == [0, 2, 4]
-    assert bp[0].intermediate_values == {1: 70, 2: 75, 3: 80}
-    assert bp[1].intermediate_values == {1: 60}
     assert bp[0].params == {"optimizer.learning_rate": 1e-3}
     assert bp[0].distributions == {
         "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True)

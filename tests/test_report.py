@@ -9,15 +9,14 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
-import yaml
-from analysis.cell import Seed
 from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import ledger, runs, store as stores
+from analysis import configurations, retrain, runs, store as stores
 from analysis.report import __main__ as program, forms, tables
 from disinhib.errors import InputError
+from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone, Record
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
@@ -34,37 +33,51 @@ def score(trial, seed):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A planted study, its selected trials retrained over four seeds: one diverged, one flagged."""
-    made = planted.write(tmp_path_factory.mktemp("planted"), study="under_score")
-    store = stores.connect(made.uri)
-    found = stores.find_study(store, made.study)
-    trials = runs.trials(store, found).rows.to_dict("records")
-    for rule, number in RULES.items():
-        run_id = trials[number]["run_id"]
-        options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
-        averaged = {"bp": "none", "exact-inv": "false", "lin-thresh": "true"}[rule]
-        cell = ledger.Cell(
-            str(number), options, "python -m disinhib", rule, 1, averaged, rule, {}, number, run_id
-        )
-        for seed in SEEDS:
-            broken = (number, seed) == (2, 3)
-            epochs = [
-                (BEGAN + e, {"valid_accuracy": score(number, seed) + e - 1, "train_CL_loss": 1 / e})
-                for e in (1, 2)
-            ]
-            end = epochs[-1][1]
-            end |= {"test_accuracy": score(number, seed), "test_loss": 0.5}
-            if rule != "bp":
-                end |= {"ode_gap": 1e-5, "ode_reached": 1.0, "ode_growth": -9.0 + seed}
-            about = {"host": "here", "device": "cpu", "code_sha256": "c0de", "data_sha256": "da7a"}
-            state, why = ("failed", "Diverged: x<b>&") if broken else ("complete", None)
-            flag = "the steady state is unstable" if (number, seed) == (1, 2) else ""
-            ledger.write(
-                store, found, cell,
-                Seed(seed, state, why, epochs[:1] if broken else epochs, flag,
-                     None if broken else b"model"),
-                about, {"provenance.json": "{}"}, None,
-            )  # fmt: skip
-    return made
+    folder = tmp_path_factory.mktemp("planted")
+    written = planted.write(folder, study="under_score")
+    store = stores.connect(written.uri)
+    study = stores.find_study(store, written.study)
+    rows = runs.trials(store, study).rows
+    settings = configurations.checked_settings([f"out_dir={folder}", "study=again"])
+    chosen = [
+        configurations._of_trial(store, study, rows["run_id"][number], settings)
+        for number in RULES.values()
+    ]
+    settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
+    job = retrain.job(settings, study, chosen, list(SEEDS), "python -m analysis.retrain")
+    events, records = [], {}
+    while asked := [*job.source(records)]:
+        for one in asked:
+            records[one.trial] = Record(one.config, one.point, tags=one.tags)
+            events += [one, *trained(records[one.trial])]
+    store = planted.mlflow(folder, job.name, job.manifest, settings, job.tags)
+    planted.deliver(store, events, BEGAN)
+    return written
+
+
+def trained(record):
+    """How the retraining of a configuration went."""
+    number = record.number
+    for epoch in (1, 2):
+        lanes = {"valid_accuracy": [score(number, seed) + epoch - 1 for seed in SEEDS],
+                 "train_CL_loss": [1 / epoch for _ in SEEDS]}  # fmt: skip
+        if epoch == 2:
+            lanes |= {"test_accuracy": [score(number, seed) for seed in SEEDS],
+                      "test_loss": [0.5 for _ in SEEDS]}  # fmt: skip
+            if record.rule != "bp":
+                lanes |= {"ode_gap": [1e-5] * 4, "ode_reached": [1.0] * 4,
+                          "ode_growth": [-9.0 + seed for seed in SEEDS]}  # fmt: skip
+        diverged, flags = {}, {}
+        if (number, epoch) == (2, 2):
+            diverged = {"3": "Diverged: x<b>&"}
+            lanes = {name: [*values[:3], math.nan] for name, values in lanes.items()}
+        if (number, epoch) == (1, 2):
+            flags = {"2": "the steady state is unstable"}
+        yield EpochDone(number, epoch, 0.0, lanes, planted.PLACE, diverged, flags)
+        record.scores.append(0.0)
+        record.diverged |= {seed: (epoch, why) for seed, why in diverged.items()}
+        record.flags |= flags
+    yield Ended(number, COMPLETE, 2, None, record.seed_ends(COMPLETE, None))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +93,12 @@ def raw(study):
     """(rule, seed) -> test accuracy, straight from MLflow."""
     client = MlflowClient(tracking_uri=study.uri)
     experiment = client.get_run(study.run_id).info.experiment_id
-    found = client.search_runs([experiment], "tags.retraining_state = 'complete'")
-    told = {}
-    for run in found:
+    where = "tags.seed != '' and tags.trial_state = 'complete'"
+    accuracies = {}
+    for run in client.search_runs([experiment], where):
         (value,) = client.get_metric_history(run.info.run_id, "test_accuracy")
-        told[run.data.tags["rule"], int(run.data.tags["seed"])] = value.value
-    return told
+        accuracies[run.data.tags["rule"], int(run.data.tags["seed"])] = value.value
+    return accuracies
 
 
 class Cells(HTMLParser):
@@ -154,11 +167,11 @@ def test_the_four_forms_have_the_same_numbers(folder):
 
 
 def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
-    told = raw(study)
+    accuracies = raw(study)
     numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text())).to_dict("records")
     assert [row["rule"] for row in numbers] == list(RULES)
     for row in numbers:
-        own = [value for (rule, _), value in sorted(told.items()) if rule == row["rule"]]
+        own = [value for (rule, _), value in sorted(accuracies.items()) if rule == row["rule"]]
         assert own == [score(RULES[row["rule"]], seed) for seed in range(len(own))]
         assert row["n"] == len(own) == (3 if row["rule"] == "lin-thresh" else 4)
         assert row["test_mean"] == pytest.approx(np.mean(own), abs=1e-12)
@@ -169,7 +182,7 @@ def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
         assert row["tuned"] == trial.scores[-1]
         assert row["gap"] == pytest.approx(trial.scores[-1] - np.mean(own) - 1, abs=1e-12)
     by = {row["rule"]: row for row in numbers}
-    pairs = [told["exact-inv", seed] - told["bp", seed] for seed in SEEDS]
+    pairs = [accuracies["exact-inv", seed] - accuracies["bp", seed] for seed in SEEDS]
     assert by["exact-inv"]["bp_mean"] == pytest.approx(np.mean(pairs), abs=1e-12)
     assert by["exact-inv"]["bp_paired"] and not by["lin-thresh"]["bp_paired"]
     t = scipy_stats.t.interval(0.95, 3, np.mean(pairs), scipy_stats.sem(pairs))
@@ -223,8 +236,9 @@ def test_it_is_attached_to_the_studys_run(study, folder):
 
 
 def test_without_retraining_it_reports_the_search_alone(tmp_path):
-    made = planted.write(tmp_path)
-    program.main([f"study={made.study}", f"tracking.uri={made.uri}", f"out={tmp_path / 'out'}"])
+    written = planted.write(tmp_path, trials=planted.TRIALS[:3])
+    program.main([f"study={written.study}", f"tracking.uri={written.uri}",
+                  f"out={tmp_path / 'out'}"])  # fmt: skip
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
     assert rows[0][:2] == ["rule", "trials"]
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3

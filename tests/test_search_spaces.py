@@ -9,7 +9,7 @@ from search_spaces import SPACES, rules
 
 
 def samples(space, n=150):
-    """`n` random trials of a space, as (parameters' distributions, overrides)."""
+    """`n` random trials of a space, as (trial, overrides)."""
     record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(n):
         trial = record.ask()
@@ -68,9 +68,9 @@ def test_branches_of_dependent_choices_are_walked_in_their_context():
             return {"inner": trial.suggest_categorical("inner", (1, 2, 3))}
         return {"x": trial.suggest_float("x", 1.0, 2.0)}
 
-    found = [branch.overrides for branch in space_tree.branches(space)]
+    walked = [branch.overrides for branch in space_tree.branches(space)]
     ends = [{"x": 1.0}, {"x": 2.0}]
-    assert found == [*ends, *({"inner": i} for i in (1, 1, 2, 2, 3, 3))]
+    assert walked == [*ends, *({"inner": i} for i in (1, 1, 2, 2, 3, 3))]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.metrics import SELECTION
 
+pytestmark = pytest.mark.usefixtures("copied_stores")
+
 ACCURACY, LOSS = SELECTION["valid_accuracy"], SELECTION["valid_loss"]
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
@@ -48,10 +50,12 @@ def test_runs_are_one_tidy_table_and_what_is_left_out_is_said(opened):
     rows, dropped = runs.trials(*opened)
     assert rows["trial"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert rows["state"].tolist() == [t.state for t in planted.TRIALS[:7]]
-    assert rows["scores"].tolist() == [t.scores for t in planted.TRIALS[:7]]
+    assert rows["epochs"].tolist() == [len(t.scores) for t in planted.TRIALS[:7]]
+    assert rows["score"].tolist()[:5] == [t.scores[-1] for t in planted.TRIALS[:5]]
     failed = rows.to_dict("records")[5]
     assert math.isnan(failed["score"]) and failed["reason"] == planted.TRIALS[5].reason
-    assert rows["searched.optimizer.learning_rate"].tolist()[:2] == ["0.005", "0.004"]
+    assert rows["searched.bp.optimizer.learning_rate"].tolist()[0] == "0.005"
+    assert rows["searched.exact-inv.optimizer.learning_rate"].tolist()[1] == "0.004"
     assert rows["saw_test"].tolist() == [False, False, False, True, False, False, False]
     assert dropped == ["trial 7: it has not ended"]
 
@@ -59,18 +63,18 @@ def test_runs_are_one_tidy_table_and_what_is_left_out_is_said(opened):
 def test_parameters_are_those_of_the_trials_branch_of_the_space(opened):
     store, study = opened
     rows = runs.trials(store, study).rows.to_dict("records")
-    found = runs.parameters_of(study.space, rows[1])
-    values = {name: parameter["value"] for name, parameter in found.items()}
+    parameters = runs.parameters_of(study.space, rows[1])
+    values = {name: parameter["value"] for name, parameter in parameters.items()}
     assert values == {"trainer": "exact-inv"} | {
         f"exact-inv.{name}": value
         for name, value in planted.WAY["exact-inv"].items()
         if name not in ("trainer", "model/vf")
     }
-    rate = found["exact-inv.optimizer.learning_rate"]
+    rate = parameters["exact-inv.optimizer.learning_rate"]
     assert runs.position({**rate, "value": rate["low"]}) == 0
     assert runs.position({**rate, "value": rate["high"]}) == 1
     assert runs.position({**rate, "value": 1e-3}) == pytest.approx(0.5)  # 1e-4 to 1e-2, log
-    assert runs.parameters_of(study.space, {"searched.trainer": "taylor"}) == {}
+    assert runs.parameters_of(study.space, {"rule": "taylor"}) == {}
 
 
 def test_best_complete_trials_by_validation_and_of_equals_the_first(selected):
@@ -139,6 +143,13 @@ def test_groups_are_made_by_what_was_searched():
     ]
     with pytest.raises(Refused, match="per: given b, allowed is one of a, trainer"):
         selection.select(rows, ["b"], 1, ACCURACY)
+
+
+def test_groups_may_be_made_by_an_option_that_each_rule_searches_under_its_own_name():
+    rows = frame(("bp", "complete", 1.0, None), ("lin-thresh", "complete", 0.0, None))
+    rows["searched.bp.x"], rows["searched.lin-thresh.x"] = ["1", None], [None, "2"]
+    chosen = selection.select(rows, ["x"], 1, ACCURACY)
+    assert [(c.group, c.row["trial"]) for c in chosen] == [({"x": "1"}, 0), ({"x": "2"}, 1)]
 
 
 def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():

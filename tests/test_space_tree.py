@@ -1,4 +1,4 @@
-"""What spaces.py says of a space is what Optuna finds when it runs it."""
+"""What `space_tree` and `initial_points` say of a space is what Optuna finds when it runs it."""
 
 import itertools
 import json
@@ -42,15 +42,15 @@ def samples(space, n):
 
 def two_kinds(trial):
     """Numbers and choices of every kind, some of them conditional on two choices or on a number."""
-    found = {"a": trial.suggest_categorical("a", (False, True))}
-    found["b"] = trial.suggest_categorical("b", ("x", "y"))
-    if found["a"] and found["b"] == "y":
-        found["both"] = trial.suggest_float("both", 0.0, 1.0, step=0.25)
-    found["layers"] = trial.suggest_int("layers", 1, 3)
-    for layer in range(found["layers"]):
-        found[f"size{layer}"] = trial.suggest_int(f"size{layer}", 8, 64, log=True)
-    found["rate"] = trial.suggest_float("rate", 1e-3, 1e-1, log=True)
-    return found
+    overrides = {"a": trial.suggest_categorical("a", (False, True))}
+    overrides["b"] = trial.suggest_categorical("b", ("x", "y"))
+    if overrides["a"] and overrides["b"] == "y":
+        overrides["both"] = trial.suggest_float("both", 0.0, 1.0, step=0.25)
+    overrides["layers"] = trial.suggest_int("layers", 1, 3)
+    for layer in range(overrides["layers"]):
+        overrides[f"size{layer}"] = trial.suggest_int(f"size{layer}", 8, 64, log=True)
+    overrides["rate"] = trial.suggest_float("rate", 1e-3, 1e-1, log=True)
+    return overrides
 
 
 def ranged(kind, **arguments):
@@ -87,21 +87,21 @@ shipped = pytest.mark.parametrize("space", [pytest.param(SPACES[name], id=name) 
 def test_a_definition_has_every_parameter_and_setting_that_optuna_finds(space):
     described = json.loads(json.dumps(space_tree.definition(space)))  # in JSON's own types
     branches = {json.dumps(b["choices"], sort_keys=True): b for b in described["branches"]}
-    found = {}
+    kinds = {}
     for trial, overrides in samples(space, 200):
         for name, kind in trial.distributions.items():
-            found[name] = {k: v for k, v in vars(kind).items() if not k.startswith("_")}
-        choices = {n: v for n, v in trial.params.items() if "choices" in found[n]}
+            kinds[name] = {k: v for k, v in vars(kind).items() if not k.startswith("_")}
+        choices = {n: v for n, v in trial.params.items() if "choices" in kinds[n]}
         branch = branches[json.dumps(choices, sort_keys=True)]
         assert set(trial.params) <= {*branch["choices"], *branch["parameters"]}
         for option, value in overrides.items():
             assert branch["overrides"][option] in (None, value)
     parameters = {
         name: {key: value for key, value in described["parameters"][name].items() if key != "kind"}
-        for name in found
+        for name in kinds
     }
-    assert set(described["parameters"]) == set(found)
-    assert parameters == json.loads(json.dumps(found))
+    assert set(described["parameters"]) == set(kinds)
+    assert parameters == json.loads(json.dumps(kinds))
 
 
 def test_a_definition_tells_what_a_number_moves_from_what_is_fixed():
@@ -119,6 +119,14 @@ def test_a_fingerprint_is_the_same_for_a_space_and_for_its_definition_read_back(
     again = json.loads(json.dumps(space_tree.definition(space)))
     assert space_tree.fingerprint(before) == space_tree.fingerprint(again)
     assert space_tree.differences(before, again) == []
+
+
+def test_a_space_that_branches_on_the_number_of_a_trial_is_traced_as_for_the_first():
+    def space(trial):
+        return log_uniform(trial, "r", "even" if trial.number % 2 == 0 else "odd", 1, 2)
+
+    assert list(space_tree.definition(space)["parameters"]) == ["r.even"]
+    assert [branch.overrides for branch in space_tree.branches(space)] == [{"even": 1}, {"even": 2}]
 
 
 def test_every_two_spaces_have_other_fingerprints_and_differences():
@@ -160,8 +168,8 @@ def test_differences_are_one_line_for_each_parameter_or_setting(now, line):
 
 def test_a_difference_says_in_which_branches():
     def renamed(trial):
-        found = dict(SPACES["rules"](trial))
-        return {**found, "model/vf": "other"} if found["trainer"] == "bp" else found
+        overrides = dict(SPACES["rules"](trial))
+        return {**overrides, "model/vf": "other"} if overrides["trainer"] == "bp" else overrides
 
     before, after = space_tree.definition(SPACES["rules"]), space_tree.definition(renamed)
     line = "model/vf: non-dale, now other (where trainer=bp)"
@@ -241,8 +249,8 @@ def test_a_searched_group_keeps_its_own_default():
 def test_a_rule_without_a_default_in_its_range_is_left_out(option):
     def space(trial):
         rule = trial.suggest_categorical("trainer", ("bp", "exact-inv"))
-        found = {"trainer": rule, "model/vf": "dale"}
-        return found if rule == "bp" else {**found, **log_uniform(trial, "r", option, 2.0, 4.0)}
+        more = {} if rule == "bp" else log_uniform(trial, "r", option, 2.0, 4.0)
+        return {"trainer": rule, "model/vf": "dale", **more}
 
     assert defaults(space, configured) == [{"trainer": "bp"}]
 
@@ -260,10 +268,10 @@ def test_defaults_of_groups_that_never_settle_are_left_out():
 @pytest.mark.parametrize("points", [1, 2])
 @every_space
 def test_a_grid_has_points_that_optuna_takes_as_they_are_and_none_twice(space, points):
-    found = grid(space, points)
-    assert found == grid(space, points)
-    assert len({json.dumps(point, sort_keys=True) for point in found}) == len(found)
-    for point in found[:: max(1, len(found) // 50)]:
+    whole = grid(space, points)
+    assert whole == grid(space, points)
+    assert len({json.dumps(point, sort_keys=True) for point in whole}) == len(whole)
+    for point in whole[:: max(1, len(whole) // 50)]:
         assert run(space, point)[0].params == point
 
 
@@ -308,9 +316,9 @@ def test_a_grid_of_the_rules_has_that_of_each_rule():
     ],
 )
 def test_values_of_a_grid(space, points, values):
-    found = [point["x"] for point in grid(space, points)]
-    assert found == pytest.approx(values, rel=1e-12)  # powers of ten round
-    assert [type(value) for value in found] == [type(value) for value in values]
+    xs = [point["x"] for point in grid(space, points)]
+    assert xs == pytest.approx(values, rel=1e-12)  # powers of ten round
+    assert [type(value) for value in xs] == [type(value) for value in values]
 
 
 @st.composite

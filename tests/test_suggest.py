@@ -1,4 +1,4 @@
-"""What is tried next: a function of the seed, the number and what was heard, live or resumed."""
+"""What is tried next: a function of the seed, the number and the history, live or resumed."""
 
 import importlib.util
 import json
@@ -6,41 +6,41 @@ import math
 import os
 import subprocess
 import sys
+import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
-import yaml
 from hypothesis import given, settings, strategies as st
 from optuna.trial import TrialState
 
-from disinhib.tuning import suggest
-from disinhib.tuning.event_log import ASKED, COMPLETE, ENDED, EPOCH, FAILED, PRUNED, Event
-from disinhib.tuning.suggest import SAMPLERS, Search
+from disinhib import hydra_config
+from disinhib.errors import ConfigError
+from disinhib.tuning import suggest, validation
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
+from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "conf" / "searcher"
 SMALL = {"n_startup_trials": 3, "popsize": 4}  # so that a sampler soon does what it is for
 RULES = ("a", "b")
 
 
-def _missing(name):
+def missing(name):
     needed = SAMPLERS[name].needs
     return needed is not None and importlib.util.find_spec(needed) is None
 
 
-INSTALLED = [
-    pytest.param(name, marks=pytest.mark.skipif(_missing(name), reason=f"{name} is not installed"))
-    for name in SAMPLERS
-]
+INSTALLED = [name for name in SAMPLERS if not missing(name)]
+LEARNING = [name for name in INSTALLED if SAMPLERS[name].own]  # the others draw at random
 
 
 def space(trial):
     """Two rules; b has a choice that another number hangs on, as the rules that are shipped."""
     rule = trial.suggest_categorical("trainer", RULES)
-    found = {
+    overrides = {
         "trainer": rule,
         "number": trial.number,
         "rate": trial.suggest_float(f"{rule}.rate", 1e-4, 1e-1, log=True),
@@ -48,17 +48,26 @@ def space(trial):
         "size": trial.suggest_int(f"{rule}.size", 1, 9),
     }
     if rule == "b" and not trial.suggest_categorical("b.strong", (False, True)):
-        found["nudge"] = trial.suggest_float("b.nudge", 0.0, 1.0)
-    return found
+        overrides["nudge"] = trial.suggest_float("b.nudge", 0.0, 1.0)
+    return overrides
+
+
+def wider(trial):
+    """One rule more, other ranges, fewer parameters."""
+    rule = trial.suggest_categorical("trainer", (*RULES, "c"))
+    return {"trainer": rule, "number": trial.number,
+            "rate": trial.suggest_float(f"{rule}.rate", 1e-5, 1e-1, log=True),
+            "gain": trial.suggest_float(f"{rule}.gain", 0.0, 1.5)}  # fmt: skip
+
+
+def options(name, **given):
+    defaults = {option.name: option.default for option in SAMPLERS[name].options}
+    return {"name": name, **defaults, **given}
 
 
 def sampler(name, **given):
-    shipped = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-    return suggest.sampler(shipped | {n: v for n, v in SMALL.items() if n in shipped} | given)
-
-
-def searching(name="tpe", seed=0, rules=RULES, batch=None, space=space, mode="max", **given):
-    return Search(space, sampler(name), mode, seed, rules, batch=batch, **given)
+    defaults = options(name)
+    return suggest.sampler(defaults | {n: v for n, v in SMALL.items() if n in defaults} | given)
 
 
 def score(overrides, epoch):
@@ -68,59 +77,100 @@ def score(overrides, epoch):
 
 
 class Course:
-    """A study in small: three epochs a trial; `events` are as they come out of a journal."""
+    """A study in small: three epochs a trial; `records` are what its log would have."""
 
-    def __init__(self, searched, state=lambda number: COMPLETE):
-        self.search, self.state = searched, state
-        self.events, self.overrides, self.points = [], {}, {}
+    def __init__(self, name="tpe", state=lambda number: COMPLETE, seed=0, rules=RULES, batch=None,
+                 space=space, points=(), past=()):  # fmt: skip
+        self.sampler, self.state, self.seed, self.space = sampler(name), state, seed, space
+        self.rules, self.batch, self.points, self.past = rules, batch, points, past
+        self.records, self.overrides = {}, {}
 
-    def write(self, trial, kind, epoch, body):
-        event = Event(len(self.events) + 1, 0.0, trial, kind, epoch, json.loads(json.dumps(body)))
-        self.events.append(event)
-        self.search.follow(event)
+    def history(self, number):
+        return suggest.history(self.records, self.past, number, self.rules, self.batch)
+
+    def propose(self, number):
+        return suggest.suggest(
+            self.space, self.sampler, self.history(number),
+            suggest.sampler_seed(self.seed, number), number,
+            suggest.fixed_params(number, self.points, self.rules),
+        )  # fmt: skip
 
     def ask(self, number):
-        proposal = self.search.propose(number)
-        self.overrides[number], self.points[number] = proposal
-        config = {"number": number, "rule": proposal.overrides["trainer"], "epochs": 3}
-        self.write(number, ASKED, 0, {"config": config, "point": proposal.point})
+        self.overrides[number], point = json.loads(json.dumps(self.propose(number)))
+        config = {"number": number, "rule": self.overrides[number]["trainer"], "epochs": 3}
+        self.records[number] = Record(config, point)  # pyright: ignore[reportArgumentType]
 
-    def run(self, number):
-        state = self.state(number)
-        epochs = {COMPLETE: 3, PRUNED: 1 + number % 2, FAILED: number % 3}[state]
-        for epoch in range(1, epochs + 1):
-            body = {"score": score(self.overrides[number], epoch)}
-            self.write(number, EPOCH, epoch, body)
-        reason = "Diverged" if state == FAILED else None
-        self.write(number, ENDED, 0, {"state": state, "epochs": epochs, "reason": reason})
+    def run(self, number, scores=None, state=None):
+        record = self.records[number]
+        record.state = state or self.state(number)
+        if scores is None:
+            epochs = {COMPLETE: 3, PRUNED: 1 + number % 2, FAILED: number % 3}[record.state]
+            scores = [score(self.overrides[number], epoch) for epoch in range(1, epochs + 1)]
+        record.scores = scores
 
     def go(self, trials, at_once=1):
         """Trials up to `trials`, of which always `at_once` are out."""
-        out = [number for number in self.overrides if (number, ENDED) not in self._told()]
-        for number in range(len(self.overrides), trials):
+        out = [number for number, record in self.records.items() if not record.ended]
+        for number in range(len(self.records), trials):
             self.ask(number)
             out.append(number)
             if len(out) >= at_once:
                 self.run(out.pop(len(out) // 2))
         return self
 
-    def _told(self):
-        return {(event.trial, event.kind) for event in self.events}
+    @property
+    def proposals(self):
+        return {n: (self.overrides[n], record.point) for n, record in self.records.items()}
+
+    @property
+    def params(self):
+        return {n: record.point["params"] for n, record in self.records.items()}
+
+    def tried(self, space=space):
+        """What it can teach a study of `space`."""
+        return suggest.as_tried(self.records.values(), space)
 
 
 def mixed(number):
     return (COMPLETE, COMPLETE, PRUNED, COMPLETE, FAILED, COMPLETE, COMPLETE)[number % 7]
 
 
-def rebuilt(course, name, **given):
-    again = searching(name, **given)
-    for event in course.events:
-        again.follow(event)
-    return again
+@cache
+def earlier(name="random", trials=40):
+    """A study that has been."""
+    return Course(name, mixed, seed=9).go(trials)
 
 
-def test_every_sampler_is_shipped():
-    assert {file.stem for file in SHIPPED.glob("*.yaml")} == {*SAMPLERS}
+# The table.
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_hydra_offers_every_entry_with_its_options_and_defaults(name):
+    composed, choices = hydra_config.compose("study", [f"searcher={name}"])
+    assert composed["searcher"] == options(name)
+    assert choices["searcher"] == name and SAMPLERS[name].words
+    for option in SAMPLERS[name].options:
+        wrong = {**composed, "searcher": {**composed["searcher"], option.name: object()}}
+        with pytest.raises(ConfigError, match=rf"^searcher\.{option.name}: given "):
+            validation.check(wrong)
+
+
+def test_hydra_offers_no_other():
+    with pytest.raises(ConfigError) as refusal:
+        hydra_config.compose("study", ["searcher=luck"])
+    allowed = str(refusal.value).partition("allowed is one of ")[2].split(";")[0]
+    assert sorted(allowed.split(", ")) == sorted(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_whose_package_is_missing_is_refused_in_one_line(name):
+    composed, _ = hydra_config.compose("study", [f"searcher={name}"])
+    if not missing(name):
+        validation.check(composed)
+        return
+    needed = SAMPLERS[name].needs
+    with pytest.raises(ConfigError, match=f"^searcher: given {name}, .* the package {needed}$"):
+        validation.check(composed)
 
 
 # A function of the seed.
@@ -129,8 +179,8 @@ def test_every_sampler_is_shipped():
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("rules", [RULES, ()], ids=["balanced", "in common"])
 def test_the_same_seed_proposes_the_same(name, rules):
-    one, two, other = (Course(searching(name, seed, rules), mixed).go(14) for seed in (5, 5, 6))
-    assert one.overrides == two.overrides and one.points == two.points
+    one, two, other = (Course(name, mixed, seed, rules).go(14) for seed in (5, 5, 6))
+    assert one.proposals == two.proposals
     assert one.overrides[0] != other.overrides[0] and one.overrides[13] != other.overrides[13]
 
 
@@ -138,51 +188,64 @@ def test_the_same_seed_proposes_the_same(name, rules):
 @pytest.mark.parametrize("rules", [RULES, ()], ids=["balanced", "in common"])
 @pytest.mark.parametrize("batch", [None, 4])
 def test_a_search_that_goes_on_proposes_what_the_live_one_does(name, rules, batch):
-    live = Course(searching(name, 3, rules, batch), mixed)
+    """From what the log has, which is JSON, and in whatever order its records are listed."""
+    live = Course(name, mixed, 3, rules, batch)
     for trials in (1, 13, 20, 30, 37):
         live.go(trials - 1, at_once=1 if batch else 3)
-        again = rebuilt(live, name, seed=3, rules=rules, batch=batch)
+        again = Course(name, mixed, 3, rules, batch)
+        again.records = json_copies(reversed(live.records.values()))
         proposed = again.propose(trials - 1)
         live.go(trials, at_once=1 if batch else 3)
-        assert proposed == (live.overrides[trials - 1], live.points[trials - 1])
+        assert json.loads(json.dumps(proposed)) == [*live.proposals[trials - 1]]
     if name == "cmaes" and rules:  # it did more than begin
-        attributes = [point["system_attrs"] for point in live.points.values()]
+        attributes = [record.point["system_attrs"] for record in live.records.values()]
         assert max(each.get("cma:generation", 0) for each in attributes) >= 2
+
+
+def json_copies(records):
+    copies = (Record(**json.loads(json.dumps(vars(record)))) for record in records)
+    return {record.number: record for record in copies}
 
 
 GO_ON = """
 import json, sys
-from disinhib.tuning.event_log import Event
-from disinhib.tuning.suggest import Search, sampler
+from disinhib.tuning import suggest
 from search_spaces import SPACES
-for name, (options, rules, events) in json.load(sys.stdin).items():
-    search = Search(SPACES["rules"], sampler(options), "max", 0, rules)
-    for event in events:
-        search.follow(Event(*event))
-    proposal = search.propose(30)
-    print(json.dumps([name, proposal.overrides, proposal.point]))
+for name, (options, history, fixed) in json.load(sys.stdin).items():
+    sampler = suggest.sampler(options)
+    proposal = suggest.suggest(SPACES["rules"], sampler, history, 7, 30, fixed)
+    print(json.dumps([name, *proposal]))
 """
 
 
 def test_another_process_proposes_the_same():
     """Whose sets and dictionaries of strings may have another order."""
-    told, expected = {}, {}
-    for name in (name for name in SAMPLERS if not _missing(name)):
-        options = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-        rules = ("bp", "exact-inv", "lin-thresh") if options["balanced"] else ()
-        made = Search(SPACES["rules"], suggest.sampler(options), "max", 0, rules)
-        live = Course(made, mixed).go(30)
-        told[name] = (options, rules, live.events)
-        proposal = made.propose(30)
-        expected[name] = json.loads(json.dumps([proposal.overrides, proposal.point]))
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", GO_ON], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
-            input=json.dumps(told), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
-        assert found == expected
+    inputs, expected = {}, {}
+    for name in INSTALLED:
+        rules = ("bp", "exact-inv", "lin-thresh") if options(name)["balanced"] else ()
+        live = Course("random", mixed, rules=rules, space=SPACES["rules"]).go(30)
+        fixed = suggest.fixed_params(30, (), rules)
+        inputs[name] = (options(name), live.history(30), fixed)
+        make = suggest.sampler(options(name))
+        proposal = suggest.suggest(SPACES["rules"], make, live.history(30), 7, 30, fixed)
+        expected[name] = json.loads(json.dumps(proposal))
+    done = subprocess.run(
+        [sys.executable, "-c", GO_ON], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "1"},
+        input=json.dumps(inputs), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())} == expected
+
+
+def test_a_space_may_branch_on_the_number_of_a_trial():
+    """That in the study: Optuna's own counts the history."""
+
+    def alternating(trial):
+        name = "even" if trial.number % 2 == 0 else "odd"
+        return {"trainer": "a", name: trial.suggest_float(name, 0.0, 1.0)}
+
+    course = Course("tpe", mixed, rules=(), space=alternating, past=earlier().tried()).go(12)
+    assert [list(course.params[n]) for n in range(12)] == [["even"], ["odd"]] * 6
 
 
 def test_trial_seeds_are_independent_and_small_enough_for_jax():
@@ -203,13 +266,13 @@ def test_an_order_is_the_studys_own():
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_rules_take_turns_if_balanced(name):
-    course = Course(searching(name), mixed).go(14)
+    course = Course(name, mixed).go(14)
     assert [course.overrides[n]["trainer"] for n in range(14)] == [*RULES] * 7
     assert [course.overrides[n]["number"] for n in range(14)] == list(range(14))
 
 
 def test_a_rule_learns_nothing_from_another_if_balanced():
-    alone, together = (Course(searching(), mixed) for _ in range(2))
+    alone, together = (Course(state=mixed) for _ in range(2))
     for n in range(20):
         for course in (alone, together):
             course.ask(n)
@@ -217,22 +280,19 @@ def test_a_rule_learns_nothing_from_another_if_balanced():
         if n % 2 == 0:
             alone.run(n)
     for n in range(0, 20, 2):
-        assert alone.points[n] == together.points[n]
+        assert alone.records[n].point == together.records[n].point
+    assert alone.records[19].point != together.records[19].point
 
 
-@pytest.mark.parametrize("name", [p for p in INSTALLED if p.values[0] in ("tpe", "cmaes", "gp")])
-@pytest.mark.parametrize("mode", ["max", "min"])
-def test_it_learns(name, mode):
+@pytest.mark.parametrize("name", LEARNING)
+def test_it_learns(name):
     """Later proposals are better than the first ones, which are random."""
     one = lambda trial: {"gain": trial.suggest_float("gain", 0, 1), "trainer": "a",
                          "rate": trial.suggest_float("rate", 1e-4, 1e-1, log=True)}  # fmt: skip
-    sign = {"max": 1, "min": -1}[mode]
-    course = Course(searching(name, rules=(), space=one, mode=mode))
+    course = Course(name, rules=(), space=one)
     for n in range(60):
         course.ask(n)
-        final = sign * score(course.overrides[n], 3)
-        course.write(n, EPOCH, 1, {"score": final})
-        course.write(n, ENDED, 0, {"state": COMPLETE, "epochs": 1, "reason": None})
+        course.run(n, [score(course.overrides[n], 3)])
     merits = [score(course.overrides[n], 3) for n in range(60)]
     assert np.median(merits[40:]) > np.quantile(merits[:20], 0.75)
 
@@ -248,102 +308,112 @@ POINTS = [
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_points_come_first_each_in_its_rules_turn(name):
-    course = Course(searching(name, points=POINTS)).go(6)
-    assert course.points[0]["params"] == POINTS[0]
-    assert course.points[1]["params"] == POINTS[1]
-    assert course.points[2]["params"].items() > POINTS[2].items()
-    assert course.points[2]["params"]["a.size"] in range(1, 10)
-    free = Course(searching(name)).go(6)
-    assert course.points[3]["params"]["b.gain"] != 0.5
-    assert course.points[4]["params"]["a.gain"] not in (0.25, 0.75)
-    assert course.points[0] != free.points[0]
+    course, free = Course(name, points=POINTS).go(6), Course(name).go(6)
+    assert course.params[0] == POINTS[0]
+    assert course.params[1] == POINTS[1]
+    assert course.params[2].items() > POINTS[2].items()
+    assert course.params[2]["a.size"] in range(1, 10)
+    assert course.params[3]["b.gain"] != 0.5
+    assert course.params[4]["a.gain"] not in (0.25, 0.75)
+    assert course.params[0] != free.params[0]
 
 
 def test_points_come_first_in_their_order_if_rules_take_no_turns():
-    course = Course(searching("random", rules=(), points=POINTS)).go(4)
+    course = Course("random", rules=(), points=POINTS).go(4)
     for n, point in enumerate(POINTS):
-        assert course.points[n]["params"].items() >= point.items()
+        assert course.params[n].items() >= point.items()
+
+
+@pytest.mark.parametrize(
+    ("number", "rules", "fixed"),
+    [
+        (0, RULES, POINTS[0]), (1, RULES, POINTS[1]), (2, RULES, POINTS[2]),
+        (3, RULES, {"trainer": "b"}), (4, RULES, {"trainer": "a"}),
+        (2, (), POINTS[2]), (3, (), {}), (1, ("c", *RULES), POINTS[0]),
+    ],
+)  # fmt: skip
+def test_what_is_decided_already_of_a_trial(number, rules, fixed):
+    assert suggest.fixed_params(number, POINTS, rules) == fixed
 
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_search_that_goes_on_among_its_points_goes_on_with_them(name):
-    live = Course(searching(name, points=POINTS)).go(1)
-    again = rebuilt(live, name, points=POINTS)
-    live.go(3)
-    assert [again.propose(n).point for n in (1, 2)] == [live.points[1], live.points[2]]
+    live = Course(name, points=POINTS).go(3)
+    again = Course(name, points=POINTS)
+    again.records = {0: live.records[0]}
+    assert [again.propose(n).point["params"] for n in (1, 2)] == [live.params[1], live.params[2]]
 
 
 def test_what_an_earlier_study_can_teach():
-    course = Course(searching("random"), mixed).go(14)
+    course = Course("random", mixed).go(14)
     course.ask(14)  # and has not ended
-    found = suggest.finished(course.events, space)
+    tried = course.tried()
     states = [mixed(n) for n in range(14)]
-    assert [f["state"] for f in found] == [s for s in states if s != FAILED]
-    assert [f["rule"] for f in found] == [RULES[n % 2] for n in range(14) if states[n] != FAILED]
-    assert found[0]["point"] == course.points[0]
-    assert found[0]["scores"] == [score(course.overrides[0], e) for e in (1, 2, 3)]
-    assert json.loads(json.dumps(found)) == found
+    assert [trial["state"] for trial in tried] == [s for s in states if s != FAILED]
+    assert [trial["rule"] for trial in tried] == [
+        RULES[n % 2] for n in range(14) if states[n] != FAILED
+    ]
+    assert tried[0]["point"] == course.records[0].point
+    assert tried[0]["scores"] == [score(course.overrides[0], e) for e in (1, 2, 3)]
+    assert json.loads(json.dumps(tried)) == tried
+    assert suggest.within(tried, space) == tried
 
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_an_earlier_study_is_learnt_from_and_not_counted(name):
-    past = suggest.finished(Course(searching("random", seed=9), mixed).go(40).events, space)
-    warm, cold = (Course(searching(name, points=POINTS, past=p)).go(12) for p in (past, ()))
+    past = earlier().tried()
+    warm, cold = (Course(name, mixed, points=POINTS, past=p).go(12) for p in (past, ()))
     assert [warm.overrides[n]["number"] for n in range(12)] == list(range(12))
     assert [warm.overrides[n]["trainer"] for n in range(12)] == [*RULES] * 6
-    assert warm.points[0]["params"] == POINTS[0] and warm.points[1]["params"] == POINTS[1]
-    learnt = warm.points[3]["params"] != cold.points[3]["params"]
-    assert learnt == (name not in ("random", "grid"))
+    assert warm.params[0] == POINTS[0] and warm.params[1] == POINTS[1]
+    assert (warm.params[3] != cold.params[3]) == (name in LEARNING)
 
 
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("rules", [("a", "b", "c"), ()], ids=["balanced", "in common"])
 def test_an_earlier_study_may_have_had_other_rules_and_ranges(name, rules):
-    def wider(trial):
-        rule = trial.suggest_categorical("trainer", ("a", "b", "c"))
-        return {"trainer": rule, "rate": trial.suggest_float(f"{rule}.rate", 1e-5, 1e-1, log=True),
-                "gain": trial.suggest_float(f"{rule}.gain", 0.0, 1.5)}  # fmt: skip
-
-    past = suggest.finished(Course(searching(name, seed=9), mixed).go(40).events, wider)
+    past = earlier(name).tried(wider)
     assert past
-    live = Course(searching(name, rules=rules, space=wider, past=past), mixed).go(24)
-    assert len({tuple(point["params"].values()) for point in live.points.values()}) == 24
-    again = rebuilt(live, name, rules=rules, space=wider, past=past)
+    live = Course(name, mixed, rules=rules, space=wider, past=past).go(24)
+    assert len({tuple(params.values()) for params in live.params.values()}) == 24
+    again = Course(name, rules=rules, space=wider, past=json.loads(json.dumps(past)))
+    again.records = json_copies(live.records.values())
     live.ask(24)
-    assert again.propose(24) == (live.overrides[24], live.points[24])
+    assert json.loads(json.dumps(again.propose(24))) == [*live.proposals[24]]
 
 
-@pytest.mark.skipif(_missing("cmaes"), reason="cmaes is not installed")
 @pytest.mark.parametrize("before", ["random", "cmaes"])
 def test_cmaes_is_used_after_an_earlier_study_with_other_ranges(before):
-    def wider(trial):
-        rule = trial.suggest_categorical("trainer", RULES)
-        return {"trainer": rule, "rate": trial.suggest_float(f"{rule}.rate", 1e-5, 1e-1, log=True),
-                "gain": trial.suggest_float(f"{rule}.gain", 0.0, 1.5)}  # fmt: skip
-
-    events = Course(searching(before, seed=9)).go(40).events
-    for past in ([], suggest.finished(events, wider)):
-        live = Course(searching("cmaes", space=wider, past=past)).go(30)
-        last = [live.points[n]["system_attrs"] for n in range(20, 30)]
+    for past in ([], earlier(before).tried(wider)):
+        live = Course("cmaes", space=wider, past=past).go(30)
+        last = [live.records[n].point["system_attrs"] for n in range(20, 30)]
         assert all("cma:generation" in attributes for attributes in last)
 
 
 def test_of_an_earlier_study_with_other_choices_what_was_so_chosen_is_left_out():
-    events = Course(searching("random")).go(12).events
-
     def other(trial):
         rule = trial.suggest_categorical("trainer", RULES)
         if rule == "b":
             trial.suggest_categorical("b.strong", ("weak", "very"))
         return {"trainer": rule}
 
-    assert {f["rule"] for f in suggest.finished(events, space)} == {"a", "b"}
-    assert {f["rule"] for f in suggest.finished(events, other)} == {"a"}
+    assert {trial["rule"] for trial in earlier().tried()} == {"a", "b"}
+    assert {trial["rule"] for trial in earlier().tried(other)} == {"a"}
+
+
+def test_a_trial_of_a_rule_that_is_not_in_the_space_lies_outside():
+    """As one of bp_ei for a study of `rules`."""
+    of_bp_ei = Course("random", rules=(), space=SPACES["bp_ei"]).go(2)
+    for record in of_bp_ei.records.values():
+        record.config["rule"] = "bp-ei"
+    assert len(of_bp_ei.tried(SPACES["bp_ei"])) == 2
+    for name in {*SPACES} - {"bp_ei"}:
+        assert of_bp_ei.tried(SPACES[name]) == []
 
 
 def test_what_was_good_before_is_near_what_is_tried_first():
-    past = suggest.finished(Course(searching("random", seed=9)).go(120).events, space)
-    first = lambda seed, past: Course(searching(seed=seed, past=past)).go(2).overrides
+    past = Course("random", seed=9).go(120).tried()
+    first = lambda seed, past: Course(seed=seed, past=past).go(2).overrides
     merits = {
         len(p): [score(first(seed, p)[n], 3) for seed in range(12) for n in (0, 1)]
         for p in (past, [])
@@ -351,124 +421,104 @@ def test_what_was_good_before_is_near_what_is_tried_first():
     assert np.median(merits[120]) > np.median(merits[0]) + 0.1
 
 
-def test_a_search_that_goes_on_has_learnt_from_the_earlier_study_too():
-    past = suggest.finished(Course(searching("random", seed=9), mixed).go(20).events, space)
-    live = Course(searching(past=past), mixed).go(9, at_once=3)
-    again = rebuilt(live, "tpe", past=past)
-    live.ask(9)
-    assert again.propose(9) == (live.overrides[9], live.points[9])
-
-
 # Batches.
 
 SIZE = 4
 
 
-class Deaf:
-    def follow(self, event):
-        pass
-
-
-def in_batches(name, orders):
-    """Proposals of three batches, whose events come in the orders that `orders` draw."""
-    course = Course(searching(name, batch=SIZE), mixed)
-    for order in orders:
-        first = len(course.overrides)
-        numbers = range(first, first + SIZE)
-        for n in numbers:
-            course.ask(n)
-        silent = Course(Deaf(), mixed)
-        silent.overrides = course.overrides
-        for n in numbers:
-            silent.run(n)
-        own = {n: [e for e in silent.events if e.trial == n] for n in numbers}
-        for n in order:
-            if own[first + n]:
-                event = own[first + n].pop(0)
-                course.write(event.trial, event.kind, event.epoch, event.body)
-        for rest in own.values():
-            for event in rest:
-                course.write(event.trial, event.kind, event.epoch, event.body)
-    return course
-
-
 @pytest.mark.parametrize("name", INSTALLED)
-@given(orders=st.lists(st.lists(st.integers(0, SIZE - 1), max_size=16), min_size=5, max_size=5))
-@settings(max_examples=8, deadline=None)
-def test_in_batches_the_order_of_reports_does_not_matter(name, orders):
-    in_turn, drawn = in_batches(name, [()] * 5), in_batches(name, orders)
-    assert drawn.points == in_turn.points
+def test_a_batch_learns_from_earlier_batches_only(name):
+    """Whatever its own trials have reported before the others are proposed, as when it goes on."""
+    whole = Course(name, mixed, batch=SIZE)
+    for first in range(0, 3 * SIZE, SIZE):
+        for n in range(first, first + SIZE):
+            whole.ask(n)
+        for n in range(first, first + SIZE):
+            whole.run(n)
+    early = Course(name, mixed, batch=SIZE)
+    for n in range(3 * SIZE):
+        early.ask(n)
+        if n % SIZE == 1:
+            early.run(n)
+        if n % SIZE == 2:  # it has told of an epoch
+            early.run(n, [0.5], RUNNING)
+        if n % SIZE == SIZE - 1:
+            for other in (n - 3, n - 1, n):
+                early.run(other)
+    assert early.proposals == whole.proposals
 
 
-def test_without_batches_it_does():
-    early, late = (Course(searching(), mixed) for _ in range(2))
+@given(
+    number=st.integers(0, 15),
+    told=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 3), st.booleans()), max_size=40),
+    balanced=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_known_of_a_batch_is_that_it_runs(number, told, balanced):
+    """The history that a proposal may learn from does not depend on what its own batch, or a later
+    one, has reported: so the order of reports does not matter."""
+    rules = RULES if balanced else ()
+    records = {n: Record({"number": n, "rule": RULES[n % 2], "epochs": 3}) for n in range(16)}  # pyright: ignore
+    first = number // SIZE * SIZE
+    for n in range(first):
+        records[n].scores, records[n].state = [0.1 * n] * 3, COMPLETE
+    before = suggest.history(records, [], number, rules, SIZE)
+    for n, epochs, over in told:
+        if n >= first:
+            records[n].scores, records[n].state = [0.5] * epochs, PRUNED if over else RUNNING
+    assert suggest.history(records, [], number, rules, SIZE) == before
+    own = [n for n in range(number) if not balanced or n % 2 == number % 2]
+    assert [len(trial["scores"]) for trial in before] == [3 if n < first else 0 for n in own]
+    assert all(trial["state"] == RUNNING for trial in before if not trial["scores"])
+
+
+def test_without_batches_the_order_of_reports_matters():
+    early, late = (Course(state=mixed) for _ in range(2))
     for course in (early, late):
         for n in range(16):
             course.ask(n)
             if course is early or n < 8:
                 course.run(n)
-    assert early.points[8] == late.points[8] and early.points[15] != late.points[15]
-
-
-def test_a_batch_learns_from_earlier_batches_only():
-    """Even if some of its own have ended before the others are proposed, as when it goes on."""
-    whole = Course(searching(batch=SIZE)).go(3 * SIZE)
-    early = Course(searching(batch=SIZE))
-    for n in range(3 * SIZE):
-        early.ask(n)
-        if n % SIZE == 1:
-            early.run(n)
-        if n % SIZE == SIZE - 1:
-            for other in (n - 3, n - 1, n):
-                early.run(other)
-    assert early.points == whole.points
+    assert early.records[8].point == late.records[8].point
+    assert early.records[15].point != late.records[15].point
 
 
 # What Optuna is told.
 
 
 def test_optuna_is_told_every_state_by_its_name_and_failed_trials_have_no_value():
-    course = Course(searching(), mixed).go(14)
+    course = Course(state=mixed).go(14)
     course.ask(14)
-    kinds = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
-    for index, guesser in enumerate(course.search.guessers):
-        for turn, trial in enumerate(guesser.get_trials()):
-            number = turn * 2 + index
-            if number == 14:
-                assert trial.state == TrialState.RUNNING
-                continue
-            state = mixed(number)
-            assert trial.state == kinds[state]
-            scores = [e.body["score"] for e in course.events
-                      if e.trial == number and e.kind == EPOCH]  # fmt: skip
-            assert trial.intermediate_values == dict(enumerate(scores, start=1))
-            assert trial.value == (None if state == FAILED else scores[-1])
+    states = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+    for number, record in course.records.items():
+        trial = suggest.frozen_trial(suggest.tried(record))
+        assert trial.state == states.get(record.state, TrialState.RUNNING)
+        assert trial.intermediate_values == dict(enumerate(record.scores, start=1))
+        assert trial.value == (record.score if record.state in (COMPLETE, PRUNED) else None)
+        assert trial.params == course.params[number]
+        trial._validate()
 
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_nan_is_never_told_as_a_value(name):
-    course = Course(searching(name))
+    course = Course(name)
     for n in range(16):
         course.ask(n)
-        course.write(n, EPOCH, 1, {"score": score(course.overrides[n], 1)})
-        state, reason = COMPLETE, None
-        if n % 3 == 0:
-            course.write(n, EPOCH, 2, {"score": math.nan})
-            state, reason = FAILED, "Diverged: valid_loss is nan"
-        course.write(n, ENDED, 0, {"state": state, "epochs": 1, "reason": reason})
-    trials = [t for guesser in course.search.guessers for t in guesser.get_trials()]
-    assert sum(t.state == TrialState.FAIL for t in trials) == 6
+        merit = score(course.overrides[n], 1)
+        course.run(n, *(([merit, math.nan], FAILED) if n % 3 == 0 else ([merit], COMPLETE)))
+    trials = [suggest.frozen_trial(trial) for n in (16, 17) for trial in course.history(n)]
+    assert sum(trial.state == TrialState.FAIL for trial in trials) == 6
     for trial in trials:
         if trial.state == TrialState.FAIL:
             assert trial.value is None
         else:
             assert trial.value is not None and math.isfinite(trial.value)
-    assert all(math.isfinite(p["params"][f"{RULES[n % 2]}.rate"]) for n, p in course.points.items())
+    rates = [params[f"{RULES[n % 2]}.rate"] for n, params in course.params.items()]
+    assert all(map(math.isfinite, rates))
 
 
 def test_no_warnings_of_optunas_own_experiments():
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
-        Course(searching("tpe")).go(3)
+        for name in INSTALLED:
+            Course(name).go(3)

@@ -17,6 +17,7 @@ from analysis.store import Refused
 from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import one_line
+from disinhib.tuning import mlflow_settings
 from disinhib.tuning.provenance import masked
 
 OUT = Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME")
@@ -24,6 +25,7 @@ COMMAND = cli.Command("analysis.report", __doc__, (stores.STUDY, stores.TRACKING
 ARTIFACTS = "report"  # folder in the study's run
 
 
+@mlflow_settings.requests()
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 0, or 1 if MLflow did not take the files."""
     options = COMMAND.parse(arguments)

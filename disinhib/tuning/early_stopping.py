@@ -43,7 +43,7 @@ def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options)
     epoch = len(scores)
     if epoch not in _rungs(grace_period(options, budget), budget, options["reduction_factor"]):
         return False
-    there = [peer[epoch - 1] for peer in peers if len(peer) >= epoch]
+    there = _finite(peer[epoch - 1] for peer in peers if len(peer) >= epoch)
     share = 100 * (1 - 1 / options["reduction_factor"])
     return bool(there) and bool(scores[-1] < np.percentile(there, share))
 
@@ -54,7 +54,7 @@ def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Option
     epoch, grace = len(scores), grace_period(options, budget)
     if epoch < grace:
         return False
-    means = [np.mean(peer[grace - 1 : epoch]) for peer in peers if len(peer) >= epoch]
+    means = _finite(np.mean(peer[grace - 1 : epoch]) for peer in peers if len(peer) >= epoch)
     if len(means) < options["min_samples_required"]:
         return False
     return bool(max(scores) < np.median(means))
@@ -63,6 +63,11 @@ def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Option
 def never(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
     """Every trial runs its whole budget."""
     return False
+
+
+def _finite(scores: Iterable[Any]) -> list[float]:
+    """Without those of peers whose metric was no number: they would end every comparison."""
+    return [float(score) for score in scores if math.isfinite(score)]
 
 
 def grace_period(options: Options, budget: int) -> int:

@@ -29,9 +29,21 @@ with environment.variables({n: os.environ.get(n, value) for n, value in _ONCE.it
     import mlflow  # noqa: F401
 
 
+_ours: set[str] = set()  # variables that `requests` has set, not the user
+
+
 @contextmanager
 def requests(**patience: str) -> Iterator[None]:
     """Within it, requests use these settings; `patience` (variable=value) overrides ours."""
-    settings = {**_REQUESTS, **patience}
-    with environment.variables({n: os.environ.get(n, value) for n, value in settings.items()}):
-        yield
+    settings = {
+        name: value
+        for name, value in {**_REQUESTS, **patience}.items()
+        if name in _ours or name not in os.environ
+    }
+    new = settings.keys() - _ours
+    with environment.variables(settings):
+        _ours.update(new)
+        try:
+            yield
+        finally:
+            _ours.difference_update(new)

@@ -47,6 +47,7 @@ MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
 # Tags of a retrained seed's run, beside those of every trial.
 OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
 SEED, FLAG = "seed", "flag"
+ENDING = {"trial_state", "epochs", "reason"}  # tags of a run that has ended
 MODEL = "model.msgpack"  # its artifact, which `disinhib.load` reads
 
 
@@ -172,7 +173,7 @@ class MlflowStore:
             self.client.update_run(self.study_run, "RUNNING")
         for run in by_key.values():
             if run.info.status in ("KILLED", "RUNNING"):  # it continues if it was interrupted
-                for tag in _ending(KILLED, 0, "").keys() & run.data.tags.keys():
+                for tag in ENDING & run.data.tags.keys():
                     self.client.delete_tag(run.info.run_id, tag)
                 self.client.update_run(run.info.run_id, "RUNNING")
         self.runs = {key: run.info.run_id for key, run in by_key.items() if key is not None}

@@ -14,8 +14,8 @@ from optuna.trial import TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.event_log import COMPLETE, Asked, Ended, EpochDone, Logged, Record
-from disinhib.tuning.suggest import STATES
+from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Record
+from disinhib.tuning.suggest import STATES, value
 
 FILE = "optuna.log"  # in the study's folder
 ID = "study_id"  # the attribute that identifies our study there
@@ -128,8 +128,10 @@ class OptunaStore:
             return
         if ended.reason is not None:
             self.storage.set_trial_user_attr(trial, "reason", ended.reason)
-        scores = there.intermediate_values
-        values = [scores[max(scores)]] if ended.state == COMPLETE else None
+        score = value(
+            ended.state, [score for _, score in sorted(there.intermediate_values.items())]
+        )
+        values = None if score is None else [score]
         self.storage.set_trial_state_values(trial, STATES[ended.state], values)
 
     def _id(self, number: int) -> int | None:

@@ -21,16 +21,17 @@ RESUMED_WITH = (
 
 
 def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides and options of the study that is named. Raises ConfigError if there is none."""
+    """Overrides and options of the search that is named. Raises ConfigError if there is none."""
     flag = "resume" if options["resume"] else "extend"
     if options["study"] is None:
         raise refusal(flag, True, "false without the name of a study (study=NAME)")
     folder = Path(options["out_dir"]).absolute() / options["study"]
     try:
-        kept = yaml.safe_load((folder / FILE).read_text())
-        return {name: kept[name] for name in ("overrides", "options")}
+        content = yaml.safe_load((folder / FILE).read_text())
+        return {name: content[name] for name in ("overrides", "options")}
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        names = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
+        files = folder.parent.glob(f"*/{FILE}")
+        names = sorted(f.parent.name for f in files if "overrides:" in f.read_text())
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
 
@@ -53,20 +54,20 @@ def on_top_of(
     if own["resume"]:
         return [*before, *overrides]
     new = free_name(None, own["study"], Path(own["out_dir"]).absolute())
-    given = [o for o in overrides if option_of(o) not in ("study", "extend")]
+    after = [o for o in overrides if option_of(o) not in ("study", "extend")]
     if "seed" not in left:  # else the same trials would be proposed again
         before = [o for o in before if option_of(o) != "seed"]
-        given.append(f"seed={earlier['options']['seed'] + 1}")
-    return [*before, *given, f"study={new}", f"warm_start={own['study']}"]
+        after.append(f"seed={earlier['options']['seed'] + 1}")
+    return [*before, *after, f"study={new}", f"warm_start={own['study']}"]
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the options `now` differ from those `before`: another study."""
-    was, given = flatten(before), flatten(now)
+    was, wanted = flatten(before), flatten(now)
     changed = [
-        f"{name}={was.get(name)} (now {given.get(name)})"
-        for name in sorted({*was, *given})
-        if was.get(name) != given.get(name) and not name.startswith(RESUMED_WITH)
+        f"{name}={was.get(name)} (now {wanted.get(name)})"
+        for name in sorted({*was, *wanted})
+        if was.get(name) != wanted.get(name) and not name.startswith(RESUMED_WITH)
     ]
     if changed:
         raise ConfigError(
@@ -75,12 +76,12 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def free_name(given: str | None, default: str, out_dir: Path) -> str:
-    """The name of a new study, whose folder does not exist yet. Raises ConfigError if it does."""
-    if given is None:
+def free_name(name: str | None, default: str, out_dir: Path) -> str:
+    """The name of a new study: `name`, or by default a free one. Raises ConfigError if taken."""
+    if name is None:
         names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
         return next(name for name in names if not (out_dir / name).exists())
-    if (out_dir / given).exists():
-        there = f"a new name, or resume=true ({out_dir / given} is there already)"
-        raise refusal("study", given, there)
-    return given
+    if (out_dir / name).exists():
+        allowed = f"a new name, or resume=true ({out_dir / name} is there already)"
+        raise refusal("study", name, allowed)
+    return name

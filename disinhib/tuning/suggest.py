@@ -7,6 +7,7 @@ warm starts are filters on the history.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -85,10 +86,9 @@ def point(
 
 def frozen_trial(tried: Tried) -> FrozenTrial:
     """The trial as Optuna stores it."""
-    state = STATES.get(tried["state"], TrialState.RUNNING)
     return create_trial(
-        state=state,
-        value=tried["scores"][-1] if state == TrialState.COMPLETE else None,
+        state=STATES.get(tried["state"], TrialState.RUNNING),
+        value=value(tried["state"], tried["scores"]),
         params=tried["point"]["params"],
         distributions={
             name: json_to_distribution(text)
@@ -97,6 +97,13 @@ def frozen_trial(tried: Tried) -> FrozenTrial:
         system_attrs=tried["point"]["system_attrs"],
         intermediate_values=dict(enumerate(tried["scores"], start=1)),
     )
+
+
+def value(state: str, scores: Sequence[float]) -> float | None:
+    """As Optuna itself values a trial that has ended in `state`: by its last score, if that is a
+    number. One that has failed, or runs, has no value."""
+    ended = state in (event_log.COMPLETE, event_log.PRUNED) and len(scores) > 0
+    return scores[-1] if ended and math.isfinite(scores[-1]) else None
 
 
 def tried(record: Record) -> Tried:

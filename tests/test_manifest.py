@@ -1,0 +1,91 @@
+"""What a study starts from: the trials of an earlier one, if it is to learn from them."""
+
+from contextlib import closing
+
+import pytest
+
+from disinhib.errors import ConfigError
+from disinhib.tuning import manifest, options
+from disinhib.tuning.event_log import COMPLETE, FAILED, Asked, Ended, EpochDone, EventLog
+from search_spaces import SPACES
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    """Studies whose trials have ended: by their names the space, and `failed`."""
+    folder = tmp_path_factory.mktemp("studies")
+    for name, space, state in (
+        ("bp", "bp", COMPLETE), ("bp_ei", "bp_ei", COMPLETE), ("failed", "bp", FAILED)
+    ):  # fmt: skip
+        write(composed(folder, f"study={name}", f"space={space}"), state)
+    return folder
+
+
+def composed(folder, *words):
+    return options.compose(["experiment=smoke", f"out_dir={folder}", *words])
+
+
+def write(study, state):
+    """The study as it is when its first four trials have ended."""
+    begun = manifest.of_search(study)
+    manifest.write(study.folder, begun, options.kept(study))
+    propose, records = manifest.proposer(study, begun), {}
+    with closing(EventLog(study.folder)) as log:
+        for number in range(4):
+            asked = propose(number, records)
+            epochs = [EpochDone(number, n, 50.0 + number, {}, {}) for n in (1, 2)]
+            log.append([asked, *epochs, Ended(number, state, 2)])
+
+
+@pytest.mark.parametrize(
+    ("space", "earlier", "there"),
+    [("bp_ei", "bp_ei", 4), ("bp", "bp", 4), ("rules", "bp", 4)],
+)
+def test_a_study_learns_from_trials_that_lie_in_its_space(out_dir, space, earlier, there):
+    study = composed(out_dir, "study=new", f"space={space}", f"warm_start={earlier}")
+    begun = manifest.of_search(study)
+    assert len(begun.past) == there
+    assert {trial["rule"] for trial in begun.past} == {"bp-ei" if earlier == "bp_ei" else "bp"}
+    assert [trial["scores"] for trial in begun.past] == [[50.0 + n] * 2 for n in range(4)]
+    proposal = manifest.proposer(study, begun)(0, {})
+    assert isinstance(proposal, Asked) and proposal.config["rule"] == begun.past[0]["rule"]
+
+
+@pytest.mark.parametrize("space", ["rules", "exact_inv", "bp"])
+def test_an_earlier_study_none_of_whose_trials_lies_in_the_space_is_refused(out_dir, space):
+    """As `space=rules warm_start=<a study of bp_ei>`: bp through the E-I network is no rule of
+    `rules`."""
+    study = composed(out_dir, "study=new", f"space={space}", "warm_start=bp_ei")
+    with pytest.raises(ConfigError) as refusal:
+        manifest.of_search(study)
+    assert str(refusal.value) == (
+        "warm_start: given bp_ei, allowed is a study with trials that lie in"
+        f" space={space} (it has none)"
+    )
+
+
+def test_nothing_is_learnt_from_failed_trials(out_dir):
+    with pytest.raises(ConfigError, match=r"^warm_start: given failed, .* \(it has none\)$"):
+        manifest.of_search(composed(out_dir, "study=new", "space=bp", "warm_start=failed"))
+
+
+def test_a_study_of_a_space_that_branches_on_the_number_of_a_trial(tmp_path, monkeypatch):
+    """Its first branch is what is checked and pinned; trials are asked for each in its own."""
+
+    def space(trial):
+        options = ("learning_rate", "b1")
+        name = options[trial.number % 2]
+        value = trial.suggest_float(f"bp.optimizer.{name}", 1e-3, 1e-2)
+        return {"model/vf": "non-dale", "trainer": "bp", f"optimizer.{name}": value}
+
+    monkeypatch.setitem(SPACES, "alternating", space)
+    study = composed(tmp_path, "study=new", "space=alternating")
+    write(study, COMPLETE)
+    with closing(EventLog(study.folder)) as log:
+        asked = [e.event for e in log.events() if isinstance(e.event, Asked)]
+    assert [[*event.point["params"]] for event in asked] == [
+        ["bp.optimizer.learning_rate"], ["bp.optimizer.b1"]
+    ] * 2  # fmt: skip
+    # And one that learns from it.
+    more = composed(tmp_path, "study=more", "space=alternating", "warm_start=new")
+    assert len(manifest.of_search(more).past) == 2
