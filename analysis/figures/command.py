@@ -29,18 +29,18 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "pdf.fonttype": 42,  # text stays text
 }
-# Okabe and Ito's, which colour-blind readers can tell apart
+# of Okabe and Ito, which colour-blind readers can tell apart
 ORANGE, BLUE, GREEN, VERMILION, SKY = "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9"
 GREY, BLACK = "#8C8C8C", "#000000"
-SHADES = ("#9ECAE1", "#6BAED6", "#3182BD", "#08519C")  # of something that grows
+SHADES = ("#9ECAE1", "#6BAED6", "#3182BD", "#08519C")  # of a growing quantity
 
 
 OUT = Option("out", "out/figures", TEXT, "folder to write to")
-QUICK = Option("quick", False, FLAG, "fewer points, as a trial run")
+QUICK = Option("quick", False, FLAG, "fewer points, for a first look")
 
 
 def command(name: str, text: str | None, *options: Option, alone: str | None = None) -> cli.Command:
-    """A figure's command: its own options, then those of every figure."""
+    """The command of a figure: its own options, then those of every figure."""
     return cli.Command(f"analysis.figures.{name}", text, (*options, OUT, QUICK), alone)
 
 
@@ -59,8 +59,8 @@ def check_folder(name: str) -> Path:
 
 
 def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
-    """Writes `name`.pdf, .png and a .csv for each table, each whole or not at all, and prints their
-    names. Raises InputError if they cannot be written."""
+    """Writes `name`.pdf, .png and a .csv for each table, each whole or not at all, and prints the
+    names. Raises InputError if that fails."""
     with mpl.rc_context(STYLE):
         figure = draw(tables)
         try:
@@ -69,7 +69,7 @@ def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figur
                     table.to_csv(
                         Path(part, f"{name}{ending}.csv"), index=False, float_format="%.6g"
                     )
-                # Without its date, the same figure is the same file.
+                # No date, so that the same figure is the same file.
                 figure.savefig(Path(part, f"{name}.pdf"), metadata={"CreationDate": None})
                 figure.savefig(Path(part, f"{name}.png"), dpi=200)
                 for file in sorted(Path(part).iterdir()):

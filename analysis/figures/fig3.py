@@ -1,8 +1,8 @@
 """`python -m analysis.figures.fig3`: the paper's Figure 3.
 
 One microcircuit as a plasticity experiment: the weight change against the neuron's rate with
-top-down feedback (A), without it (B), and of an isolated neuron whose inhibition is clamped (C);
-before them the interneuron's inverse activation and the lines that stand in its place.
+top-down feedback (A), without it (B), and for an isolated neuron with clamped inhibition (C). The
+inset shows the interneuron's inverse activation and the lines that replace it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`python -m analysis.figures.fig4 [form=FORM]`: the paper's Figure 4.
 
-A student learns, while it runs, to do what its teacher does: inputs, output and target before and
-after learning (control is switched on half-way), and for both learning rules the open-loop loss and
-the least-control loss in time. fig4.csv has the losses, fig4-traces.csv the rest.
+A student learns, while it runs, to imitate its teacher. Drawn are inputs, output and target before
+and after learning (control is switched on half-way), and for both learning rules the open-loop loss
+and the least-control loss in time. fig4.csv has the losses, fig4-traces.csv the rest.
 """
 
 from __future__ import annotations

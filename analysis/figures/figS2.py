@@ -1,7 +1,7 @@
 """`python -m analysis.figures.figS2`: the paper's Supplementary Figure S2.
 
-The panels of Figure 3 in rows, one for each line (theta, delta) in place of the interneuron's
-inverse activation, good ones and bad ones.
+The panels of Figure 3, in a row for each line (theta, delta) that replaces the interneuron's
+inverse activation: good lines and bad ones.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`python -m analysis.figures.trajectory RUN [sample=N]`: a trained network in time.
+"""`python -m analysis.figures.trajectory run=RUN [sample=N]`: a trained network in time.
 
 RUN is the folder of a training run (`python -m disinhib`) or a trained network's file
-(`model.msgpack`, an artifact of a retrained seed). One sample is shown to it, in open loop from
-rest and then in closed loop, with the target fed back: excitatory, inhibitory and readout
-potentials, and the control signal. Dotted lines are the equilibria that Newton's method finds.
-trajectory.csv has what moves, trajectory-equilibria.csv where it ends.
+(`model.msgpack`, an artifact of a retrained seed). The network sees one sample, in open loop from
+rest and then in closed loop, with the target fed back. Drawn are excitatory, inhibitory and readout
+potentials and the control signal; dotted lines are the equilibria that Newton's method finds.
+trajectory.csv has the trajectories, trajectory-equilibria.csv the equilibria.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from disinhib.solvers import ode, stability
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
 LOOPS = ("open", "closed")
-NEURONS = 5  # shown of a layer, those that feedback moves most
+NEURONS = 5  # drawn of a layer: those that feedback moves most
 INTEGRATION = Ode(rtol=1e-6, atol=1e-9, early_termination=False)
 NEWTON = Newton(tolerance=1e-6, max_iterations=100)
 
 
 NETWORK = (TEXT[0], "the folder of a training run, or a model.msgpack")
 RUN = Option("run", cli.REQUIRED, NETWORK, "the trained network")
-SAMPLE = Option("sample", 0, INDEX, "the sample of the validation set that is shown")
+SAMPLE = Option("sample", 0, INDEX, "number of a sample in the validation set")
 COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone="run")
 
 
@@ -112,7 +112,7 @@ def numbers(run: Trained, sample: int, quick: bool) -> Tables:
         (_, opened), (control, closed) = stability.equilibria(
             by_newton, parameters, hyper, x, target
         )
-        assert control is not None  # as the rule has feedback
+        assert control is not None  # because the rule has feedback
         weights_at = lambda state: feedback_and_aim(by_newton, parameters, hyper, state, target)[0]
         times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)
         states, signal = jax.jit(
@@ -167,7 +167,7 @@ def draw(tables: Tables) -> Figure:
 def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame) -> None:
     names = [name for name in moving.columns if name.rpartition("_")[0] == group]
     if group.startswith("u_E") or group.startswith("u_I"):
-        # The same neurons of both kinds: where feedback moves the excitatory ones most.
+        # The same neurons of both kinds: those whose excitatory potential feedback moves most.
         excitatory = [name.replace("u_I", "u_E") for name in names]
         moved = (rest[excitatory].iloc[1] - rest[excitatory].iloc[0]).abs()
         names = [names[index] for index in np.argsort(-moved.to_numpy())[:NEURONS]]

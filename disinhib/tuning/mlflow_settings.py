@@ -29,7 +29,7 @@ with environment.variables({n: os.environ.get(n, value) for n, value in _ONCE.it
     import mlflow  # noqa: F401
 
 
-_ours: set[str] = set()  # variables that are set here at the moment, and by nobody else
+_ours: set[str] = set()  # variables that `requests` has set, not the user
 
 
 @contextmanager

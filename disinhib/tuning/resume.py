@@ -78,7 +78,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def free_name(name: str | None, default: str, out_dir: Path) -> str:
-    """The name of a new study: `name`, if no study has it, or one that is free."""
+    """The name of a new study: `name`, or by default a free one. Raises ConfigError if taken."""
     if name is None:
         names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
         return next(name for name in names if not (out_dir / name).exists())
