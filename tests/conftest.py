@@ -41,11 +41,12 @@ PROGRAMS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets what child processes and Ray's workers inherit."""
-    home = Path(tempfile.mkdtemp(prefix="disinhib-home-"))
+    home = Path(tempfile.mkdtemp(prefix="disinhib-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(
         HOME=str(home),
         XDG_CACHE_HOME=str(home / ".cache"),
+        RAY_TMPDIR=str(home),  # or a study joins what another suite on this machine has started
         MPLCONFIGDIR=str(KEPT / "matplotlib"),  # its list of fonts takes seconds to make
     )
     os.environ.update(PROGRAMS)
