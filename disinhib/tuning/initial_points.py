@@ -134,26 +134,26 @@ def read_points(text: str, space: Space) -> list[Params]:
     value that it cannot have, no `trainer` where the space chooses among rules.
     """
     try:
-        given = yaml.safe_load(text)
+        points = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, list):
+    if not isinstance(points, list):
         raise ConfigError("not a list of points, each a mapping of parameters to values")
-    return [_read_numbered(i, point, space) for i, point in enumerate(given, start=1)]
+    return [_read_numbered(i, point, space) for i, point in enumerate(points, start=1)]
 
 
-def _read_numbered(number: int, given: Any, space: Space) -> Params:
+def _read_numbered(number: int, point: Any, space: Space) -> Params:
     try:
-        return _read_point(given, space)
+        return _read_point(point, space)
     except ConfigError as error:
         # In one line, whatever texts the file has.
         raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
 
 
-def _read_point(given: Any, space: Space) -> Params:
-    if not isinstance(given, dict):
-        raise ConfigError(f"given {given}, allowed is a mapping of parameters to values")
-    named = {name: _read_number(value) for name, value in flatten(given).items()}
+def _read_point(values: Any, space: Space) -> Params:
+    if not isinstance(values, dict):
+        raise ConfigError(f"given {values}, allowed is a mapping of parameters to values")
+    named = {name: _read_number(value) for name, value in flatten(values).items()}
     rule = _read_rule(named, space)
     reached = list(at_ends(space, rule))
     kinds = {name: kind for path in reached for name, kind in path.distributions.items()}
@@ -201,10 +201,10 @@ def _read_value(name: str, value: Any, distribution: Distribution) -> Any:
 
 def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
     """The parameter that is called `name`, or searched for the option `name`; None if none is."""
-    found = [name] if name in kinds else parameters_for(name, kinds)
-    if len(found) > 1:
-        raise ConfigError(f"{name}: could be {' or '.join(found)}; give the full name")
-    return found[0] if found else None
+    meant = [name] if name in kinds else parameters_for(name, kinds)
+    if len(meant) > 1:
+        raise ConfigError(f"{name}: could be {' or '.join(meant)}; give the full name")
+    return meant[0] if meant else None
 
 
 def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
