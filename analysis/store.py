@@ -60,9 +60,9 @@ class StudyRun(NamedTuple):
     provenance: dict[str, Any]
 
 
-def address(given: str | None) -> str:
-    """The address of the store: as given, else from the environment, else the default file."""
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
+def address(uri: str | None) -> str:
+    """The store's: `uri`, else the environment's, else that of the default output folder."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and not DEFAULT.exists():
         raise Refused(
             f"tracking.uri: missing, needed is the address of an MLflow store, as neither"
@@ -121,10 +121,10 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     experiments = [e.experiment_id for e in store.client.search_experiments()]
     if name is None:
         every = _search(store, experiments, "", newest_first=True)
-        found = next(filter(_is_study, every), None)
-        if found is None:
+        newest = next(filter(_is_study, every), None)
+        if newest is None:
             raise Refused(f"study: there is none in {store.uri}")
-        return _study_of(store, found)
+        return _study_of(store, newest)
     quoted = name.replace("'", "")
     matches = list(filter(_is_study, _search(store, experiments, f"run_name = '{quoted}'")))
     matches = [match for match in matches if match.info.run_name == name]
@@ -154,9 +154,9 @@ def _study_of(store: Store, run: Run) -> StudyRun:
     try:
         options = yaml.safe_load(text(store, run.info.run_id, "config.yaml"))
         provenance = json.loads(text(store, run.info.run_id, "provenance.json"))
-        kept = {file.path for file in store.client.list_artifacts(run.info.run_id)}
+        files = {file.path for file in store.client.list_artifacts(run.info.run_id)}
         space = None
-        if "space.json" in kept:
+        if "space.json" in files:
             space = json.loads(text(store, run.info.run_id, "space.json"))
     except Exception as error:  # as in `connect`, and what stores of artifacts raise
         raise Refused(
@@ -183,9 +183,9 @@ def _oldest_first(store: Store, study: StudyRun, where: str) -> list[Run]:
 
 
 def history(store: Store, run_id: str, metric: str) -> list[Metric]:
-    """All logged values of a metric, by step."""
-    found = store.client.get_metric_history(run_id, metric)
-    return sorted(found, key=lambda entry: (entry.step, entry.timestamp))
+    """All that was logged of a metric, by step."""
+    entries = store.client.get_metric_history(run_id, metric)
+    return sorted(entries, key=lambda entry: (entry.step, entry.timestamp))
 
 
 def _search(

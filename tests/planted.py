@@ -4,7 +4,11 @@ Its options, search space and configurations are the real ones of experiment=smo
 went is planted, among it what must not be selected.
 """
 
+import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +24,13 @@ from disinhib.tuning.event_log import (
     EpochDone,
     Event,
     Logged,
+    Point,
+    TrialConfig,
 )
 from disinhib.tuning.initial_points import read_points
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.mlflow_store import MlflowStore
+from disinhib.tuning.options import Study
 from search_spaces import SPACES
 
 BEGAN = 1_700_000_000.0  # s since 1970
@@ -78,19 +85,14 @@ class Store(NamedTuple):
 
 def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIALS) -> Store:
     """A store in `folder` with a study of that name."""
-    trials = list(trials)
-    composed = options.compose(
-        ["experiment=smoke", f"study={study}", f"out_dir={folder}", f"trials={len(trials)}"]
-    )
-    store = mlflow(folder, study, manifest.of_search(composed), dict(composed.options))
+    composed, begun = _smoke()
+    begun = replace(begun, id=uuid.uuid4().hex)
+    store = mlflow(folder, study, begun, dict(composed.options))
     events, seeds = [], []
     for number, trial in enumerate(trials):
-        overrides: dict[str, Any] = dict(WAY[trial.rule])
-        if trial.rate is not None:
-            overrides["optimizer.learning_rate"] = trial.rate
-        config = options.configure(composed, number, overrides)
+        config, point = _configured(number, trial.rule, trial.rate)
         seeds += config["seeds"]
-        events.append(Asked(number, config, _point(overrides)))
+        events.append(Asked(number, config, point))
         for epoch, score in enumerate(trial.scores, start=1):
             metrics = {"valid_accuracy": [score], "valid_loss": [1 - score / 100]}
             if trial.test_accuracy is not None:
@@ -101,6 +103,27 @@ def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIA
     deliver(store, events)
     assert store.study_run is not None
     return Store(store.address, folder, study, store.study_run, seeds)
+
+
+# Hydra takes seconds for what all planted studies have in common.
+
+
+@cache
+def _smoke() -> tuple[Study, Manifest]:
+    with tempfile.TemporaryDirectory() as folder:
+        composed = options.compose(["experiment=smoke", "study=planted", f"out_dir={folder}"])
+        return composed, manifest.of_search(composed)
+
+
+@cache
+def _configured(number: int, rule: str, rate: float | None) -> tuple[TrialConfig, Point]:
+    """A trial's configuration, and what Optuna would have chosen for it."""
+    overrides: dict[str, Any] = dict(WAY[rule])
+    if rate is not None:
+        overrides["optimizer.learning_rate"] = rate
+    (params,) = read_points(yaml.safe_dump([overrides]), SPACES["rules"])
+    point = Point(params=params, distributions={}, system_attrs={})
+    return options.configure(_smoke()[0], number, overrides), point
 
 
 def mlflow(
@@ -126,9 +149,3 @@ def deliver(store: MlflowStore, events: Iterable[Event], began: float = BEGAN) -
     store.deliver([Logged(i, began + i, event) for i, event in enumerate(events, start=1)])
     # The study itself has ended, and left alone what still runs.
     store.close({}, True)
-
-
-def _point(overrides: Mapping[str, Any]) -> Any:
-    """What Optuna would have chosen for these overrides."""
-    (params,) = read_points(yaml.safe_dump([dict(overrides)]), SPACES["rules"])
-    return {"params": params, "distributions": {}, "system_attrs": {}}

@@ -1,10 +1,10 @@
 """Selection from a planted study: by validation alone, among complete trials alone."""
 
+import contextlib
+import io
 import math
 import shutil
 import sqlite3
-import subprocess
-import sys
 
 import pandas as pd
 import planted
@@ -38,12 +38,11 @@ def opened(study):
 def selected(study, tmp_path_factory):
     """What the command printed, and the file that it wrote."""
     file = tmp_path_factory.mktemp("selected") / "selected.yaml"
-    command = ["-m", "analysis.selection", f"study={study.study}", f"tracking.uri={study.uri}"]
-    done = subprocess.run(
-        [sys.executable, *command, f"selected={file}"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), yaml.safe_load(file.read_text())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        arguments = [f"study={study.study}", f"tracking.uri={study.uri}", f"selected={file}"]
+        assert selection.main(arguments) == 0
+    return printed.getvalue().splitlines(), yaml.safe_load(file.read_text())
 
 
 def test_runs_are_one_tidy_table_and_what_is_left_out_is_said(opened):

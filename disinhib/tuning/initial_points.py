@@ -150,10 +150,10 @@ def _read_numbered(number: int, point: Any, space: Space) -> Params:
         raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
 
 
-def _read_point(written: Any, space: Space) -> Params:
-    if not isinstance(written, dict):
-        raise ConfigError(f"given {written}, allowed is a mapping of parameters to values")
-    named = {name: _read_number(value) for name, value in flatten(written).items()}
+def _read_point(values: Any, space: Space) -> Params:
+    if not isinstance(values, dict):
+        raise ConfigError(f"given {values}, allowed is a mapping of parameters to values")
+    named = {name: _read_number(value) for name, value in flatten(values).items()}
     rule = _read_rule(named, space)
     reached = list(at_ends(space, rule))
     kinds = {name: kind for path in reached for name, kind in path.distributions.items()}
@@ -200,10 +200,10 @@ def _read_value(name: str, value: Any, distribution: Distribution) -> Any:
 
 def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
     """The parameter that is called `name`, or searched for the option `name`; None if none is."""
-    names = [name] if name in kinds else parameters_for(name, kinds)
-    if len(names) > 1:
-        raise ConfigError(f"{name}: could be {' or '.join(names)}; give the full name")
-    return names[0] if names else None
+    meant = [name] if name in kinds else parameters_for(name, kinds)
+    if len(meant) > 1:
+        raise ConfigError(f"{name}: could be {' or '.join(meant)}; give the full name")
+    return meant[0] if meant else None
 
 
 def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:

@@ -91,14 +91,16 @@ def compose(overrides: Sequence[str]) -> Study:
     if own["resume"] or own["extend"]:
         earlier = resume.read_kept(own)
         overrides = resume.on_top_of(earlier, overrides, own)
-    settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
-    check(settings)
-    # Other options may belong to a group that only the space chooses, say model/vf=dale.
+    settings = own
+    if earlier is not None:
+        settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
+        check(settings)
+    # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(space_tree.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
     with _blaming(settings["space"]):
-        hydra_config.compose("study", groups)
-    options, _ = hydra_config.compose("study", [*overrides, *groups])
+        _composed("study", tuple(groups))
+    options = deepcopy(_composed("study", (*overrides, *groups))[0])
     check(options)
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
@@ -193,14 +195,14 @@ def check_space(study: Study) -> list[TrialConfig]:
     data.DataError if the data cannot be loaded.
     """
     checked = []
-    given = {
+    own = {
         hydra_config.option_of(override): override.partition("=")[2] for override in study.overrides
     }
     for branch in space_tree.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
-            if given.get(name, str(value)) != str(value):
+            if own.get(name, str(value)) != str(value):
                 raise ConfigError(
-                    f"{name}: given {given[name]}, but space={study.space} searches it; leave it"
+                    f"{name}: given {own[name]}, but space={study.space} searches it; leave it"
                     f" out or take another space ({', '.join(SPACES)})"
                 )
         with _blaming(study.space):

@@ -146,7 +146,7 @@ def _kind(reason: str) -> str:
 def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
     """The parameter by which `failed` differ most from `others`, and its range in both."""
     numeric = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-    found = []
+    ranked = []
     for name in failed[0].config["searched"]:
         bad, good = (
             [r.config["searched"][name] for r in side if numeric(r.config["searched"].get(name))]
@@ -155,10 +155,10 @@ def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
         if bad and good:
             # Share of pairs in which the failed one is larger; 0.5 means no difference.
             larger = sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / len(bad) / len(good)
-            found.append((abs(larger - 0.5), name, larger > 0.5, bad, good))
-    if not found:
+            ranked.append((abs(larger - 0.5), name, larger > 0.5, bad, good))
+    if not ranked:
         return ""
-    _, name, high, bad, good = max(found)
+    _, name, high, bad, good = max(ranked)
     end = "high" if high else "low"
     return (
         f", mostly at {end} {name}: {min(bad):.3g} to {max(bad):.3g}"

@@ -126,10 +126,10 @@ def _commit(root: Path) -> str | None:
     project's, as an environment's site-packages may be, is no checkout.)"""
     if shutil.which("git") is None:
         return None
-    found = _run_git(root, "rev-parse", "--show-toplevel", "HEAD")
-    if found.returncode != 0:
+    done = _run_git(root, "rev-parse", "--show-toplevel", "HEAD")
+    if done.returncode != 0:
         return None
-    top, commit = found.stdout.splitlines()
+    top, commit = done.stdout.splitlines()
     return commit if Path(top).resolve() == root.resolve() else None
 
 
@@ -189,9 +189,9 @@ def _cpu() -> str:
 def _data_hash(name: str, path: str | None, valid_split: float) -> str:
     """SHA-256 over what every array of the three splits is: dtype, shape, bytes."""
     splits = data.load(name, path, valid_split)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for split in (splits.train, splits.validation, splits.test):
         for array in split:
-            found.update(f"{array.dtype.str} {array.shape} ".encode())
-            found.update(array.tobytes())
-    return found.hexdigest()
+            digest.update(f"{array.dtype.str} {array.shape} ".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()

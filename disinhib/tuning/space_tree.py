@@ -139,13 +139,13 @@ def _scripted(
     )
 
 
-def at_ends(space: Space, given: Params) -> Iterator[Path]:
-    """Every path through `space` with the values in `given`, every other choice, and every other
+def at_ends(space: Space, fixed: Params) -> Iterator[Path]:
+    """Every path through `space` with the values in `fixed`, every other choice, and every other
     number at the low and at the high end of its range."""
     for end in ENDS:
         yield from paths(
             space,
-            lambda name, kind, end=end: (given[name],) if name in given else ends_of(kind, end),
+            lambda name, kind, end=end: (fixed[name],) if name in fixed else ends_of(kind, end),
         )
 
 
@@ -157,13 +157,13 @@ def definition(space: Space) -> dict[str, Any]:
     value. Runs the space for each end of each combination.
     """
     parameters: dict[str, Any] = {}
-    found: dict[str, list[Path]] = {}
+    by_choices: dict[str, list[Path]] = {}
     for path in at_ends(space, {}):
         parameters.update({name: described(kind) for name, kind in path.distributions.items()})
-        found.setdefault(_canonical(path.choices), []).append(path)
+        by_choices.setdefault(_canonical(path.choices), []).append(path)
     return {
         "parameters": parameters,
-        "branches": [_described_branch(found[choices]) for choices in sorted(found)],
+        "branches": [_described_branch(by_choices[choices]) for choices in sorted(by_choices)],
     }
 
 

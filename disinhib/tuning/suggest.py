@@ -61,8 +61,8 @@ def suggest(
     trial = study.ask()
     overrides = space(_Numbered(trial, number))  # pyright: ignore[reportArgumentType]
     attributes = study.get_trials(deepcopy=False)[trial.number].system_attrs
-    kept = {name: value for name, value in attributes.items() if name != "fixed_params"}
-    return Proposal(overrides, point(trial.params, trial.distributions, kept))
+    attributes = {name: value for name, value in attributes.items() if name != "fixed_params"}
+    return Proposal(overrides, point(trial.params, trial.distributions, attributes))
 
 
 class _Numbered:
