@@ -1,5 +1,13 @@
-"""Shapes are checked in tests only; numerics run in float64 where a module asks for it."""
+"""Shapes are checked in tests only; numerics run in float64 where a module asks for it.
 
+All processes of the suite share what they compile, and keep it for its next run in .pytest_cache;
+none of them sees or touches what is in the user's home.
+"""
+
+import os
+import platform
+import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +28,67 @@ CORE = sorted(
     if not BORDERS & {*module.parts} and module.parts != ("disinhib", "__init__")
 )
 install_import_hook(CORE, "beartype.beartype")
+
+KEPT = PACKAGE.parent / ".pytest_cache"  # between runs of the suite
+PROGRAMS = {
+    "JAX_COMPILATION_CACHE_DIR": str(KEPT / "xla" / platform.node()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what child processes and Ray's workers inherit."""
+    home = Path(tempfile.mkdtemp(prefix="disinhib-home-"))
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    os.environ.update(
+        HOME=str(home),
+        XDG_CACHE_HOME=str(home / ".cache"),
+        MPLCONFIGDIR=str(KEPT / "matplotlib"),  # its list of fonts takes seconds to make
+    )
+    os.environ.update(PROGRAMS)
+    for name, value in PROGRAMS.items():  # jax is imported here already
+        kind = type(jax.config.values[name.lower()])
+        jax.config.update(name.lower(), value if kind not in (int, float) else kind(value))
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory) -> Path:
+    """A new MLflow store in SQLite, whose tables take MLflow seconds to make: a copy of it, put
+    where a study will look for its store, is a new store too."""
+    from disinhib.tuning import mlflow_store
+
+    file = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow_store._make_sqlite(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def copied_stores(mlflow_template):
+    """The module's studies begin with a copy of an MLflow store, where they would make one."""
+    from disinhib.tuning import mlflow_store
+
+    def copy(file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            shutil.copyfile(mlflow_template, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "_make_sqlite", copy)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_ray():
+    """The module's studies share one Ray on this machine, whose workers have a core each and
+    compile in half the time, to programs that run slower."""
+    from disinhib.tuning import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        local = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
+        with cluster.cluster(local):
+            yield
 
 
 @pytest.fixture(scope="module")
