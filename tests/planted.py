@@ -4,17 +4,31 @@ Its options, search space and configurations are the real ones of experiment=smo
 went is planted, among it what must not be selected.
 """
 
-import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from disinhib.tuning import manifest as origins, mlflow_store, options
-from disinhib.tuning.event_log import ASKED, COMPLETE, ENDED, EPOCH, FAILED, PRUNED, Event
+from disinhib.tuning import manifest, mlflow_store, options, retention
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    Asked,
+    Ended,
+    EpochDone,
+    Event,
+    Logged,
+)
+from disinhib.tuning.initial_points import read_points
+from disinhib.tuning.manifest import Manifest
+from disinhib.tuning.mlflow_store import MlflowStore
+from search_spaces import SPACES
 
 BEGAN = 1_700_000_000.0  # s since 1970
 EPOCHS = 2
+PLACE = {"device": "cpu", "host": "h"}
 WAY = {
     "bp": {"model/vf": "non-dale", "trainer": "bp", "optimizer.learning_rate": 0.005},
     "exact-inv": {
@@ -53,6 +67,8 @@ TRIALS = (
 
 
 class Store(NamedTuple):
+    """Where a planted study is."""
+
     uri: str
     folder: Path
     study: str
@@ -60,42 +76,59 @@ class Store(NamedTuple):
     seeds: list[int]  # of its trials
 
 
-def write(folder: Path, study: str = "planted", trials=TRIALS) -> Store:
+def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIALS) -> Store:
     """A store in `folder` with a study of that name."""
-    asked = options.compose(
+    trials = list(trials)
+    composed = options.compose(
         ["experiment=smoke", f"study={study}", f"out_dir={folder}", f"trials={len(trials)}"]
     )
-    origin = origins.begin(asked)
-    uri = mlflow_store.absolute(None, folder)
-    experiment = mlflow_store.open_store(uri, "disinhib", folder / "mlflow-artifacts")
-    files = origins.files(origin)
-    own = {"config.yaml": yaml.safe_dump(dict(asked.options)), **files}
-    tracker = mlflow_store.Tracker(
-        experiment, study, study, origins.tags(asked, origin), own, files
-    )
-    tracker.load()
-    seeds = []
-    ids = itertools.count(1)
+    store = mlflow(folder, study, manifest.of_search(composed), dict(composed.options))
+    events, seeds = [], []
     for number, trial in enumerate(trials):
         overrides: dict[str, Any] = dict(WAY[trial.rule])
         if trial.rate is not None:
             overrides["optimizer.learning_rate"] = trial.rate
-        config = options.configure(asked, number, overrides)
+        config = options.configure(composed, number, overrides)
         seeds += config["seeds"]
-        told = [(ASKED, 0, {"config": config})]
+        events.append(Asked(number, config, _point(overrides)))
         for epoch, score in enumerate(trial.scores, start=1):
-            metrics = {"valid_accuracy": score, "valid_loss": 1 - score / 100}
+            metrics = {"valid_accuracy": [score], "valid_loss": [1 - score / 100]}
             if trial.test_accuracy is not None:
-                metrics["test_accuracy"] = trial.test_accuracy
-            body = {"score": score, "metrics": metrics, "place": {"device": "cpu", "host": "h"}}
-            told.append((EPOCH, epoch, body))
+                metrics["test_accuracy"] = [trial.test_accuracy]
+            events.append(EpochDone(number, epoch, score, metrics, PLACE))
         if trial.state is not None:
-            end = {"state": trial.state, "epochs": len(trial.scores), "reason": trial.reason}
-            told.append((ENDED, 0, end))
-        tracker.deliver([
-            Event(next(ids), BEGAN + 10 * number + second, number, kind, epoch, body)
-            for second, (kind, epoch, body) in enumerate(told)
-        ])  # fmt: skip
-    tracker.close({}, True)
-    assert tracker.study_run is not None
-    return Store(uri, folder, study, tracker.study_run, seeds)
+            events.append(Ended(number, trial.state, len(trial.scores), trial.reason))
+    deliver(store, events)
+    assert store.study_run is not None
+    return Store(store.address, folder, study, store.study_run, seeds)
+
+
+def mlflow(
+    folder: Path,
+    study: str,
+    begun: Manifest,
+    of_study: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+) -> MlflowStore:
+    """What the engine would write the study with."""
+    uri = mlflow_store.absolute(None, folder)
+    experiment = mlflow_store.open_store(uri, "disinhib", folder / "mlflow-artifacts")
+    files = begun.files()
+    own = {"config.yaml": yaml.safe_dump(dict(of_study)), **files}
+    models = lambda number, seed: retention.model_file(folder, number, seed)
+    tags = {**begun.tags("python tune_main.py"), **(tags or {})}
+    return MlflowStore(experiment, study, begun.id, tags, own, files, models)
+
+
+def deliver(store: MlflowStore, events: Iterable[Event], began: float = BEGAN) -> None:
+    """As the outbox does, with a second between two events."""
+    store.load({})
+    store.deliver([Logged(i, began + i, event) for i, event in enumerate(events, start=1)])
+    # The study itself has ended, and left alone what still runs.
+    store.close({}, True)
+
+
+def _point(overrides: Mapping[str, Any]) -> Any:
+    """What Optuna would have chosen for these overrides."""
+    (params,) = read_points(yaml.safe_dump([dict(overrides)]), SPACES["rules"])
+    return {"params": params, "distributions": {}, "system_attrs": {}}
