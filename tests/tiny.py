@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import time
@@ -61,8 +62,9 @@ def quiet():
 
 def played():
     """A trainable that plays what the trial's `searched` says of an epoch: `raise`, `die` or `die
-    once` (its worker), `stay` for a moment, or `full` (the disk); else its score is the number
-    there, or 50. (A local class: Ray sends it to workers, which cannot import this file.)"""
+    once` (its worker), `stay` for a moment, `full` (the disk), `over cap`, or `diverge` (its last
+    seed); else its score is the number there, or 50. A final trial has a test set. (A local class:
+    Ray sends it to workers, which cannot import this file.)"""
 
     class Played(tune.Trainable):
         def setup(self, config):
@@ -70,6 +72,7 @@ def played():
 
         def reset_config(self, new_config):
             self.trial, self.epoch, self.failure = new_config, 0, None
+            self.diverged = False
             return True
 
         def step(self):
@@ -87,10 +90,18 @@ def played():
             if act == "stay":
                 time.sleep(0.2)
             score = act if isinstance(act, float) else 50.0
+            names = ["valid_accuracy"]
+            if self.trial["final"] and self.epoch == self.trial["epochs"]:
+                names.append("test_accuracy")
+            seeds, diverged = self.trial["seeds"], {}
+            if act == "diverge":
+                self.diverged, diverged = True, {str(seeds[-1]): "Diverged: planted"}
+            last = math.nan if self.diverged else score
             report = {
                 "epoch": self.epoch,
-                "metrics": {"valid_accuracy": [score] * len(self.trial["seeds"])},
+                "metrics": {name: [*[score] * (len(seeds) - 1), last] for name in names},
                 "place": {"host": "h", "device": "cpu"},
+                "diverged": diverged,
                 **({"obstacle": "No space left on device: there"} if act == "full" else {}),
                 **({"over_cap": True} if act == "over cap" else {}),
             }
