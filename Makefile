@@ -15,7 +15,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test quick lint lint-format lint-check lint-types format lock \
+.PHONY: help install study figures test quick kill lint lint-format lint-check lint-types format lock \
 	wheel wheel-check
 
 help: ## show this list
@@ -34,6 +34,9 @@ test: lint ## lint, then every test
 
 quick: $(STAMP) ## the tests that are not slow only
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
+	$(BIN)/python -m tests.kill $(ARGS)
 
 lint: lint-format lint-check lint-types ## check format and style (ruff) and types (pyright)
 

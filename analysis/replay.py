@@ -4,14 +4,14 @@ Prints whether every metric of every epoch is the same, bit for bit (exit code 0
 differences (1); on a CPU it should be the same. Needs only the run, which has the options, seeds
 and threads. Warns of changes in code, packages and data since then.
 
-Nothing here imports jax before `set_environment`: XLA sizes its thread pool once, when it starts.
+Nothing here imports jax before the environment is that of a worker: XLA sizes its thread pool once,
+when it starts.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,8 +83,16 @@ def main(arguments: Sequence[str]) -> int:
         f" {_count(trial.epochs, 'epoch')}, {seeds}",
         flush=True,
     )
+    # As in the trial's worker: the number of threads may change the bits.
+    on_cpu = trial.device in (None, "cpu")
+    worker = environment.of_worker(trial.provenance["threads"], gpus=0 if on_cpu else 1)
+    with environment.variables(worker):
+        return _replay(trial)
+
+
+def _replay(trial: Trial) -> int:
+    """In the environment of the trial's worker."""
     threads = trial.provenance["threads"]
-    set_environment(threads, on_cpu=trial.device in (None, "cpu"))
     config, device = _prepared(trial)
     now = provenance.collect(config, threads)
     changes = provenance.differences(trial.provenance, now)
@@ -149,11 +157,6 @@ def read(run_id: str, uri: str) -> Trial:
         provenance=about,
         metrics=metrics,
     )
-
-
-def set_environment(threads: int, on_cpu: bool) -> None:
-    """Sets the environment of the trial's worker: the number of threads may change the bits."""
-    os.environ.update(environment.of_worker(threads, gpus=0 if on_cpu else 1))
 
 
 def _prepared(trial: Trial) -> tuple[RunConfig, str]:

@@ -2,11 +2,12 @@
 
     python -m benchmarks.driver [trials=200] [epochs=11]
 
-Real studies of trials that train nothing, with Ray, the journal, Optuna's store and MLflow (in
+Real studies of trials that train nothing, with Ray, the event log, Optuna's store and MLflow (in
 SQLite): CPU time of the driver's process, all its threads, from the first trial to the last record
 delivered. Two studies that differ in their epochs tell trial and epoch apart.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ from rich.table import Table
 from disinhib import cli
 from disinhib.checks import COUNT, Option, is_whole
 from disinhib.tuning import options, study
-from disinhib.tuning.early_stopping import SCORE
-from disinhib.tuning.worker import METRICS, PLACE
+from disinhib.tuning.worker import REPORT
 
 COMMAND = cli.Command(
     "benchmarks.driver",
@@ -52,13 +52,13 @@ def instant():
         def step(self):
             self.epoch += 1
             score = (self.trial["number"] * 7919) % 1000 / 10
-            return {
-                SCORE: score,
-                METRICS: {**dict.fromkeys(NAMES, score), "valid_accuracy": score},
-                PLACE: {"device": "cpu", "host": "here"},
-                TRAINING_ITERATION: self.epoch,
-                "done": self.epoch >= self.trial["epochs"],
+            report = {
+                "epoch": self.epoch,
+                "metrics": {name: [score] for name in (*NAMES, "valid_accuracy")},
+                "place": {"device": "cpu", "host": "here"},
+                "diverged": {},
             }
+            return {REPORT: json.dumps(report), TRAINING_ITERATION: self.epoch}
 
     return Instant
 

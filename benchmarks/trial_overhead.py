@@ -4,7 +4,7 @@ A real study (digits, published network sizes, Ray, Optuna, MLflow, reused worke
 its workers. A trial's first epoch ends some seconds after its worker was free for it: since the
 last epoch of the trial before it, or, for a worker's first trial, since its process was started.
 Subtracted is the epoch itself: the median of the trial's later epochs. What remains is everything
-else: the journal, asking Optuna, composing and checking options, Ray's messages, a fresh state,
+else: the event log, asking Optuna, composing and checking options, Ray's messages, a fresh state,
 and, for the first trial of a structure in a worker, compiling. A trial that fails before its second
 epoch has no such median: it is named and left out.
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from disinhib import cli
 from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
 from disinhib.tuning import options as study_options, study
-from disinhib.tuning.worker import METRICS, TrainingTrial
+from disinhib.tuning.worker import REPORT, TrainingTrial
 
 BAR_SECONDS = 0.5
 COMMAND = cli.Command(
@@ -61,20 +61,25 @@ class ClockedTrial(TrainingTrial):
             "cores": (time.process_time() - cpu) / (now - start),
         }
         self.free_since = now
-        return {**result, METRICS: result[METRICS] | clocked}
+        return {**result, "clocked": clocked}
 
 
 class Recorder(tune.Callback):
-    """Keeps every epoch's metrics in the order of their arrival."""
+    """Keeps every epoch's clocks in the order of their arrival."""
 
     def __init__(self):
         self.epochs: dict[int, list[dict[str, Any]]] = {}
 
     def on_trial_result(self, *, trial, result, **_) -> None:
+        if REPORT not in result:  # it failed
+            return
+        (compilations,) = json.loads(result[REPORT])["metrics"]["compilations"]
         # The architecture names all that is static: whatever else differs shares its program.
         about = {"pid": result["pid"], "rule": trial.config["rule"]}
         about["structure"] = structure(trial.config["options"])
-        self.epochs.setdefault(trial.config["number"], []).append(result[METRICS] | about)
+        about["compilations"] = int(compilations)
+        epoch = result["clocked"] | about
+        self.epochs.setdefault(trial.config["number"], []).append(epoch)
 
 
 def structure(training_options: dict) -> str:
@@ -100,12 +105,12 @@ class Overhead(NamedTuple):
 
 def overheads(recorded: dict[int, list[dict[str, Any]]]) -> list[Overhead]:
     """Of trials with two epochs or more, in the order in which their first ones ended."""
-    known, found = set(), []
+    known, measured = set(), []
     for number, epochs in recorded.items():
         begin, later = epochs[0], [epoch["seconds"] for epoch in epochs[1:]]
         key = (begin["pid"], begin["structure"])
         if later:
-            found.append(
+            measured.append(
                 Overhead(
                     number,
                     begin["rule"],
@@ -116,7 +121,7 @@ def overheads(recorded: dict[int, list[dict[str, Any]]]) -> list[Overhead]:
                 )
             )
         known.add(key)
-    return found
+    return measured
 
 
 COLUMNS = {
@@ -126,12 +131,12 @@ COLUMNS = {
 }
 
 
-def table(found: list[Overhead]) -> Table:
+def table(measured: list[Overhead]) -> Table:
     """Medians over the trials of a kind, and the largest excess."""
     drawn = Table("rule", "", "trials", *COLUMNS, "most", "compiled", box=None)
-    for rule in sorted({one.rule for one in found}):
+    for rule in sorted({one.rule for one in measured}):
         for first, kind in ((True, "first"), (False, "later")):
-            own = [one for one in found if (one.rule, one.first) == (rule, first)]
+            own = [one for one in measured if (one.rule, one.first) == (rule, first)]
             if not own:
                 continue
             medians = [statistics.median(map(value, own)) for value in COLUMNS.values()]
@@ -150,13 +155,13 @@ def main(arguments: Sequence[str]) -> int:
             [f"trials={options['trials']}", "epochs=5", "scheduler=none", f"out_dir={folder}"]
         )
         records = study.run(asked, console, ClockedTrial, [recorder]).records
-    found = overheads(recorder.epochs)
-    later = [one for one in found if not one.first]
+    measured = overheads(recorder.epochs)
+    later = [one for one in measured if not one.first]
     excess, compiled = [one.excess for one in later], sum(one.compilations for one in later)
     cores = [epoch["cores"] for epochs in recorder.epochs.values() for epoch in epochs[1:]]
     say = partial(console.print, soft_wrap=True, highlight=False)
-    console.print(table(found))
-    if left_out := {record.number for record in records} - {one.number for one in found}:
+    console.print(table(measured))
+    if left_out := {record.number for record in records} - {one.number for one in measured}:
         say(f"failed before their second epoch and left out: trials {sorted(left_out)}")
     if not later:
         say("no trial was the second of its structure in its worker: take more trials")
@@ -169,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
         f" {'met' if met else 'missed'}"
     )
     if options["json"]:
-        trials = [one._asdict() | {"excess": one.excess} for one in found]
+        trials = [one._asdict() | {"excess": one.excess} for one in measured]
         Path(options["json"]).write_text(json.dumps(trials, indent=1))
     return 0 if met else 1
 

@@ -83,6 +83,19 @@ def copied_stores(mlflow_template):
 
 
 @pytest.fixture(scope="module")
+def one_ray():
+    """The module's studies share one Ray on this machine, whose workers have a core each and
+    compile in half the time, to programs that run slower."""
+    from disinhib.tuning import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        local = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
+        with cluster.cluster(local):
+            yield
+
+
+@pytest.fixture(scope="module")
 def float64():
     """The module's arrays are float64: `pytestmark = pytest.mark.usefixtures("float64")`.
 

@@ -1,63 +1,54 @@
-"""`searcher.deterministic=true`: the same study, however its trials are timed."""
+"""`searcher.deterministic=true`: the same study, however many of its trials run at a time."""
 
-import io
-import random
-import time
 from contextlib import closing
 
 import pytest
-from rich.console import Console
+import tiny
 
-from disinhib.tuning import event_log, options, study
-from disinhib.tuning.worker import TrainingTrial
+from disinhib.tuning import options, study
+from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone, EventLog
+from search_spaces import SPACES
 
-MACHINE = ("epoch_seconds", "compilations", "peak_memory_mb")
-pytestmark = pytest.mark.slow
-
-
-def unpunctual_trial():
-    """Real training, each epoch of which takes some time more. (A local class: Ray sends it to
-    workers, which cannot import this file.)"""
-
-    class UnpunctualTrial(TrainingTrial):
-        def _epoch(self):
-            time.sleep(random.uniform(0, 0.4))
-            return super()._epoch()
-
-    return UnpunctualTrial
+OF_MACHINE = ("epoch_seconds", "compilations", "compilation_seconds", "peak_memory_mb")
+pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
 
 
-def events(folder):
-    with closing(event_log.Journal(folder)) as opened:
-        return opened.events()
+def two_rules(trial):
+    rule = trial.suggest_categorical("trainer", ("bp", "exact-inv"))
+    rate = trial.suggest_float(f"{rule}.optimizer.learning_rate", 1e-5, 1e-1, log=True)
+    circuit = {"bp": "non-dale", "exact-inv": "dale"}[rule]
+    return {"model/vf": circuit, "trainer": rule, "optimizer.learning_rate": rate}
 
 
-def told(found):
+def computed(events):
     """What trials were and did, in the order of their numbers, without what the machine did."""
     outcome = {}
-    for event in found:
-        body = dict(event.body)
-        if event.kind == event_log.EPOCH:
-            metrics = body["metrics"].items()
-            body = {name: value for name, value in metrics if name not in MACHINE}
+    for event in events:
+        body = dict(vars(event))
+        if isinstance(event, EpochDone):
+            body = {name: v for name, v in event.metrics.items() if name not in OF_MACHINE}
         outcome[event.trial, event.kind, event.epoch] = body
     return dict(sorted(outcome.items()))
 
 
-def test_two_runs_propose_and_measure_the_same(tmp_path):
-    found = []
-    for name, trainable in (("punctual", TrainingTrial), ("not", unpunctual_trial())):
+def test_two_runs_propose_and_measure_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(SPACES, "two_rules", two_rules)
+    runs = []
+    for at_once in (2, 1):
         asked = options.compose(
             [
-                *("experiment=smoke", "trials=14", "epochs=4", "searcher.deterministic=true"),
-                *("searcher.batch=5", "searcher.n_startup_trials=1", "scheduler.grace_period=1"),
-                *("cluster.max_concurrent=2", f"study={name}", f"out_dir={tmp_path}"),
+                *("experiment=smoke", "space=two_rules", "trials=11", "epochs=3", "batchsize=100"),
+                *("searcher.deterministic=true", "searcher.batch=4", "scheduler.grace_period=1"),
+                *("searcher.n_startup_trials=1", f"cluster.max_concurrent={at_once}"),
+                *(f"study=at-once-{at_once}", f"out_dir={tmp_path}"),
             ]
         )
-        study.run(asked, Console(file=io.StringIO()), trainable)
-        found.append(events(asked.folder))
-    assert told(found[0]) == told(found[1])
-    states = {event.body["state"] for event in found[0] if event.kind == event_log.ENDED}
-    assert states == {event_log.COMPLETE, event_log.PRUNED}  # early stopping was at work
-    order = [[(e.trial, e.kind, e.epoch) for e in run] for run in found]
+        study.run(asked, tiny.quiet())
+        with closing(EventLog(asked.folder)) as log:
+            runs.append([logged.event for logged in log.events()])
+    first, second = runs
+    assert computed(first) == computed(second)
+    states = {event.state for event in first if isinstance(event, Ended)}
+    assert states == {COMPLETE, PRUNED}  # early stopping was at work
+    order = [[(e.trial, e.kind, e.epoch) for e in run] for run in runs]
     assert order[0] != order[1]  # and the timing was another

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false  (parts of configurations, events of any kind)
 """Early stopping: what is stopped, when, compared with whom, and the same again on resuming."""
 
 import math

@@ -1,67 +1,86 @@
 """Real studies whose driver, or whose workers, are killed with SIGKILL: nothing is lost, nothing is
-there twice, and Ray, Optuna and MLflow tell the same."""
+there twice, and Ray, Optuna and MLflow say the same. (At any moment, with trials that are played:
+tests/test_loop.py. At many more moments: `python -m tests.kill`. A worker that dies between two
+trials: tests/test_ray_workaround.py.)"""
 
-import random
-from functools import partial
+import os
+import shutil
+import signal
+import sqlite3
+from contextlib import closing
 
+import kill
 import pytest
-from rich.console import Console
+import tiny
+from kill import END, MORE, Moment
+from ray import tune
 
-from benchmarks import kill
 from disinhib.tuning import options, study
-from disinhib.tuning.event_log import COMPLETE
 
-pytestmark = pytest.mark.slow
-SEED = 4
-say = partial(print, flush=True)
+pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
+
+
+def test_a_study_whose_workers_are_killed_goes_on_by_itself(tmp_path):
+    class Killer(tune.Callback):
+        """Kills the workers of the first two trials that have come to their second epoch."""
+
+        def __init__(self):
+            self.trials = []
+
+        def on_trial_result(self, *, trial, result, **_):
+            number = trial.config["number"]
+            if result["training_iteration"] == 2 and number not in self.trials[:2]:
+                self.trials.append(number)
+                if len(self.trials) <= 2:
+                    os.kill(result["pid"], signal.SIGKILL)
+
+    killer = Killer()
+    place = [f"study={kill.NAME}", f"out_dir={tmp_path / 'out'}"]
+    asked = options.compose([*kill.OPTIONS, *place, "trials=7", "epochs=4"])
+    done = study.run(asked, tiny.quiet(), callbacks=[killer])
+    assert done.whole
+    again = kill.restarted(asked.folder)
+    assert again == sorted(killer.trials[:2])
+    assert kill.check(asked.folder) == []
+    assert kill.check_training(asked.folder, again[:1]) == []
+
+
+def test_a_study_whose_driver_is_killed_is_whole(tmp_path):
+    """Amid its trials, and as it ends."""
+    moments = [Moment(MORE, 0.2, trials=3), Moment(END, 0.3)]
+    rows = kill.kill_and_resume(tmp_path / "1", moments, trials=9, options=["epochs=4"])
+    print(*rows, sep="\n")
+    assert rows[0].killed and rows[-1].code == 0
+    folder = tmp_path / "1/out" / kill.NAME
+    assert kill.check(folder, rows[-1].ended) == []
+    assert kill.check_training(folder, kill.went_on(rows)[:1]) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM metrics WHERE step = 2 AND key = 'valid_accuracy'",
+        "UPDATE metrics SET value = value + 1 WHERE step = 1 AND key = 'valid_accuracy'",
+        "UPDATE tags SET value = 'pruned' WHERE key = 'trial_state' AND value = 'complete'",
+        "UPDATE runs SET status = 'RUNNING' WHERE status = 'FINISHED'",
+        "DELETE FROM tags WHERE key = 'study'",
+    ],
+)
+def test_what_would_be_wrong_is_seen(damage, tmp_path, whole):
+    """Or the checks above could not fail."""
+    shutil.copytree(whole.parent, tmp_path / "out")
+    folder = tmp_path / "out" / whole.name
+    assert kill.check(folder) == []
+    with closing(sqlite3.connect(tmp_path / "out/mlflow.db")) as store:
+        assert store.execute(damage).rowcount
+        store.commit()
+    assert kill.check(folder) != []
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """All studies in it share what they compile."""
-    return tmp_path_factory.mktemp("studies")
-
-
-def show(rows, place, again):
-    Console(width=150).print(kill.table(rows))
-    states = [trial.state for trial in kill.inspect(place) if trial.store == "journal"]
-    say({state: states.count(state) for state in sorted({*states})}, "trained again:", again)
-
-
-def test_a_study_whose_driver_is_killed_five_times_is_whole(folder):
-    rng, kills = random.Random(SEED), 0
-    while kills < kill.KILLS:  # on a fast machine a study may end before its moments have come
-        moments = kill.draw(rng, kill.KILLS - kills)
-        say(f"seed {SEED}, to be killed at:", *moments, sep="\n  ")
-        place = folder / f"driver-{kills}"
-        done = place / "out" / kill.NAME
-        rows = kill.kill_and_resume(place, moments)
-        kills += sum(row.killed for row in rows)
-        again = kill.went_on(rows)[: kill.REPLAYED]
-        show(rows, done, again)
-        assert kill.check(done) == []
-        assert kill.check_training(done, again) == []
-
-
-def test_a_study_whose_workers_are_killed_goes_on_by_itself(folder):
-    place = folder / "workers"
-    done = place / "out" / kill.NAME
-    rows = kill.kill_workers(place, random.Random(SEED), 2)
-    again = kill.restarted(done)
-    show(rows, done, again)
-    assert again, "no trial had to go on elsewhere"
-    assert kill.check(done) == []
-    assert kill.check_training(done, again) == []
-
-
-def test_a_trial_goes_on_whose_worker_dies_as_it_is_given_to_it(folder):
-    words = ["experiment=smoke", "trials=4", "space=bp", "scheduler=none", f"out_dir={folder}"]
-    asked = options.compose([*words, "study=reset"])
-    records = study.run(asked, Console(), kill.DiesOnce).records
-    (mark,) = asked.folder.rglob("died")
-    died = int(mark.read_text())
-    say("its worker died: trial", died)
-    assert [(r.number, r.state, r.reason) for r in records] == [
-        (number, COMPLETE, None) for number in range(4)
-    ]
-    assert kill.restarted(asked.folder) == [died]
+def whole(copied_stores, one_ray, tmp_path_factory):
+    """The folder of a small study that nothing happened to."""
+    place = [f"study={kill.NAME}", f"out_dir={tmp_path_factory.mktemp('whole')}"]
+    asked = options.compose(["experiment=smoke", "space=bp", "trials=3", *place])
+    study.run(asked, tiny.quiet(), tiny.played())
+    return asked.folder

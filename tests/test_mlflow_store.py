@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
 """MLflow as the driver writes it: a real SQLite store, fed with a study's events."""
 
 import itertools

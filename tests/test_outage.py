@@ -1,131 +1,86 @@
-"""What a study does when the services around it fail: a real MLflow server that goes away for a
-while, a disk that fills up."""
+# pyright: reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
+"""What a study does when what it needs fails: a real MLflow server that goes away for a while, a
+disk that is full."""
 
 import io
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from contextlib import closing
-from pathlib import Path
+from functools import partial
 
 import mlflow
 import pytest
+import tiny
+from mlflow_server import Outage, Server
 from rich.console import Console
 
-from disinhib.tuning import event_log, options, study
-from disinhib.tuning.worker import TrainingTrial
+from disinhib.tuning import options, study
+from disinhib.tuning.event_log import COMPLETE, Asked, EpochDone, EventLog, replay
 
-ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
-OUTAGE = 20.0  # s
-
-
-def slow_trial():
-    """Real training whose epochs last long enough for something to happen meanwhile. (A local
-    class: Ray sends it to workers, which cannot import this file.)"""
-
-    class SlowTrial(TrainingTrial):
-        def _epoch(self):
-            time.sleep(0.5)
-            return super()._epoch()
-
-    return SlowTrial
-
-
-class Server:
-    """`mlflow server` on loopback, a process of its own."""
-
-    def __init__(self, folder: Path):
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        store = f"sqlite:///{self.folder / 'server.db'}"
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-                *("--port", str(self.port), "--workers", "1", "--backend-store-uri", store),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # its workers go with it
-        )
-        while True:
-            assert self.process.poll() is None, "mlflow server ended"
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-
-    def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
+TRIALS, EPOCHS = 3, 8
 
 
 @pytest.fixture
-def server(tmp_path):
-    made = Server(tmp_path)
-    made.start()
-    yield made
-    made.stop()
+def server(tmp_path, mlflow_template):
+    server = Server(tmp_path, mlflow_template)
+    server.start()
+    yield server
+    server.stop()
+
+
+def waits_for(marks):
+    """A trainable that waits after its second epoch until the server is away, and before its last
+    one until it is back."""
+    waits = {3: marks / Outage.AWAY, EPOCHS: marks / Outage.BACK}
+
+    class Waits(tiny.played()):
+        def step(self):
+            mark = waits.get(self.epoch + 1)
+            while mark is not None and not mark.exists():
+                time.sleep(0.05)
+            return super().step()
+
+    return Waits
 
 
 def test_metrics_arrive_once_though_the_server_was_away(server, tmp_path):
     asked = options.compose(
         [
-            *("experiment=smoke", "trials=6", "epochs=30", "scheduler=none", "space=bp"),
-            *(f"tracking.uri={server.uri}", f"out_dir={tmp_path / 'out'}"),
+            *("experiment=smoke", f"trials={TRIALS}", f"epochs={EPOCHS}", "scheduler=none"),
+            *("space=bp", f"tracking.uri={server.uri}", f"out_dir={tmp_path / 'out'}"),
         ]
     )
     client = mlflow.MlflowClient(server.uri)
-    away = []
-
-    def interfere():
-        while not study_runs(client):
-            time.sleep(0.5)
-        time.sleep(4)
-        server.stop()
-        away.append(time.time())
-        time.sleep(OUTAGE)
-        server.start()
-        away.append(time.time())
-
-    interference = threading.Thread(target=interfere)
-    interference.start()
     printed = io.StringIO()
-    finished = study.run(asked, Console(file=printed, width=200), slow_trial())
+    outage = Outage(server, tmp_path)
+    away = "mlflow does not take records"
+    interference = threading.Thread(
+        target=outage.run, args=(lambda: study_runs(client), lambda: away in printed.getvalue())
+    )
+    interference.start()
+    finished = study.run(asked, Console(file=printed, width=200), waits_for(tmp_path))
     interference.join()
 
     assert finished.undelivered == {}
-    assert "mlflow does not take records" in printed.getvalue()
+    assert away in printed.getvalue()
     assert "mlflow answers again and has all records" in printed.getvalue()
-    with closing(event_log.Journal(asked.folder)) as opened:
-        events = opened.events()
-    heard = {(e.trial, e.epoch): e for e in events if e.kind == event_log.EPOCH}
-    assert len(heard) == 6 * 30
-    during = [e for e in heard.values() if away[0] < e.time < away[0] + OUTAGE]
-    assert len(during) > 20  # the trials went on
+    with closing(EventLog(asked.folder)) as log:
+        logged = [each for each in log.events() if isinstance(each.event, EpochDone)]
+    epochs = {(each.event.trial, each.event.epoch): each for each in logged}
+    assert len(epochs) == len(logged) == TRIALS * EPOCHS
+    begin, end = outage.times
+    assert sum(begin < each.time < end for each in logged) >= EPOCHS - 3  # the trials went on
     runs = {int(run.data.tags["trial"]): run for run in study_runs(client)}
-    assert sorted(runs) == list(range(6))
+    assert sorted(runs) == list(range(TRIALS))
     for number, run in runs.items():
         assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "complete")
-        for name in ("valid_accuracy", "train_CL_loss"):
-            history = client.get_metric_history(run.info.run_id, name)
-            expected = [(n, heard[number, n].body["metrics"][name]) for n in range(1, 31)]
-            assert [(metric.step, metric.value) for metric in history] == expected
-    parent = client.get_run(finished.run_id or "")
-    assert parent.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "valid_accuracy")
+        expected = [
+            (n, epochs[number, n].event.metrics["valid_accuracy"][0]) for n in range(1, EPOCHS + 1)
+        ]
+        assert [(metric.step, metric.value) for metric in history] == expected
+    assert client.get_run(finished.run_id or "").info.status == "FINISHED"
 
 
 def study_runs(client):
@@ -134,62 +89,58 @@ def study_runs(client):
     return client.search_runs(experiments, "tags.trial LIKE '%'")
 
 
-# A study on a small file system with a file that fills most of it, and the same study resumed
-# without that file. In namespaces of its own, where everybody may mount: $1 is the folder, $2 the
-# size of the file, the rest the study's options.
-DISK = 40 * 2**20  # bytes
-FULL_DISK = f"""
-set -u
-disk=$1 ballast=$2; shift 2
-mount -t tmpfs -o size={DISK} tmpfs "$disk" || exit 99
-head -c "$ballast" /dev/zero > "$disk/ballast"
-"$PYTHON" "$SCRIPT" "$@"
-echo "$?" > stopped
-rm "$disk/ballast"
-"$PYTHON" "$SCRIPT" study=full "out_dir=$disk/out" resume=true > resumed.log 2>&1
-echo "$?" > resumed
-cp -r "$disk/out/full" kept
-"""
+def full_checkpoints(patch):
+    """Trials cannot write their checkpoints. (Of their worker: tests/test_worker.py.)"""
+
+    class Full(tiny.played()):
+        def reset_config(self, new_config):
+            return super().reset_config({**new_config, "searched": {"2": "full"}})
+
+    return Full
 
 
-def on_full_disk(disk: Path, room: int, *arguments: str) -> str:
-    """What the study that stopped has said on stderr; the folder of the test gets the rest."""
-    disk.mkdir()
-    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh"]
-    run = subprocess.run(
-        [*words, str(disk), str(DISK - room), *arguments],
-        env=os.environ | {"PYTHON": sys.executable, "SCRIPT": str(ROOT / "tune_main.py")},
-        cwd=disk.parent, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, f"needs user namespaces (unshare --user --mount): {run.stderr}"
-    return run.stderr
+def full_log(patch):
+    """SQLite can give the log no more pages: what a full disk is to it."""
+    append = EventLog.append
+
+    def limited(self, events):
+        events = list(events)
+        if any(isinstance(event, EpochDone) for event in events):
+            pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
+            self._connection.execute(f"PRAGMA max_page_count = {pages}")
+        return append(self, events)
+
+    patch.setattr(EventLog, "append", limited)
+    return tiny.played()
 
 
-# Bytes of room, and what meets the end of it first: a trial's checkpoint, or the study's journal.
-FIRST = {
-    "checkpoint": (3_300_000, ("checkpoints.every_seconds=0", "model.vf.sizes_hidden=[500]")),
-    "journal": (890_000, ("checkpoints.keep_best=0", "epochs=40", "scheduler=none")),
+FULL = {
+    full_checkpoints: "No space left on device: there",
+    full_log: "no space left for the event log",
 }
 
 
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("fault", FULL)
 def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(
-    first, tmp_path, mlflow_template
+    fault, tmp_path, monkeypatch, capsys
 ):
-    disk = tmp_path / "disk"
-    room, own = FIRST[first]
-    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
-    said = on_full_disk(
-        disk, room, "experiment=smoke", "trials=12", "epochs=4", "checkpoints.keep_best=9",
-        "study=full", f"out_dir={disk / 'out'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
-        *own,
-    )  # fmt: skip
-    assert (tmp_path / "stopped").read_text() == "1\n", said
-    *_, line = said.strip().splitlines()
-    assert "No space left on device" in line or "no space left for the " + first in line
-    assert f"study=full out_dir={disk / 'out'} resume=true" in line
-    assert (tmp_path / "resumed").read_text() == "0\n", (tmp_path / "resumed.log").read_text()
-    with closing(event_log.Journal(tmp_path / "kept")) as opened:
-        records = event_log.records(opened.events())
-    assert sorted(records) == list(range(12))
-    assert all(record.ended for record in records.values())
+    run, out = study.run, f"out_dir={tmp_path / 'out'}"
+    words = ["experiment=smoke", "space=bp", "epochs=4", "study=full", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "run", partial(run, trainable=fault(patch)))
+        assert study.main(words) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {FULL[fault]}: make room, then go on: ")
+    assert line.endswith(f"study=full {out} resume=true")
+
+    monkeypatch.setattr(study, "run", partial(run, trainable=tiny.played()))
+    assert study.main(["study=full", out, "resume=true"]) == 0
+    with closing(EventLog(tmp_path / "out/full")) as log:
+        events = log.events()
+    records = replay(events)
+    assert (
+        sorted(records)
+        == list(range(6))
+        == sorted(logged.event.trial for logged in events if isinstance(logged.event, Asked))
+    )
+    assert {record.state for record in records.values()} == {COMPLETE}

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
 """Everything arrives in every store, in order, nothing twice in effect, whatever a store does."""
 
 import json

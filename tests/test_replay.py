@@ -1,4 +1,4 @@
-"""Replays in processes of their own, of runs that a process here trained and wrote to SQLite."""
+"""Replays, in another process than this one, of runs that it trained and wrote to SQLite."""
 
 import json
 import math
@@ -19,17 +19,21 @@ OPTIONS = [
     *("trainer=bp", "model/vf=non-dale", "model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]"),
     *("epochs=2", "seed=5"),
 ]
-# Writes the runs as a study does; prints their ids.
-WRITER = """
-import json, sys
+# Writes runs as a study does, and replays some; prints their ids, and what came of the replays.
+CHILD = """
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+
+folder, overrides = sys.argv[1], sys.argv[2:]
 import jax, numpy as np, yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from analysis import replay
 from disinhib import hydra_config, training
 from disinhib.config import parse
 from disinhib.tuning import provenance
+from disinhib.tuning.event_log import over_seeds
 
-folder, overrides = sys.argv[1], sys.argv[2:]
 client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 experiment = client.create_experiment("disinhib", artifact_location=f"file://{folder}/artifacts")
 
@@ -41,10 +45,7 @@ def trained(config, seeds):
         except training.Diverged as error:
             yield f"Diverged: {error}"
             return
-        values = {name: float(lane.mean()) for name, lane in lanes.items()}
-        if len(seeds) > 1:
-            values |= {f"{name}_sd": float(lane.std(ddof=1)) for name, lane in lanes.items()}
-        yield values
+        yield over_seeds({name: values.tolist() for name, values in lanes.items()})
 
 def write(seeds=(5,), more=(), state="complete", alter=lambda epochs: None, about=None, **extra):
     options, _ = hydra_config.compose("train", [*overrides, *more])
@@ -73,20 +74,31 @@ def other_names(epochs):
     for values in epochs:
         values["score"] = values.pop("valid_accuracy")
 
+def replayed(run):
+    out, errors, before = io.StringIO(), io.StringIO(), dict(os.environ)
+    with redirect_stdout(out), redirect_stderr(errors):
+        code = replay.main([run, f"tracking.uri=sqlite:///{folder}/mlflow.db"])
+    assert dict(os.environ) == before
+    return code, out.getvalue().splitlines(), errors.getvalue()
+
 broken = ["optimizer.learning_rate=1e30"]
-print(json.dumps({
+trials = {
     "complete": write(),
     "two seeds": write(seeds=(5, 17), alter=other_names, about={"python": "3.10.1"}),
     "failed": write(more=broken, state="failed"),
     "other reason": write(more=broken, state="failed", reason="Diverged: otherwise"),
     "one ulp": write(alter=one_ulp),
+}
+others = {
     "interrupted": write(state="killed"),
     "study": client.create_run(experiment, tags={"study": "tiny"}).info.run_id,
     "no artifacts": client.create_run(experiment, tags={
         "study": "tiny", "trial": "3", "rule": "bp", "seeds": "5", "trial_state": "complete",
         "epochs": "2", "device": "cpu",
     }).info.run_id,
-}))
+}
+replays = {name: replayed(run) for name, run in trials.items()}
+print(json.dumps({"runs": trials | others, "replays": replays}))
 """
 
 
@@ -111,26 +123,31 @@ def process(*arguments, folder, **variables):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, mlflow_template):
-    shutil.copy(mlflow_template, folder / "mlflow.db")
-    arguments = ("-c", WRITER, str(folder), *OPTIONS)
-    done = process(*arguments, folder=folder, PJRT_NPROC="1", JAX_PLATFORMS="cpu")
+def written(folder, mlflow_template):
+    """(ids of runs, what came of their replays), by their names."""
+    shutil.copyfile(mlflow_template, folder / "mlflow.db")
+    # The environment of a worker, which is what replays need.
+    worker = {"PJRT_NPROC": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    done = process("-c", CHILD, str(folder), *OPTIONS, folder=folder, **worker)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout.splitlines()[-1])
+    return last["runs"], last["replays"]
 
 
 @pytest.fixture(scope="module")
-def replayed(folder, runs):
+def runs(written):
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def replayed(written):
     """`replayed(name)`: (exit code, lines of stdout, stderr)."""
     # Someone may be at work on the code while this runs.
     edited = re.compile(r"warning: \S+ (changed|is new|is gone)")
 
     def run(name):
-        uri = f"sqlite:///{folder / 'mlflow.db'}"
-        arguments = ("-m", "analysis.replay", runs.get(name, name), f"tracking.uri={uri}")
-        done = process(*arguments, folder=folder)
-        lines = [line for line in done.stdout.splitlines() if not edited.fullmatch(line)]
-        return done.returncode, lines, done.stderr
+        code, lines, errors = written[1][name]
+        return code, [line for line in lines if not edited.fullmatch(line)], errors
 
     return run
 
@@ -180,19 +197,28 @@ def test_one_last_bit_of_one_value_is_seen(replayed):
     assert float(then) == math.nextafter(float(now), 1)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(replayed):
-    code, lines, errors = replayed("0123456789abcdef")
-    assert (code, lines) == (2, [])
-    assert errors.startswith("error: 0123456789abcdef: no such run in sqlite:///")
-    assert errors.count("\n") == 1
+def test_a_run_that_is_not_there_is_refused_in_one_line(runs, folder):
+    unknown = "0123456789abcdef"
+    with pytest.raises(InputError, match=f"{unknown}: no such run in sqlite:///") as refusal:
+        replay.main([unknown, f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"])
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_real_command_replays_likewise(replayed, runs, folder):
+    """With an environment that it sets itself."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    done = process(
+        *("-m", "analysis.replay", runs["complete"], f"tracking.uri={uri}"), folder=folder
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == replayed("complete")[1][-1]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("study", r"not a trial of a study, or not ended \(it has no tag trial\)"),
+        ("study", r"no trial of a study, or not over \(it has no tag trial\)"),
         ("interrupted", "is killed, needed is one of complete, pruned, failed"),
-        ("no artifacts", "cannot read its artifacts"),
+        ("no artifacts", "cannot read what it has kept"),
     ],
 )
 def test_a_run_that_is_no_trial_is_refused_in_one_line(name, message, runs, folder):

@@ -1,5 +1,6 @@
 """Retraining, with the real Ray and MLflow: of a planted study's selection, and of a small grid."""
 
+import io
 import json
 import math
 import os
@@ -7,46 +8,44 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from contextlib import redirect_stdout
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
+import tiny
 import yaml
 from mlflow import MlflowClient
+from mlflow_server import Outage, Server, wait
+from ray import tune
 
 import disinhib
-from analysis import cell, configurations, ledger, retrain, runs, selection, store as stores
+from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
-from disinhib.tuning import mlflow_store
-from disinhib.tuning.worker import environment
+from disinhib.tuning import engine, environment, mlflow_store
 
-pytestmark = pytest.mark.usefixtures("copied_stores")
+pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
 
 SELECTED = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted`
 SEEDS = 2
 GRID = ("experiment=smoke_table1", "checkpoints.every_seconds=0", "trainer=bp,exact-inv")
 
 
-@pytest.fixture(scope="module")
-def programs():
-    """Environment of processes that compile quickly, to slower programs."""
-    return {
-        **os.environ,
-        **environment(1, 0),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
-def command(module, *arguments):
-    return [sys.executable, "-m", f"analysis.{module}", *map(str, arguments)]
+def call(*arguments):
+    """(exit code, what was printed)."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        code = retrain.main([str(argument) for argument in arguments])
+    return code, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(copied_stores, tmp_path_factory):
     return planted.write(tmp_path_factory.mktemp("planted"))
 
 
@@ -58,12 +57,11 @@ def selected(study):
 
 
 @pytest.fixture(scope="module")
-def done(study, selected, programs):
-    """The retraining's finished process."""
-    words = command("retrain", selected, f"seeds={SEEDS}", f"out_dir={study.folder}")
-    finished = subprocess.run(words, env=programs, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished
+def done(study, selected, one_ray):
+    """What the retraining printed."""
+    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}")
+    assert code == 0, printed
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +85,28 @@ def test_every_configuration_has_a_run_a_seed_linked_to_its_trial_and_study(stud
     client = MlflowClient(tracking_uri=study.uri)
     for row in rows:
         run = client.get_run(row["run_id"])
-        assert run.data.tags["mlflow.parentRunId"] == study.run_id
+        parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+        assert (parent.info.run_name, parent.info.status) == ("planted-retrained", "FINISHED")
+        assert run.data.tags[mlflow_store.OF_STUDY] == opened[1].id
         assert run.info.status == "FINISHED"
         assert (row["state"], row["epochs"], row["budget"]) == ("complete", 2, 2)
         assert run.data.params == client.get_run(row["of_run"]).data.params
+
+
+def test_a_retraining_is_no_study_to_analyse(opened):
+    store, study = opened
+    assert stores.find_study(store).name == study.name  # the newest
+    assert len(runs.trials(store, study).rows) == len(planted.TRIALS) - 1
+
+
+def test_it_says_how_it_went(done, rows):
+    lines = done.splitlines()
+    assert lines[0] == "3 configurations of 2 seeds (0 to 1)"
+    for rule, trial in SELECTED.items():
+        tests = [row["test_accuracy"] for row in rows if row["rule"] == rule]
+        (line,) = (line for line in lines if line.startswith(f"{rule}, 1 hidden layer, digits"))
+        mean = sum(tests) / len(tests)
+        assert f"(trial {trial}): 2 of 2 seeds complete, test accuracy {mean:.2f} %" in line
 
 
 def test_seeds_are_none_of_the_search(study, rows):
@@ -113,11 +129,10 @@ def test_a_seed_is_what_its_command_trains(study, rows):
     words = shlex.split(row["command"])
     assert words[:3] == ["python", "-m", "disinhib"]
     composed, _ = hydra_config.compose(hydra_config.TRAINING, words[3:])
-    run = config.parse(composed)
-    told = []
-    training.train(run, [row["seed"]], lambda _, metrics: told.append(metrics))
+    epochs = []
+    training.train(config.parse(composed), [row["seed"]], lambda _, metrics: epochs.append(metrics))
     for name in ("train_CL_loss", "valid_loss", "valid_accuracy", "test_accuracy"):
-        assert row[name] == pytest.approx(float(told[-1][name][0]), rel=1e-4), name
+        assert row[name] == pytest.approx(float(epochs[-1][name][0]), rel=1e-4), name
     store = stores.connect(study.uri)
     kept = yaml.safe_load(stores.text(store, row["run_id"], "config.yaml"))
     assert {**kept, "out_dir": composed["out_dir"]} == composed
@@ -127,7 +142,7 @@ def test_a_model_loads_and_is_as_good_as_was_said(study, rows, tmp_path):
     test = data.load("digits", None, 0.2).test
     for row in (row for row in rows if row["seed"] == 0):
         client = MlflowClient(tracking_uri=study.uri)
-        file = client.download_artifacts(row["run_id"], ledger.MODEL, str(tmp_path))
+        file = client.download_artifacts(row["run_id"], mlflow_store.MODEL, str(tmp_path))
         network, parameters = disinhib.load(file)
         output = network(parameters, jnp.asarray(test.images / 16, jnp.float32))
         right = np.mean(np.argmax(np.asarray(output), axis=1) == test.labels)
@@ -144,24 +159,29 @@ def test_the_dynamics_are_checked_where_there_are_any(rows):
             assert row["flag"] == ""
 
 
-def test_given_again_nothing_is_trained_again(study, selected, done, rows, capsys):
-    arguments = [str(selected), f"seeds={SEEDS}", f"out_dir={study.folder}"]
-    assert retrain.main(arguments) == 0
-    assert "(0 to 1); 6 of 6 are done" in capsys.readouterr().out
+def test_given_again_nothing_is_trained_again(study, selected, done, rows):
+    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}")
+    assert code == 0 and printed.splitlines()[-3:] == done.splitlines()[-3:]
     store = stores.connect(study.uri)
     again = runs.retrained(store, stores.find_study(store, study.study)).rows
     assert sorted(again["run_id"]) == sorted(row["run_id"] for row in rows)
-    assert not list((study.folder / "retraining").rglob("*.msgpack"))
+    folder = study.folder / "planted-retrained"
+    assert not [*folder.rglob("*.msgpack"), *folder.rglob("*.model")]
 
 
-def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, done, rows):
-    """They are no trials of it: `tracking.Tracker.load` deletes what is there twice."""
+def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, opened, rows):
+    """They are no trials of it: `MlflowStore.load` deletes what is there twice."""
     experiment = mlflow_store.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
-    tracker = mlflow_store.Tracker(experiment, study.study, study.study, {}, {}, {})
-    assert tracker.load() == set(range(len(planted.TRIALS)))
+    none = lambda number, seed: study.folder / "none"
+    store = mlflow_store.MlflowStore(experiment, study.study, opened[1].id, {}, {}, {}, none)
+    store.load({})
+    assert {number for number, _ in store.runs} == set(range(len(planted.TRIALS)))
     store = stores.connect(study.uri)
     again = runs.retrained(store, stores.find_study(store, study.study)).rows
     assert len(again) == len(rows)
+
+
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -180,7 +200,7 @@ def test_a_selection_that_cannot_be_is_refused(edit, message, study, selected, t
     content = yaml.safe_load(selected.read_text())
     if "trial" in edit:
         client = MlflowClient(tracking_uri=study.uri)
-        wanted = f"tags.trial = '{edit['trial']}'"
+        wanted = f"tags.trial = '{edit['trial']}' AND tags.study = 'planted'"
         found = client.search_runs([client.get_run(study.run_id).info.experiment_id], wanted)
         edit = {"run_id": found[0].info.run_id}
     if "run_id" in edit:
@@ -198,7 +218,7 @@ def test_a_selection_that_cannot_be_is_refused(edit, message, study, selected, t
 def test_a_seed_of_the_search_is_refused(study, selected, tmp_path):
     seeds = f"seeds=[3,{study.seeds[4]}]"
     with pytest.raises(
-        Refused, match=rf"given {study.seeds[4]}, which a search has used \(trial 4 of planted\)"
+        Refused, match=rf"given {study.seeds[4]}, which the search has seen \(trial 4 of planted\)"
     ):
         retrain.main([str(selected), seeds, f"out_dir={tmp_path}"])
 
@@ -235,6 +255,9 @@ def test_selected_configurations_take_no_options_of_training(selected, tmp_path)
         retrain.main([str(selected), "epochs=3", f"out_dir={tmp_path}"])
 
 
+# Grids.
+
+
 def test_a_grid_is_every_combination_that_is_asked_for():
     settings, _ = hydra_config.compose(configurations.CONFIG, ["experiment=table1"])
     axes, rest = configurations.chosen_axes(
@@ -245,7 +268,7 @@ def test_a_grid_is_every_combination_that_is_asked_for():
     assert [(one.depth, one.rule, one.averaged) for one in planned] == [
         (1, "bp", "none"), (1, "lin-thresh", "true"), (3, "bp", "none"), (3, "lin-thresh", "true")
     ]  # fmt: skip
-    assert len({one.configuration for one in planned}) == 4
+    assert len({one.id for one in planned}) == 4
     assert planned[1].command == (
         "python -m disinhib trainer=lin-thresh dataset=fmnist model/vf=dale"
         " model.vf.nb_hidden=1 trainer.average_fb_weights=true"
@@ -262,92 +285,187 @@ def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
     text = file.read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     assert f"experiment={file.stem}" in head and "Expect" in head
-    asked = f"experiment={file.stem}"
+    experiment = f"experiment={file.stem}"
     if "\ngrid:" in text:
-        axes, rest = configurations.chosen_axes([asked])
+        axes, rest = configurations.chosen_axes([experiment])
         planned = configurations.of_grid(configurations.checked_settings(rest), rest, axes)
         assert len(planned) == math.prod(len(names) for names in axes.values())
 
 
-def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
-    """Planted: the second of two seeds, in its second epoch."""
-    settings, _ = hydra_config.compose(configurations.CONFIG, [GRID[0], "epochs=3"])
-    planned = configurations.of_grid(
-        settings, [GRID[0], "epochs=3"], {"dataset": ["digits"], "depth": ["1"], "trainer": ["bp"]}
+def trained(uri):
+    """(rows of retrained seeds, the grid's own run, every epoch of every seed)."""
+    store = stores.connect(uri)
+    grid = stores.find_study(store)
+    rows = runs.retrained(store, grid).rows.to_dict("records")
+    epochs = {
+        (row["rule"], row["seed"]): [
+            entry.step for entry in stores.history(store, row["run_id"], "valid_accuracy")
+        ]
+        for row in rows
+    }
+    assert len(epochs) == len(rows)  # no seed twice
+    return rows, grid.run, epochs
+
+
+def play(monkeypatch, trainable):
+    """Retrainings play with `trainable`."""
+    monkeypatch.setattr(engine, "run", partial(RUN, trainable=trainable))
+
+
+RUN = engine.run
+
+
+def acts_of(**acts):
+    """A trainable whose trials do what is said of their rule."""
+
+    class Acts(tiny.played()):
+        def reset_config(self, new_config):
+            return super().reset_config(
+                {**new_config, "searched": acts.get(new_config["rule"], {})}
+            )
+
+    return Acts
+
+
+def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
+    play(monkeypatch, tiny.played())
+    grid, place = GRID[0], f"out_dir={tmp_path}"
+    parts = [
+        (["trainer=bp", "seeds=2"], {("bp", 0), ("bp", 1)}),
+        (["trainer=bp", "seeds=3"], {("bp", 2)}),
+        (["trainer=bp,exact-inv", "seeds=[1,5]"], {("bp", 5), ("exact-inv", 1), ("exact-inv", 5)}),
+        (["trainer=exact-inv", "seeds=[5]"], set()),
+    ]
+    seeds = set()
+    for words, new in parts:
+        code, printed = call(grid, place, *words)
+        assert code == 0, printed
+        rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        assert {*epochs} - seeds == new and {*epochs} >= seeds
+        seeds = {*epochs}
+        assert set(map(tuple, epochs.values())) == {(1, 2)}
+        assert {row["state"] for row in rows} == {"complete"}
+        assert parent.info.status == "FINISHED"
+
+
+def test_a_seed_that_diverges_ends_alone_and_is_a_result(tmp_path, monkeypatch):
+    play(monkeypatch, acts_of(bp={"2": "diverge"}))
+    words = [GRID[0], "trainer=bp", "epochs=3", f"out_dir={tmp_path}"]
+    for _ in range(2):  # it is not trained again
+        code, printed = call(*words)
+        assert code == 0
+        assert "1 of 2 seeds complete, test accuracy 50.00 %, seed 1 Diverged: planted" in printed
+        rows, _, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        assert epochs == {("bp", 0): [1, 2, 3], ("bp", 1): [1]}
+        ends = {row["seed"]: (row["state"], row["reason"], row["epochs"]) for row in rows}
+        assert ends == {0: ("complete", None, 3), 1: ("failed", "Diverged: planted", 1)}
+
+
+def test_what_raised_is_trained_again_when_the_command_is_given_again(tmp_path, monkeypatch):
+    words = [*GRID, f"out_dir={tmp_path}"]
+    play(monkeypatch, acts_of(bp={"2": "raise"}))
+    code, printed = call(*words)
+    assert code == 1 and "2 of 4 seeds are done: give the command again" in printed
+    assert "0 of 2 seeds complete, RuntimeError: planted" in printed
+    play(monkeypatch, tiny.played())
+    code, printed = call(*words)
+    assert code == 0 and printed.count("2 of 2 seeds complete") == 2
+
+
+def test_what_other_code_has_begun_does_not_go_on(tmp_path, monkeypatch):
+    class Interrupt(tune.Callback):
+        def on_trial_result(self, **_):
+            signal.raise_signal(signal.SIGINT)
+
+    words = [GRID[0], "trainer=bp", f"out_dir={tmp_path}"]
+    monkeypatch.setattr(
+        engine, "run", partial(RUN, trainable=tiny.played(), callbacks=[Interrupt()])
     )
-    real = training.divergences
-
-    def planted_divergences(run, metrics, state):
-        return real(run, metrics, state) | ({1: "planted"} if int(state.epoch[0]) >= 2 else {})
-
-    monkeypatch.setattr(training, "divergences", planted_divergences)
-    planned_options = planned[0].options
-    outcome = cell.train(planned_options, [4, 5], str(tmp_path / "a.msgpack"), 0)
-    well, broken = outcome.seeds
-    assert (well.seed, well.state, well.reason, len(well.epochs)) == (4, "complete", None, 3)
-    assert (broken.seed, broken.state, broken.reason) == (5, "failed", "Diverged: planted")
-    assert len(broken.epochs) == 1 and broken.model is None
-    assert "test_accuracy" in well.epochs[-1][1] and "test_accuracy" not in broken.epochs[-1][1]
+    assert call(*words)[0] == 130
+    play(monkeypatch, tiny.played())
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "code_hash", lambda code: "other")
+        with pytest.raises(errors.ConfigError, match="study: given one that other code has begun"):
+            call(*words)
+    code, printed = call(*words)
+    assert code == 0 and "warning" not in printed
+    monkeypatch.setattr(retrain, "code_hash", lambda code: "other")
+    code, printed = call(*words)  # what is finished stands
+    assert code == 0 and "warning: trial 0 was trained by other code" in printed
 
 
-def finished_runs(folder):
-    """Runs of retrained seeds in the store of `folder` that have their state."""
-    if not (folder / "mlflow.db").exists():
-        return []
-    store = stores.connect(f"sqlite:///{folder / 'mlflow.db'}")
-    return runs.retrained(store, stores.find_study(store)).rows.to_dict("records")
-
-
-def kill_when(folder, programs, arguments, due):
-    """Starts a retraining and ends it with SIGKILL as soon as `due()`."""
+def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path):
+    """Killed in the midst of real training, when it has a checkpoint."""
+    words = [*GRID, "epochs=12", f"out_dir={tmp_path}"]
     driver = subprocess.Popen(
-        command("retrain", *arguments), env=programs, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "analysis.retrain", *words],
+        env={**os.environ, **environment.of_worker(1, 0)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    deadline = time.monotonic() + 240
-    while not due():
-        assert driver.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-
-
-def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, programs):
-    """Killed in mid-training, and as its first results are being written into MLflow."""
-    arguments = [*GRID, "epochs=12", f"out_dir={tmp_path}"]
-    kept = lambda: list((tmp_path / "retraining").rglob("*.msgpack"))
-    kill_when(tmp_path, programs, arguments, kept)
-    assert finished_runs(tmp_path) == []
-    models = lambda: list((tmp_path / "mlflow-artifacts").rglob("model.msgpack"))
-    kill_when(tmp_path, programs, arguments, models)
-    assert len(finished_runs(tmp_path)) < 4
-    done = subprocess.run(
-        command("retrain", *arguments), env=programs, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    rows = finished_runs(tmp_path)
-    assert sorted((row["rule"], row["seed"]) for row in rows) == [
-        ("bp", 0), ("bp", 1), ("exact-inv", 0), ("exact-inv", 1)
-    ]  # fmt: skip
+    kept = lambda: list(tmp_path.rglob("*.msgpack"))
+    wait(lambda: kept() or driver.poll() is not None)
+    os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    code, printed = call(*words)
+    assert code == 0, printed
+    assert "resumed with" in printed
+    rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert parent.info.status == "FINISHED"
+    assert epochs == {
+        (rule, seed): list(range(1, 13)) for rule in ("bp", "exact-inv") for seed in (0, 1)
+    }
     store = stores.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    study = stores.find_study(store)
-    assert len(stores.children(store, study)) == 4
-    assert study.run.info.status == "FINISHED"
     for row in rows:
-        for name in ("valid_accuracy", "train_CL_loss"):
-            told = stores.history(store, row["run_id"], name)
-            assert [entry.step for entry in told] == list(range(1, 13))
         assert json.loads(stores.text(store, row["run_id"], "provenance.json"))["code"]
-    assert not kept()
-    # What an uninterrupted run gives.
-    whole = cell.train(
-        _options_of(store, rows, "bp"), [0, 1], str(Path(tmp_path, "whole.msgpack")), 1e9
+    assert not [*kept(), *tmp_path.rglob("*.model")]
+    # What an uninterrupted training gives.
+    own = {row["seed"]: row for row in rows if row["rule"] == "bp"}
+    options = yaml.safe_load(stores.text(store, own[0]["run_id"], "config.yaml"))
+    whole = []
+    training.train(config.parse(options), [0, 1], lambda _, metrics: whole.append(metrics))
+    for lane, seed in enumerate((0, 1)):
+        for name in ("valid_loss", "test_loss"):
+            assert own[seed][name] == pytest.approx(float(whole[-1][name][lane]), rel=1e-5)
+
+
+def test_an_outage_of_mlflow_in_its_midst_loses_nothing(tmp_path, mlflow_template, monkeypatch):
+    server = Server(tmp_path, mlflow_template)
+    server.start()
+    outage, last = Outage(server, tmp_path), 6
+    waits = {3: tmp_path / Outage.AWAY, last: tmp_path / Outage.BACK}
+
+    class Waits(tiny.played()):
+        def step(self):
+            mark = waits.get(self.epoch + 1)
+            while mark is not None and not mark.exists():
+                time.sleep(0.05)
+            return super().step()
+
+    play(monkeypatch, Waits)
+    client = MlflowClient(server.uri)
+    experiments = lambda: [each.experiment_id for each in client.search_experiments()]
+    printed = io.StringIO()
+    interference = threading.Thread(
+        target=outage.run,
+        args=(
+            lambda: client.search_runs(experiments(), "tags.seed LIKE '%'"),
+            lambda: "mlflow does not take records" in printed.getvalue(),
+        ),
     )
-    for seed in whole.seeds:
-        row = next(row for row in rows if (row["rule"], row["seed"]) == ("bp", seed.seed))
-        assert row["valid_loss"] == pytest.approx(seed.epochs[-1][1]["valid_loss"], rel=1e-5)
-
-
-def _options_of(store, rows, rule):
-    run_id = next(row["run_id"] for row in rows if row["rule"] == rule)
-    return yaml.safe_load(stores.text(store, run_id, "config.yaml"))
+    interference.start()
+    try:
+        words = [*GRID, f"epochs={last}", f"tracking.uri={server.uri}", f"out_dir={tmp_path}"]
+        with redirect_stdout(printed):
+            code = retrain.main(words)
+        interference.join()
+        assert code == 0, printed.getvalue()
+        assert "mlflow answers again and has all records" in printed.getvalue()
+        rows, parent, epochs = trained(server.uri)
+    finally:
+        server.stop()
+    assert epochs == {
+        (rule, seed): [*range(1, last + 1)] for rule in ("bp", "exact-inv") for seed in (0, 1)
+    }
+    assert {row["state"] for row in rows} == {"complete"}
+    assert parent.info.status == "FINISHED"

@@ -1,21 +1,27 @@
-"""One trial, as a Ray worker runs it but without Ray's cluster: what it reports, keeps and repeats;
-and which checkpoints of a study stay."""
+"""One trial, as a Ray worker runs it but without Ray's cluster: what it reports, keeps and
+repeats."""
 
 import errno
 import json
 import math
 import os
 import platform
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from ray.air.constants import TRAINING_ITERATION
 
-from disinhib import checkpoint, hydra_config, training
-from disinhib.tuning import retention, worker
-from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, WAITING, Record
-from disinhib.tuning.worker import DISK_FULL, OVER_CAP, TrainingTrial, checkpoint_file, over_lanes
+import disinhib
+from disinhib import checkpoint, data, hydra_config, training
+from disinhib.tuning import environment
+from disinhib.tuning.event_log import over_seeds
+from disinhib.tuning.retention import checkpoint_file, model_file
+from disinhib.tuning.worker import FAILURE, REPORT, TrainingTrial
 
 EPOCHS = 4
 SEEDS = [3, 4]
@@ -23,6 +29,8 @@ OPTIONS = [
     *("model/vf=non-dale", "trainer=bp", f"epochs={EPOCHS}"),
     *("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "batchsize=100"),
 ]
+OF_MACHINE = ("epoch_seconds", "compilations", "compilation_seconds", "peak_memory_mb")
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,159 +50,180 @@ def settings_of_jax(tmp_path_factory):
         jax.config.update(name, value)
 
 
+def trial_config(folder, number=0, seeds=SEEDS, options=(), final=False, **policy):
+    """What a worker gets, as it gets it."""
+    composed, choices = hydra_config.compose("train", [*OPTIONS, *options])
+    config = {
+        "number": number, "rule": choices["trainer"], "searched": {}, "command": "",
+        "options": composed, "seeds": list(seeds), "epochs": EPOCHS, "final": final,
+        "policy": {
+            "folder": str(folder), "every_seconds": math.inf, "at_end": False,
+            "cap_bytes": math.inf, **policy,
+        },
+    }  # fmt: skip
+    return json.loads(json.dumps(config))
+
+
 @pytest.fixture
-def told(tmp_path):
-    """`told(number=, seeds=, options=, **policy)`: what a worker gets."""
-
-    def make(number=0, seeds=SEEDS, options=(), **policy):
-        composed, choices = hydra_config.compose("train", [*OPTIONS, *options])
-        config = {
-            "number": number,
-            "rule": choices["trainer"],
-            "searched": {},
-            "command": "",
-            "options": composed,
-            "seeds": list(seeds),
-            "epochs": EPOCHS,
-            "metric": "valid_accuracy",
-        }
-        kept = {
-            "folder": str(tmp_path),
-            "every_seconds": math.inf,
-            "at_end": False,
-            "cap_bytes": math.inf,
-        }
-        return json.loads(json.dumps({**config, "checkpoints": {**kept, **policy}}))
-
-    return make
+def configure(tmp_path):
+    """`configure(number=, seeds=, options=, final=, **policy)`: a worker's configuration."""
+    return lambda *args, **kwargs: trial_config(tmp_path, *args, **kwargs)
 
 
 def steps(worker, count):
     return [worker.step() for _ in range(count)]
 
 
+def report_of(result):
+    return json.loads(result[REPORT])
+
+
 def computed(result):
     """What follows from options and seeds."""
-    clocks = ("epoch_seconds", "epoch_seconds_sd", "compilations", "peak_memory_mb")
-    metrics = {n: v for n, v in result["metrics"].items() if n not in clocks}
-    return {**result, "metrics": metrics}
+    report = report_of(result)
+    metrics = {n: values for n, values in report["metrics"].items() if n not in OF_MACHINE}
+    return {**report, "metrics": metrics}
 
 
 @pytest.fixture(scope="module")
 def whole(settings_of_jax, tmp_path_factory):
     """Results of a trial that nothing interrupts."""
-    options, choices = hydra_config.compose("train", OPTIONS)
-    worker = TrainingTrial(
-        {
-            "number": 0, "rule": choices["trainer"], "searched": {}, "command": "",
-            "options": options, "seeds": SEEDS, "epochs": EPOCHS, "metric": "valid_accuracy",
-            "checkpoints": {"folder": str(tmp_path_factory.mktemp("none")), "at_end": False,
-                            "every_seconds": math.inf, "cap_bytes": math.inf},
-        }
-    )  # fmt: skip
-    return steps(worker, EPOCHS)
+    return steps(TrainingTrial(trial_config(tmp_path_factory.mktemp("none"))), EPOCHS)
 
 
 # What it reports.
 
 
-def test_a_step_is_an_epoch_and_the_last_one_is_done(whole, tmp_path):
-    assert [r["training_iteration"] for r in whole] == [1, 2, 3, 4]
-    assert [r["done"] for r in whole] == [False, False, False, True]
-    for result in whole:
-        assert result["score"] == result["metrics"]["valid_accuracy"]
-        assert all(math.isfinite(value) for value in result["metrics"].values())
-        assert result["place"] == {
+def test_a_step_is_an_epoch_and_no_step_ends_the_trial(whole):
+    """The study loop ends it: of a result that says `done`, Tune would not tell its scheduler."""
+    assert [result[TRAINING_ITERATION] for result in whole] == [1, 2, 3, 4]
+    for epoch, result in enumerate(whole, start=1):
+        assert "done" not in result and FAILURE not in result
+        report = report_of(result)
+        assert report.keys() == {"epoch", "metrics", "place", "diverged"}
+        assert report["epoch"] == epoch and report["diverged"] == {}
+        for values in report["metrics"].values():
+            assert len(values) in (1, len(SEEDS)) and np.isfinite(values).all()
+        assert report["place"] == {
             "device": jax.devices()[0].device_kind, "host": platform.node(),
         }  # fmt: skip
-        assert DISK_FULL not in result and OVER_CAP not in result
-    assert json.loads(json.dumps(whole)) == whole  # as the journal has it
 
 
-def test_the_score_is_the_mean_over_seeds_each_trained_as_if_alone(whole, told):
+def test_ray_shows_means_and_spreads_over_seeds(whole):
+    for result in whole:
+        expected = over_seeds(report_of(result)["metrics"])
+        assert {name: result[name] for name in expected} == expected
+
+
+def test_each_seed_is_trained_as_if_alone(whole, configure):
     # The same seed twice is that seed alone, and the program is the same one.
-    alone = [steps(TrainingTrial(told(seeds=[seed, seed])), 2) for seed in SEEDS]
-    for epoch in (0, 1):
-        found = whole[epoch]["metrics"]
-        for name in ("valid_accuracy", "valid_loss", "train_CL_loss"):
-            values = np.array([results[epoch]["metrics"][name] for results in alone])
-            assert [results[epoch]["metrics"][f"{name}_sd"] for results in alone] == [0, 0]
-            # Means are taken in float32.
-            assert found[name] == pytest.approx(values.mean(), rel=1e-6)
-            assert found[f"{name}_sd"] == pytest.approx(values.std(ddof=1), rel=1e-3)
-            assert found[f"{name}_sd"] > 0
+    for lane, seed in enumerate(SEEDS):
+        alone = steps(TrainingTrial(configure(seeds=[seed, seed])), 2)
+        for epoch in (0, 1):
+            together, by_itself = (report_of(r[epoch])["metrics"] for r in (whole, alone))
+            for name in ("valid_accuracy", "valid_loss", "train_CL_loss"):
+                assert by_itself[name][0] == by_itself[name][1]
+                assert together[name][lane] == pytest.approx(by_itself[name][0], rel=1e-6)
+    assert len({*report_of(whole[0])["metrics"]["train_CL_loss"]}) == len(SEEDS)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
-def test_means_and_standard_deviations_over_lanes(values):
-    found = over_lanes({"a": np.array(values), "b": np.ones(len(values))})
+def test_means_and_standard_deviations_over_seeds(values):
+    summary = over_seeds({"a": values, "b": [1.0] * len(values)})
     mean = sum(values) / len(values)
-    assert found["a"] == pytest.approx(mean, abs=1e-6) and found["b"] == 1.0
+    assert summary["a"] == pytest.approx(mean, abs=1e-6) and summary["b"] == 1.0
     if len(values) == 1:
-        assert found.keys() == {"a", "b"}
+        assert summary.keys() == {"a", "b"}
     else:
         squares = sum((value - mean) ** 2 for value in values)
-        assert found["a_sd"] == pytest.approx(math.sqrt(squares / (len(values) - 1)), abs=1e-5)
-        assert found["b_sd"] == 0.0
+        assert summary["a_sd"] == pytest.approx(math.sqrt(squares / (len(values) - 1)), abs=1e-5)
+        assert summary["b_sd"] == 0.0
 
 
-def test_a_trial_that_diverges_raises_and_keeps_nothing(told, tmp_path):
-    worker = TrainingTrial(told(options=["optimizer.learning_rate=1e30"], every_seconds=0))
-    with pytest.raises(training.Diverged, match="epoch 1"):
+def test_seeds_that_have_diverged_are_left_out_of_the_mean():
+    summary = over_seeds({"a": [1.0, math.nan, 3.0], "b": [math.nan, math.nan]})
+    assert summary["a"] == 2.0 and summary["a_sd"] == pytest.approx(math.sqrt(2))
+    assert math.isnan(summary["b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["optimizer.learning_rate=1e30"], r"Diverged: .* in epoch 1 \(seed 3\)"),
+        # One evaluation of the network is not enough for any sample; the numbers are no score.
+        (
+            ["model/vf=dale", "trainer=lin-thresh", "solver.max_iterations=1"],
+            r"Diverged: train_CL_converged_share is 0\.\d+ in epoch 1",
+        ),
+    ],
+)
+def test_a_trial_that_diverges_says_so_and_raises_in_its_next_step(
+    options, reason, configure, tmp_path
+):
+    """So that the driver knows it from the death of a worker, and Ray counts it as an error."""
+    worker = TrainingTrial(configure(options=options, every_seconds=0))
+    result = worker.step()
+    assert result.keys() == {FAILURE}
+    with pytest.raises(training.Diverged) as raised:
         worker.step()
+    assert result[FAILURE] == f"Diverged: {raised.value}"
+    assert re.match(reason, result[FAILURE])
     assert list(tmp_path.glob("*.msgpack")) == []
 
 
-def test_a_trials_peak_memory_is_not_that_of_an_earlier_one(told):
-    worker = TrainingTrial(told())
-    before = steps(worker, 1)[0]["metrics"]["peak_memory_mb"]
-    held = np.ones(400_000_000, np.uint8)  # what a larger trial would have needed
-    del held
-    assert worker.reset_config(told(number=1))
-    assert steps(worker, 1)[0]["metrics"]["peak_memory_mb"] < before + 200
+def test_options_that_cannot_be_are_the_trials_failure_and_not_its_workers(configure):
+    worker = TrainingTrial(configure(options=["dataset.path=/nowhere"]))
+    assert "/nowhere" in worker.step()[FAILURE]
 
 
-def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, told):
-    worker = TrainingTrial(told(number=1, seeds=[8, 9], every_seconds=0))
+def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, configure):
+    worker = TrainingTrial(configure(number=1, seeds=[8, 9], every_seconds=0))
     other = steps(worker, 2)
-    assert worker.reset_config(told(number=0))
+    assert worker.reset_config(configure(number=0))
     again = steps(worker, 2)
     assert [computed(r) for r in again] == [computed(r) for r in whole[:2]]
     assert computed(other[0])["metrics"] != computed(again[0])["metrics"]
-    assert [r["metrics"]["compilations"] for r in again] == [0, 0]
+    assert [report_of(r)["metrics"]["compilations"] for r in again] == [[0], [0]]
+
+
+def test_a_worker_whose_trial_failed_runs_another(whole, configure):
+    worker = TrainingTrial(configure(options=["optimizer.learning_rate=1e30"]))
+    assert FAILURE in worker.step()
+    assert worker.reset_config(configure())
+    assert computed(worker.step()) == computed(whole[0])
 
 
 # Going on.
 
 
-@pytest.mark.parametrize("done", [1, 3, EPOCHS])
-def test_a_trial_that_goes_on_tells_its_results_again_and_then_the_same_as_if_uninterrupted(
-    whole, told, done
+@pytest.mark.parametrize("epochs", [1, 3, EPOCHS])
+def test_a_trial_that_goes_on_repeats_its_reports_and_then_is_as_if_uninterrupted(
+    whole, configure, epochs
 ):
-    config = told(every_seconds=0, at_end=True)
-    before = steps(TrainingTrial(config), done)
+    config = configure(every_seconds=0, at_end=True)
+    before = steps(TrainingTrial(config), epochs)
     after = steps(TrainingTrial(config), EPOCHS)
-    assert after[:done] == before  # clocks and all
+    assert after[:epochs] == before  # clocks and all
     assert [computed(r) for r in after] == [computed(r) for r in whole]
 
 
-def test_it_goes_on_from_its_last_checkpoint_not_from_its_last_epoch(whole, told, monkeypatch):
-    config = told(every_seconds=0)
+def test_it_goes_on_from_its_last_checkpoint_not_from_its_last_epoch(whole, configure, monkeypatch):
+    config = configure(every_seconds=0)
     worker = TrainingTrial(config)
     worker.step()
-    worker._trial["checkpoints"]["every_seconds"] = math.inf  # pyright: ignore
+    worker._policy["every_seconds"] = math.inf
     worker.step()
     trained = []
     run_epoch = training.run_epoch
     monkeypatch.setattr(training, "run_epoch", lambda *a: trained.append(1) or run_epoch(*a))
-    after = steps(TrainingTrial(config), 3)
+    after = steps(TrainingTrial(configure(every_seconds=0)), 3)
     assert [computed(r) for r in after] == [computed(r) for r in whole[:3]]
     assert len(trained) == 2  # epochs 2 and 3
 
 
-def test_it_takes_no_other_trials_checkpoint(whole, told):
-    steps(TrainingTrial(told(number=1, seeds=[8, 9], every_seconds=0)), 2)
-    assert computed(TrainingTrial(told(number=0)).step()) == computed(whole[0])
+def test_it_takes_no_other_trials_checkpoint(whole, configure):
+    steps(TrainingTrial(configure(number=1, seeds=[8, 9], every_seconds=0)), 2)
+    assert computed(TrainingTrial(configure(number=0)).step()) == computed(whole[0])
 
 
 # When it keeps its state.
@@ -205,141 +234,185 @@ def test_it_takes_no_other_trials_checkpoint(whole, told):
     [(0, True, [1, 2, 3, 4]), (0, False, [1, 2, 3, 3]), (math.inf, True, [0, 0, 0, 4]),
      (math.inf, False, [0, 0, 0, 0])],
 )  # fmt: skip
-def test_when_there_is_a_checkpoint(told, tmp_path, every_seconds, at_end, expected):
-    config = told(every_seconds=every_seconds, at_end=at_end)
-    worker, file = TrainingTrial(config), checkpoint_file(tmp_path, 0)
-    found = []
+def test_when_there_is_a_checkpoint(configure, tmp_path, every_seconds, at_end, expected):
+    worker = TrainingTrial(configure(every_seconds=every_seconds, at_end=at_end))
+    file, kept = checkpoint_file(tmp_path, 0), []
     for _ in range(EPOCHS):
         worker.step()
-        results = checkpoint.load(file, worker._run).results if file.exists() else []
-        found.append(len(results))
-    assert found == expected
+        kept.append(len(checkpoint.load(file, worker._run).results) if file.exists() else 0)
+    assert kept == expected
+
+
+def over_cap(result):
+    return report_of(result).get("over_cap", False)
 
 
 @pytest.mark.parametrize(("room", "written"), [(1.01, True), (0.99, False)])
-def test_a_checkpoint_over_the_cap_is_not_written_and_said(told, tmp_path, room, written):
-    config = told(every_seconds=0)
+def test_a_checkpoint_over_the_cap_is_not_written_and_said(configure, tmp_path, room, written):
+    config = configure(every_seconds=0)
     steps(TrainingTrial(config), 1)
     file = checkpoint_file(tmp_path, 0)
     size = file.stat().st_size
     file.unlink()
     checkpoint_file(tmp_path, 7).write_bytes(b"x" * 10_000)  # of another trial
     (tmp_path / "note.txt").write_bytes(b"x" * 10**6)  # no checkpoint
-    config["checkpoints"]["cap_bytes"] = 10_000 + room * size
+    config["policy"]["cap_bytes"] = 10_000 + room * size
     # Clocks have a few digits more or less: of a size of several thousand bytes.
     worker = TrainingTrial(config)
     result = worker.step()
     assert file.exists() == written
-    assert (OVER_CAP in result) == (not written)
+    assert over_cap(result) == (not written)
     if not written:  # as soon as there is room, it is
         checkpoint_file(tmp_path, 7).unlink()
-        assert OVER_CAP not in worker.step() and file.exists()
+        assert not over_cap(worker.step()) and file.exists()
 
 
-def test_its_own_last_checkpoint_takes_no_room_and_stays_if_there_is_none(told, tmp_path):
-    config = told(every_seconds=0)
-    first, file = TrainingTrial(config), checkpoint_file(tmp_path, 0)
-    first.step()
-    first._trial["checkpoints"]["cap_bytes"] = 1.5 * file.stat().st_size  # pyright: ignore
-    assert OVER_CAP not in first.step()
+def test_its_own_last_checkpoint_takes_no_room_and_stays_if_there_is_none(configure, tmp_path):
+    worker, file = TrainingTrial(configure(every_seconds=0)), checkpoint_file(tmp_path, 0)
+    worker.step()
+    worker._policy["cap_bytes"] = 1.5 * file.stat().st_size
+    assert not over_cap(worker.step())
     kept = file.read_bytes()
-    first._trial["checkpoints"]["cap_bytes"] = 10.0  # pyright: ignore
-    result = first.step()
-    assert result[OVER_CAP] is True and result["training_iteration"] == 3
+    worker._policy["cap_bytes"] = 10.0
+    assert over_cap(worker.step())
     assert file.read_bytes() == kept
 
 
+def test_an_earlier_epochs_checkpoint_is_no_final_state(configure, tmp_path):
+    worker, file = (
+        TrainingTrial(configure(every_seconds=0, at_end=True)),
+        checkpoint_file(tmp_path, 0),
+    )
+    steps(worker, EPOCHS - 1)
+    worker._policy["cap_bytes"] = 10.0
+    assert over_cap(worker.step()) and not file.exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_and_fails_no_trial(whole, told, tmp_path, monkeypatch, code):
+def test_a_full_disk_is_said_and_fails_no_trial(whole, configure, tmp_path, monkeypatch, code):
     def full(*_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(checkpoint, "save", full)
-    worker = TrainingTrial(told(every_seconds=0))
-    result = worker.step()
-    assert result.pop(DISK_FULL) == f"{os.strerror(code)}: {tmp_path}"
-    assert computed(result) == computed(whole[0])
+    worker = TrainingTrial(configure(every_seconds=0))
+    report = computed(worker.step())
+    assert report.pop("obstacle") == f"{os.strerror(code)}: {tmp_path}"
+    assert report == computed(whole[0])
     monkeypatch.undo()
-    assert DISK_FULL not in worker.step() and checkpoint_file(tmp_path, 0).exists()
+    assert "obstacle" not in report_of(worker.step()) and checkpoint_file(tmp_path, 0).exists()
 
 
-def test_another_error_of_the_disk_is_raised(told, monkeypatch):
+def test_another_error_of_the_disk_is_the_trials_failure(configure, monkeypatch):
     def forbidden(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(checkpoint, "save", forbidden)
+    worker = TrainingTrial(configure(every_seconds=0))
+    assert worker.step()[FAILURE].startswith("PermissionError: ")
     with pytest.raises(PermissionError):
-        TrainingTrial(told(every_seconds=0)).step()
+        worker.step()
 
 
-def test_a_checkpoint_that_the_driver_removes_meanwhile_fails_no_other_trial(told, tmp_path):
+def test_a_checkpoint_that_the_driver_removes_meanwhile_fails_no_other_trial(configure, tmp_path):
     gone = checkpoint_file(tmp_path, 7)
-    gone.symlink_to(tmp_path / "nowhere")  # is found, and has no size
-    TrainingTrial(told(every_seconds=0)).step()
+    gone.symlink_to(tmp_path / "nowhere")  # is listed, and has no size
+    TrainingTrial(configure(every_seconds=0)).step()
     assert checkpoint_file(tmp_path, 0).exists()
 
 
-# Which checkpoints stay.
+# A final trial: seeds as results of their own.
 
 
-def record(number, score, state=COMPLETE, rule="bp"):
-    return Record({"number": number, "rule": rule, "epochs": 1}, [score], state)
+def final_config(folder, **policy):
+    return trial_config(folder, options=["test_at_end=true"], final=True, **policy)
 
 
-MIXED = [
-    record(0, 0.5), record(1, 0.9), record(2, 0.7), record(3, 0.9),
-    record(4, 0.6, rule="lin-thresh"), record(5, 0.1, rule="lin-thresh"),
-    record(6, 1.0, PRUNED), record(7, 1.0, FAILED, "lin-thresh"), record(8, 1.0, WAITING),
-]  # fmt: skip
+@pytest.fixture(scope="module")
+def final(settings_of_jax, tmp_path_factory):
+    """(results, folder) of a final trial."""
+    folder = tmp_path_factory.mktemp("final")
+    return steps(TrainingTrial(final_config(folder)), EPOCHS), folder
 
 
-@pytest.mark.parametrize(
-    ("mode", "best", "expected"),
-    [
-        ("max", 0, []),
-        ("max", 1, [1, 4]),
-        ("max", 2, [1, 4, 3, 5]),  # of equals the first one; all first ones before all second ones
-        ("max", 9, [1, 4, 3, 5, 2, 0]),
-        ("min", 1, [5, 0]),
-        ("min", 2, [5, 0, 2, 4]),
-    ],
-)
-def test_the_best_complete_trials_of_each_rule_are_kept(mode, best, expected):
-    kept = [r.number for r in retention.kept(MIXED, mode, best)]
-    assert sorted(kept) == sorted(expected)
-    rank = lambda number: [n for n in expected if MIXED[n].rule == MIXED[number].rule].index(number)
-    assert [rank(number) for number in kept] == sorted(rank(number) for number in kept)
-    assert kept == [r.number for r in retention.kept(MIXED[::-1], mode, best)]
+def test_a_final_trial_opens_the_test_set_after_its_last_epoch(whole, final):
+    results, _ = final
+    *earlier, last = (computed(result) for result in results)
+    assert earlier == [computed(result) for result in whole[:-1]]
+    tests = {name for name in last["metrics"] if name.startswith("test_")}
+    assert tests == {"test_accuracy", "test_loss"}
+    without = {name: values for name, values in last["metrics"].items() if name not in tests}
+    assert without == computed(whole[-1])["metrics"]
+    assert last["flags"] == {}
 
 
-def files(folder):
-    return sorted(int(file.stem) for file in folder.glob("*.msgpack"))
+def test_it_leaves_a_model_of_each_seed_as_good_as_it_says(final):
+    results, folder = final
+    images, labels = data.load("digits", None, 0.2).test
+    for lane, seed in enumerate(SEEDS):
+        network, parameters = disinhib.load(model_file(folder, 0, seed))
+        output = network(parameters, jax.numpy.asarray(images / 16, jax.numpy.float32))
+        right = np.mean(np.argmax(np.asarray(output), axis=1) == labels)
+        accuracy = report_of(results[-1])["metrics"]["test_accuracy"][lane]
+        assert 100 * right == pytest.approx(accuracy, abs=1e-4)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for each in MIXED:
-        checkpoint_file(tmp_path, each.number).touch()
-    return tmp_path
+def test_one_that_goes_on_after_its_last_epoch_makes_the_same_report(final):
+    results, folder = final
+    for model in folder.glob("*.model"):
+        model.unlink()
+    again = steps(TrainingTrial(final_config(folder)), EPOCHS)
+    assert again[:-1] == results[:-1]
+    assert report_of(again[-1]) == report_of(results[-1])
+    assert len(list(folder.glob("*.model"))) == len(SEEDS)
 
 
-@pytest.mark.parametrize(("best", "expected"), [(0, [8]), (1, [1, 4, 8]), (2, [1, 3, 4, 5, 8])])
-def test_tidying_leaves_the_best_and_those_that_may_go_on(folder, best, expected):
-    for _ in range(2):
-        retention.tidy(folder, iter(MIXED), "max", best)
-        assert files(folder) == expected
+def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
+    """Planted: the second of two seeds, in its second epoch."""
+    real = training.divergences
+
+    def planted_divergences(run, metrics, state):
+        planted = {1: "planted"} if int(state.epoch[0]) >= 2 else {}
+        return real(run, metrics, state) | planted
+
+    monkeypatch.setattr(training, "divergences", planted_divergences)
+    reports = [report_of(r) for r in steps(TrainingTrial(final_config(tmp_path)), EPOCHS)]
+    assert [r["diverged"] for r in reports] == [{}, {"4": "Diverged: planted"}, {}, {}]
+    for epoch, report in enumerate(reports, start=1):
+        well, broken = report["metrics"]["valid_loss"]
+        assert math.isfinite(well) and math.isnan(broken) == (epoch > 1)
+    well, broken = reports[-1]["metrics"]["test_accuracy"]
+    assert math.isfinite(well) and math.isnan(broken)
+    assert [file.name for file in tmp_path.glob("*.model")] == ["0000-3.model"]
 
 
-def test_room_is_made_by_what_is_worth_least(folder):
-    retention.tidy(folder, MIXED, "max", 2)
-    gone, before = [], files(folder)
-    while retention.make_room(folder, iter(MIXED), "max", 2, cap_bytes=-1):
-        gone += {*before} - {*files(folder)}
-        before = files(folder)
-    assert set(gone[:2]) == {3, 5} and set(gone[2:]) == {1, 4}
-    assert files(folder) == [8]
+# Its environment.
 
 
-def test_files_are_named_so_that_they_sort(tmp_path):
-    assert worker.checkpoint_file(tmp_path, 7) == tmp_path / "0007.msgpack"
-    assert worker.checkpoint_file(str(tmp_path), 12345) == tmp_path / "12345.msgpack"
+def test_the_pools_of_a_worker_are_of_its_share_of_the_cores():
+    shared = environment.of_worker(cpus=1, gpus=0)
+    assert shared["PJRT_NPROC"] == "1" and shared["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_PLATFORMS" not in environment.of_worker(cpus=2, gpus=0.5)
+
+
+CORES = """
+import os, time
+os.sched_setaffinity(0, range(os.cpu_count()))
+import jax, jax.numpy as jnp
+product = jax.jit(lambda a: jax.lax.fori_loop(0, 40, lambda _, b: jnp.tanh(b @ a), a))
+a = jnp.ones((1024, 1024)) / 1024
+product(a).block_until_ready()
+wall, cpu = time.perf_counter(), time.process_time()
+product(a).block_until_ready()
+print((time.process_time() - cpu) / (time.perf_counter() - wall))
+"""
+
+
+def test_xla_keeps_to_that_share():
+    measured = subprocess.run(
+        [sys.executable, "-c", CORES],
+        env=os.environ | environment.of_worker(cpus=1, gpus=0),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(measured.stdout) < 1.2

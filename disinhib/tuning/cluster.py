@@ -25,6 +25,7 @@ SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the log
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` prints a line for each
 }
+SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")  # and left: breakpoint() would then be Ray's
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
-    with environment.variables(SWITCHES), _without_summary():
+    with environment.variables(SWITCHES, also=SET_BY_RAY), _without_summary():
         _connect(options["address"], environment.of_worker(cpus, gpus))
         try:
             for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):

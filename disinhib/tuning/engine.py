@@ -29,6 +29,8 @@ from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
 
+ARTIFACTS = "mlflow-artifacts"  # in out_dir
+
 
 @dataclass(frozen=True)
 class Job:
@@ -95,8 +97,9 @@ def run(
     with ExitStack() as stack:
         if job.resume:  # first: another process may be running it
             log = stack.enter_context(closing(EventLog(job.folder)))
-        opened = _open_stores(job, stack)
+        _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
+        opened = _open_stores(job)
         if not job.resume:
             manifest.write(job.folder, job.manifest, job.kept)
             log = stack.enter_context(closing(EventLog(job.folder)))
@@ -147,11 +150,10 @@ def run(
     )
 
 
-def _open_stores(job: Job, stack: ExitStack) -> list[Store]:
-    """The stores that get copies. They are opened before Ray, so that a wrong address is refused at
-    once."""
+def _check_stores(job: Job, stack: ExitStack) -> None:
+    """Raises ConfigError if a store cannot be used; makes none, as Ray may still be refused."""
     if job.tracking is None:
-        return []
+        return
     # MLflow takes seconds to import: not for a wrong option.
     from disinhib.tuning import mlflow_settings, mlflow_store, optuna_store
 
@@ -159,9 +161,17 @@ def _open_stores(job: Job, stack: ExitStack) -> list[Store]:
     if job.storage is not None:
         optuna_store.refuse_taken(job.storage, job.name, job.resume)
     uri = mlflow_store.absolute(job.tracking["uri"], job.out_dir)
-    experiment = mlflow_store.open_store(
-        uri, job.tracking["experiment"], job.out_dir / "mlflow-artifacts"
-    )
+    mlflow_store.check_store(uri, job.tracking["experiment"], job.out_dir / ARTIFACTS)
+
+
+def _open_stores(job: Job) -> list[Store]:
+    """The stores that are given copies."""
+    if job.tracking is None:
+        return []
+    from disinhib.tuning import mlflow_store, optuna_store
+
+    uri = mlflow_store.absolute(job.tracking["uri"], job.out_dir)
+    experiment = mlflow_store.open_store(uri, job.tracking["experiment"], job.out_dir / ARTIFACTS)
     files = job.manifest.files()
     options = provenance.masked(yaml.safe_dump(dict(job.kept["options"])))
     stores: list[Store] = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
 @contextmanager
-def variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets `variables` and restores their old values afterwards."""
-    before = {name: os.environ.get(name) for name in variables}
+def variables(variables: Mapping[str, str], also: Iterable[str] = ()) -> Iterator[None]:
+    """Sets `variables`, and restores their old values and those of `also`, which others may set."""
+    before = {name: os.environ.get(name) for name in (*variables, *also)}
     os.environ.update(variables)
     try:
         yield

@@ -71,6 +71,22 @@ def absolute(uri: str | None, folder: Path) -> str:
     return f"sqlite:///{Path(path).absolute()}" if scheme == "sqlite" else uri
 
 
+def check_store(uri: str, experiment: str, artifacts: Path) -> None:
+    """Raises ConfigError as `open_store` would. Of a store in SQLite that is not there yet it only
+    sees that there is a place for it, and makes nothing."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or file.exists():
+        open_store(uri, experiment, artifacts)
+        return
+    try:
+        existing = next(folder for folder in file.absolute().parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        allowed = f"the address of an MLflow store that can be made ({one_line(error)})"
+        raise refusal("tracking.uri", uri, allowed) from error
+
+
 def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
     """Connects, and creates missing tables and a missing experiment.
 

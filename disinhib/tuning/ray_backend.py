@@ -153,21 +153,22 @@ class RayScheduler(FIFOScheduler):
         ended = self.backend.tell(Epoch(trial=number, **report))
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
 
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        self.backend.tell(Lost(trial.config["number"], f"worker lost {WORKERS_LOST + 1} times"))
-
     def __getstate__(self) -> dict:
         return {}
 
 
 class RayCallback(tune.Callback):
-    """Tells the loop which trials have started, and ends Tune if the study cannot continue."""
+    """Tells the loop which trials run or are lost, and ends Tune if the study cannot continue."""
 
     def __init__(self, backend: RayBackend):
         self.backend = backend
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         self.backend.tell(Started(trial.config["number"]))
+
+    def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
+        # (A scheduler hears of every death of a worker, also if the trial is to go on.)
+        self.backend.tell(Lost(trial.config["number"], f"worker lost {WORKERS_LOST + 1} times"))
 
     def on_step_end(self, **_: Any) -> None:
         if self.backend.error is not None:

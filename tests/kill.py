@@ -1,11 +1,11 @@
-"""Studies that are killed again and again: `python -m benchmarks.kill [times=25] [workers=true]`.
+"""Studies that are killed again and again: `python -m tests.kill [times=25] [workers=true]`.
 
 A real study's driver is SIGKILLed at random moments (drawn from `seed`, printed) and started
-again, `times` in all, five times a study: while it starts, while it mends, in the midst of its
-trials, and the last time as it ends. Each study is then looked at in all three stores, with the
-journal as a fourth witness, and trials that went on after a kill are trained again without one.
-`workers=true` kills workers instead, and the study has to go on by itself. Exit code 0: no
-violation.
+again, `times` in all, five times a study: while it starts, while its stores catch up, in the midst
+of its trials, and the last time as it ends. Each study is then looked at in all three stores and
+compared with its event log, trial by trial; what early stopping decided is decided again from the
+log; and trials that went on after a kill are trained again without one. `workers=true` kills
+workers instead, and the study has to go on by itself. Exit code 0: no violation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,18 +40,29 @@ from rich.table import Table
 
 from disinhib import cli
 from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, Option
-from disinhib.tuning import mlflow_store, optuna_store, ray_backend, suggest
-from disinhib.tuning.early_stopping import SCORE, Stopping
-from disinhib.tuning.event_log import COMPLETE, EPOCH, FAILED, PRUNED, Journal, records
-from disinhib.tuning.options import FILE
-from disinhib.tuning.worker import TrainingTrial
+from disinhib.tuning import early_stopping, environment, mlflow_store, optuna_store, ray_backend
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    ENDED,
+    FAILED,
+    PRUNED,
+    EpochDone,
+    EventLog,
+    Logged,
+    Record,
+    follow,
+    over_seeds,
+    replay,
+)
+from disinhib.tuning.resume import FILE
+from disinhib.tuning.suggest import STATES as OPTUNA_STATES
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "killed"
 # Trials of 0 to 3 s, some of them stopped early and some failed for their large weights.
 TRIALS = 24
 OPTIONS = (
-    *("experiment=smoke", f"trials={TRIALS}", "epochs=8", "batchsize=5"),
+    *("experiment=smoke", "epochs=8", "batchsize=5"),
     *("model.vf.sizes_hidden=[256]", "max_weight=1.2", "checkpoints.every_seconds=0"),
 )
 KILLS = 5  # of one study
@@ -64,7 +75,7 @@ START, TABLES, RECONCILE, END = (
     "last trial ended",
 )
 SINCE = {START: (0.5, 15.0), TABLES: (0.0, 3.0), RECONCILE: (0.0, 3.0), END: (0.0, 2.5)}
-MORE, MOST_MORE, AFTER = "trials more", TRIALS // 4, (0.0, 1.0)
+MORE, AFTER = "trials more", (0.0, 1.0)
 OF_WORKERS = (0.0, 3.0)  # s after the last kill of a worker, or the first epoch of all
 PATIENCE = 300.0  # s for which a driver may run
 AFTERLIFE = 60.0  # s in which the processes of a killed driver are gone; Ray's agents take 30
@@ -72,7 +83,15 @@ REPLAYED = 2  # trials of a study that are trained again
 # Titles that Ray gives to the process of a worker that trains, and of one between two calls, which
 # may be about to get another trial.
 TRAINS, WAITS = "ray::ResourceTrainable.train", "ray::TrainingTrial"
-STATES = {state: name for name, state in suggest.STATES.items()}
+STATES = {state: name for name, state in OPTUNA_STATES.items()}
+METRIC = "valid_accuracy"  # that the studies are tuned by
+# Trains trials again, in the environment of a worker: their runs' ids are the arguments.
+REPLAYS = """
+import sys
+from analysis import replay
+codes = [replay.main([run, f"tracking.uri={sys.argv[1]}"]) for run in sys.argv[2:]]
+sys.exit(max(codes, default=0))
+"""
 
 
 class Moment(NamedTuple):
@@ -94,9 +113,10 @@ class Row(NamedTuple):
     moment: str  # of the kill; empty if it was not to be killed
     code: int  # its exit code, that of SIGKILL if it was killed
     seconds: float
-    found: str  # what it said that it resumed with
+    start: str  # what it said that it resumed with
     mended: list[str]
     message: str  # its last line on stderr
+    ended: frozenset[int]  # trials that had ended before it
 
     @property
     def killed(self) -> bool:
@@ -116,30 +136,22 @@ class Failure(RuntimeError):
     """A driver that hangs or that cannot go on."""
 
 
-class DiesOnce(TrainingTrial):
-    """Its worker is killed, once in a study, at the moment when it is given another trial: too
-    short a moment to be hit from outside."""
-
-    def reset_config(self, new_config: dict) -> bool:
-        mark = Path(new_config["checkpoints"]["folder"], "died")
-        if hasattr(self, "_trial") and not mark.exists():  # it has had a trial before
-            mark.write_text(str(new_config["number"]))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().reset_config(new_config)
-
-
-def draw(rng: random.Random, times: int) -> list[Moment]:
-    """`times` moments of one study, the last around its end, half of the others amid trials."""
+def draw(rng: random.Random, times: int, trials: int = TRIALS) -> list[Moment]:
+    """`times` moments of one study of so many `trials`, the last around its end, half of the others
+    amid trials."""
     drawn = []
     for _ in range(times - 1):
         since = rng.choice((START, TABLES, RECONCILE, MORE, MORE, MORE))
-        trials = rng.randint(1, MOST_MORE) if since == MORE else 0
-        drawn.append(Moment(since, rng.uniform(*SINCE.get(since, AFTER)), trials))
+        more = rng.randint(1, trials // 4) if since == MORE else 0
+        drawn.append(Moment(since, rng.uniform(*SINCE.get(since, AFTER)), more))
     return [*drawn, Moment(END, rng.uniform(*SINCE[END]))]
 
 
-def kill_and_resume(folder: Path, moments: Sequence[Moment]) -> list[Row]:
-    """Runs a study in `folder` to its end, its driver killed at `moments` of its starts in turn.
+def kill_and_resume(
+    folder: Path, moments: Sequence[Moment], trials: int = TRIALS, options: Sequence[str] = ()
+) -> list[Row]:
+    """Runs a study of so many `trials` in `folder` to its end, its driver killed at `moments` of
+    its starts in turn. `options` are put on top of OPTIONS.
 
     A start that ends before its moment ends the study, so there may be fewer kills than moments.
 
@@ -148,7 +160,7 @@ def kill_and_resume(folder: Path, moments: Sequence[Moment]) -> list[Row]:
     rows, pending, ghosts = [], list(moments), []
     while not rows or rows[-1].code != 0:
         moment = pending.pop(0) if pending else None
-        with _driver(folder, len(rows)) as driver:
+        with _driver(folder, len(rows), trials, options) as driver:
             if moment is not None and _comes(driver, moment):
                 ghosts += driver.processes()
                 os.kill(driver.process.pid, signal.SIGKILL)
@@ -166,7 +178,7 @@ def kill_workers(folder: Path, rng: random.Random, times: int) -> list[Row]:
 
     Raises Failure as `kill_and_resume`, or if it ended before all were killed.
     """
-    with _driver(folder, 0) as driver:
+    with _driver(folder, 0, TRIALS, ()) as driver:
         killed, began = [], time.monotonic()
         while not _finished(driver.study) and driver.runs():
             pass
@@ -174,9 +186,9 @@ def kill_workers(folder: Path, rng: random.Random, times: int) -> list[Row]:
             title, how = [(TRAINS, "training"), (WAITS, "waiting")][number % 2]
             driver.runs(rng.uniform(*OF_WORKERS))
             while driver.runs():
-                found = [p for p in driver.processes() if _title(p).startswith(title)]
-                if found:
-                    rng.choice(found).kill()
+                workers = [p for p in driver.processes() if _title(p).startswith(title)]
+                if workers:
+                    rng.choice(workers).kill()
                     killed.append(f"{how} after {time.monotonic() - began:.1f} s")
                     break
         row = driver.end(None)._replace(moment=f"workers {', '.join(killed)}")
@@ -192,11 +204,14 @@ def _raise_unless(well: bool, row: Row) -> None:
 class _Driver:
     """A `tune_main.py` that runs the study in `folder`: a new one, or the one that is there."""
 
-    def __init__(self, folder: Path, start: int):
-        self.folder, self.study = folder, folder / "out" / NAME
+    def __init__(self, folder: Path, start: int, trials: int, options: Sequence[str]):
+        self.folder, self.study, self.trials = folder, folder / "out" / NAME, trials
         self.resumed = self.study.exists()
+        records = replay(_events(self.study)).values() if self.resumed else ()
+        self.ended = frozenset(record.number for record in records if record.ended)
         self.texts = [folder / f"{start:02d}.{stream}" for stream in ("stdout", "stderr")]
-        words = ["resume=true"] if self.resumed else OPTIONS
+        new = (*OPTIONS, f"trials={trials}", *options)
+        words = ("resume=true",) if self.resumed else new
         place = [f"study={NAME}", f"out_dir={folder / 'out'}"]
         with self.texts[0].open("w") as out, self.texts[1].open("w") as err:
             self.began = time.monotonic()
@@ -228,23 +243,24 @@ class _Driver:
             pass
         seconds = time.monotonic() - self.began
         said, errors = (path.read_text().splitlines() for path in self.texts)
-        found = [line for line in said if line.startswith("resumed with ")]
+        resumed = [line for line in said if line.startswith("resumed with ")]
         return Row(
             study=self.folder.name,
             resumed=self.resumed,
             moment="" if moment is None else str(moment),
             code=self.process.returncode,
             seconds=seconds,
-            found=found[0].removeprefix("resumed with ") if found else "",
+            start=resumed[0].removeprefix("resumed with ") if resumed else "",
             mended=[line.removeprefix("mended: ") for line in said if line.startswith("mended: ")],
             message=errors[-1] if errors else "",
+            ended=self.ended,
         )
 
 
 @contextmanager
-def _driver(folder: Path, start: int) -> Iterator[_Driver]:
+def _driver(folder: Path, start: int, trials: int, options: Sequence[str]) -> Iterator[_Driver]:
     folder.mkdir(parents=True, exist_ok=True)
-    driver = _Driver(folder, start)
+    driver = _Driver(folder, start, trials, options)
     try:
         yield driver
     finally:
@@ -262,7 +278,8 @@ def _environment(folder: Path) -> dict[str, str]:
 def _comes(driver: _Driver, moment: Moment) -> bool:
     """Waits for `moment`; False if the driver ended before."""
     before = _finished(driver.study)
-    wanted = {MORE: min(TRIALS, before + moment.trials), END: TRIALS}.get(moment.since, 0)
+    trials = driver.trials
+    wanted = {MORE: min(trials, before + moment.trials), END: trials}.get(moment.since, 0)
     while driver.runs():
         there = {
             TABLES: lambda: (driver.study.parent / "mlflow.db").exists(),
@@ -286,45 +303,53 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _events(study: Path) -> list[Logged]:
+    with closing(EventLog(study)) as log:
+        return log.events()
+
+
 def inspect(study: Path) -> list[Trial]:
-    """Every trial of the study in folder `study`, as often as each store has it."""
-    with closing(Journal(study)) as opened:
-        truth = records(opened.events())
-    found = [
-        Trial("journal", number, record.state, dict(enumerate(record.scores, start=1)))
-        for number, record in truth.items()
+    """Every trial of the study in folder `study`, as often as each store has it; Ray has those of
+    the last session."""
+    trials = [
+        Trial("log", number, record.state, dict(enumerate(record.scores, start=1)))
+        for number, record in replay(_events(study)).items()
     ]
     for trial in _ray(study):
         last, budget = trial.last_result or {}, trial.config["epochs"]
         epoch = last.get("training_iteration", 0)
         state = {"TERMINATED": COMPLETE if epoch == budget else PRUNED, "ERROR": FAILED}
-        scores = {epoch: last[SCORE]} if epoch else {}
+        scores = {epoch: last[METRIC]} if METRIC in last else {}
         name = str(state.get(trial.status, trial.status))
-        found.append(Trial("ray", trial.config["number"], name, scores))
+        trials.append(Trial("ray", trial.config["number"], name, scores))
     for trial in _optuna(study / optuna_store.FILE):
         state = STATES.get(trial.state, trial.state.name)
-        found.append(Trial("optuna", trial.number, state, trial.intermediate_values))
+        trials.append(Trial("optuna", trial.number, state, trial.intermediate_values))
     for run in runs(study):
         tags = run.data.tags
-        told = tags.get("trial_state", "none")
-        status = mlflow_store.RUN_STATUS.get(told)
-        state = told if run.info.status == status else f"{told} and {run.info.status}"
-        scores = dict(_history(study, run, "valid_accuracy"))
-        found.append(Trial("mlflow", int(tags["trial"]), state, scores))
-    return found
+        tag = tags.get("trial_state", "none")
+        status = mlflow_store.RUN_STATUS.get(tag)
+        state = tag if run.info.status == status else f"{tag} and {run.info.status}"
+        scores = dict(_history(study, run, METRIC))
+        trials.append(Trial("mlflow", int(tags["trial"]), state, scores))
+    return trials
 
 
 def _ray(study: Path) -> list[Any]:
+    folder = study.absolute() / ray_backend.FOLDER
+    if not folder.exists():  # there was nothing left to do in the last session
+        return []
     # It misses Ray's own logs, of which there are none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    return ExperimentAnalysis(str(study.absolute() / ray_backend.FOLDER)).trials or []
+    return ExperimentAnalysis(str(folder)).trials or []
 
 
 def _optuna(file: Path) -> list[optuna.trial.FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(file)))
-    studies = storage.get_all_studies()  # none, just after the file was made
-    return [trial for one in studies for trial in storage.get_all_trials(one._study_id)]
+    names = optuna.get_all_study_names(storage)  # none, just after the file was made
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
+    return [trial for study in studies for trial in study.get_trials()]
 
 
 def _client(study: Path) -> MlflowClient:
@@ -339,8 +364,8 @@ def runs(study: Path, trials: bool = True) -> list[Any]:
     """MLflow's runs of the study's trials, or of the study itself."""
     client = _client(study)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.study = '{study.name}'", max_results=10_000)
-    return [run for run in found if ("trial" in run.data.tags) == trials]
+    own = client.search_runs(experiments, f"tags.study = '{study.name}'", max_results=10_000)
+    return [run for run in own if ("trial" in run.data.tags) == trials]
 
 
 def _history(study: Path, run: Any, metric: str) -> list[tuple[int, float]]:
@@ -349,19 +374,22 @@ def _history(study: Path, run: Any, metric: str) -> list[tuple[int, float]]:
     return [(entry.step, entry.value) for entry in history]
 
 
-def check(study: Path) -> list[str]:
-    """What is wrong with a study that is over: lost, twice, unfinished or not the same."""
+def check(study: Path, ended_before: Collection[int] = ()) -> list[str]:
+    """What is wrong with a study that is over: lost, twice, unfinished or not the same. Ray has
+    none of the trials that had `ended_before` the last session."""
     options = yaml.safe_load((study / FILE).read_text())["options"]
-    found, numbers = inspect(study), range(options["trials"])
-    wrong = []
-    for store in dict.fromkeys(trial.store for trial in found):
-        times = Counter(trial.number for trial in found if trial.store == store)
-        for number in sorted({*numbers, *times}):
-            if times[number] != (number in numbers):
+    numbers = range(options["trials"])
+    trials, wrong = inspect(study), []
+    expected = {store: {*numbers} for store in ("log", "optuna", "mlflow")}
+    expected["ray"] = {*numbers} - {*ended_before}
+    for store, own in expected.items():
+        times = Counter(trial.number for trial in trials if trial.store == store)
+        for number in sorted({*own, *times}):
+            if times[number] != (number in own):
                 wrong.append(f"trial {number} is {times[number]} times in {store}")
-    truth = {trial.number: trial for trial in found if trial.store == "journal"}
-    for trial in found:
-        if trial.state not in (COMPLETE, PRUNED, FAILED):
+    truth = {trial.number: trial for trial in trials if trial.store == "log"}
+    for trial in trials:
+        if trial.state not in ENDED:
             wrong.append(f"trial {trial.number} is {trial.state} in {trial.store}")
         same = truth.get(trial.number)
         if same is None:
@@ -370,28 +398,39 @@ def check(study: Path) -> list[str]:
             wrong.append(
                 f"trial {trial.number} is {trial.state} in {trial.store}, not {same.state}"
             )
-        last = dict(list(same.scores.items())[-1:]) if trial.store == "ray" else same.scores
-        if trial.scores != last:
+        last = dict(list(same.scores.items())[-1:])
+        failed_in_ray = trial.store == "ray" and same.state == FAILED  # its last result is why
+        if trial.scores != (last if trial.store == "ray" else same.scores) and not failed_in_ray:
             wrong.append(
                 f"trial {trial.number} has epochs {[*trial.scores]} in {trial.store}, not"
-                f" {[*last]}, or other scores"
+                f" {[*same.scores]}, or other scores"
             )
-    return [*wrong, *_check_runs(study, truth), *_check_decisions(study, options)]
+    events = _events(study)
+    return [*wrong, *_check_runs(study, events), *_check_decisions(events, options)]
 
 
-def _check_runs(study: Path, truth: dict[int, Trial]) -> list[str]:
-    """What is wrong with MLflow's runs besides their states."""
+def _check_runs(study: Path, events: Sequence[Logged]) -> list[str]:
+    """What is wrong with MLflow's runs besides their states: every metric has every epoch of the
+    log, once and with its value."""
     wrong, parents = [], runs(study, trials=False)
     if [run.info.status for run in parents] != ["FINISHED"]:
         wrong.append(f"the study's own runs are {[run.info.status for run in parents]}")
+    histories: dict[int, dict[str, list[tuple[int, float]]]] = {}
+    for event in (logged.event for logged in events):
+        own = histories.setdefault(event.trial, {})
+        if isinstance(event, EpochDone):
+            for name, value in over_seeds(event.metrics).items():
+                own.setdefault(name, []).append((event.epoch, value))
     for run in runs(study):
         number = int(run.data.tags["trial"])
-        epochs = list(range(1, len(truth[number].scores) + 1))
-        for metric in run.data.metrics:
-            steps = [step for step, _ in _history(study, run, metric)]
-            if steps != epochs:
-                wrong.append(f"trial {number} has epochs {steps} of {metric} in mlflow")
-        if run.data.tags.get("epochs") != str(len(epochs)):
+        expected = histories[number]
+        for metric in sorted({*expected, *run.data.metrics}):
+            history = _history(study, run, metric)
+            if history != expected.get(metric):
+                epochs = [epoch for epoch, _ in history]
+                wrong.append(f"trial {number} has epochs {epochs} of {metric} in mlflow, or values")
+        epochs = len(expected.get(METRIC, []))
+        if run.data.tags.get("epochs") != str(epochs):
             wrong.append(f"trial {number} is tagged with {run.data.tags.get('epochs')} epochs")
         if run.data.tags.get(MLFLOW_PARENT_RUN_ID) not in {run.info.run_id for run in parents}:
             wrong.append(f"trial {number} is no child of its study")
@@ -402,33 +441,33 @@ def _check_runs(study: Path, truth: dict[int, Trial]) -> list[str]:
     return wrong
 
 
-def _check_decisions(study: Path, options: dict[str, Any]) -> list[str]:
+def _check_decisions(events: Sequence[Logged], options: dict[str, Any]) -> list[str]:
     """Trials that did not end where and as an uninterrupted study had ended them."""
-    with closing(Journal(study)) as opened:
-        events = opened.events()
-    stopping = Stopping(options["scheduler"], options["epochs"], options["mode"])
-    known, stops = records(events), {}
-    lost = [r for r in known.values() if r.reason and not r.reason.startswith("Diverged: ")]
-    for event in events:
-        if event.kind == EPOCH:
-            config, score = known[event.trial].config, event.body[SCORE]
-            if stopping.stops(config, event.epoch, score):
+    searcher = options["searcher"]
+    batch = searcher["batch"] if searcher["deterministic"] else None
+    records: dict[int, Record] = {}
+    stops: dict[int, int] = {}
+    for event in (logged.event for logged in events):
+        if isinstance(event, EpochDone) and event.epoch < records[event.trial].budget:
+            decision = (records, event.trial, event.score, options["scheduler"], options["seed"])
+            if early_stopping.decide(*decision, batch):
                 stops.setdefault(event.trial, event.epoch)
-    ends = {n: r.epochs for n, r in known.items() if r.state == PRUNED}
-    early = {n: epoch for n, epoch in stops.items() if epoch < known[n].budget}
+        follow(records, event)
+    lost = [r for r in records.values() if r.reason and not r.reason.startswith("Diverged: ")]
     failed = [f"trial {record.number} failed: {record.reason}" for record in lost]
+    ends = {n: r.epochs for n, r in records.items() if r.state == PRUNED}
     return failed + [
-        f"trial {n} was stopped after epoch {ends.get(n)}, not {early.get(n)}"
-        for n in sorted({*ends, *early})
-        if ends.get(n) != early.get(n)
+        f"trial {n} was stopped after epoch {ends.get(n)}, not {stops.get(n)}"
+        for n in sorted({*ends, *stops})
+        if ends.get(n) != stops.get(n)
     ]
 
 
 def went_on(rows: Sequence[Row]) -> list[int]:
     """Trials that were in the midst of their epochs when a driver was killed."""
-    text = " ".join(row.found for row in rows)
-    found = re.findall(r"trial (\d+) after epoch (\d+)", text)
-    return list(dict.fromkeys(int(number) for number, epoch in found if int(epoch)))
+    text = " ".join(row.start for row in rows)
+    unfinished = re.findall(r"trial (\d+) after epoch (\d+)", text)
+    return list(dict.fromkeys(int(number) for number, epoch in unfinished if int(epoch)))
 
 
 def restarted(study: Path) -> list[int]:
@@ -438,32 +477,26 @@ def restarted(study: Path) -> list[int]:
 
 
 def check_training(study: Path, numbers: Sequence[int]) -> list[str]:
-    """Which of the trials `numbers` have other metrics than an uninterrupted training."""
+    """Whether the trials `numbers` have other metrics than an uninterrupted training."""
     ids = {int(run.data.tags["trial"]): run.info.run_id for run in runs(study)}
-    wrong = []
-    for number in numbers:
-        words = [
-            sys.executable,
-            "-m",
-            "analysis.replay",
-            ids[number],
-            f"tracking.uri={_uri(study)}",
-        ]
-        environment = _environment(study.parent.parent)
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()
-            wrong.append(f"trial {number}, trained again: {' | '.join(said[-4:])}")
-    return wrong
+    variables = environment.of_worker(cpus=1, gpus=0) | _environment(study.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", REPLAYS, _uri(study), *(ids[number] for number in numbers)],
+        **{"cwd": ROOT, "env": variables, "capture_output": True, "text": True},
+    )
+    said = (done.stdout + done.stderr).strip().splitlines()
+    return (
+        [f"of trials {numbers}, trained again: {' | '.join(said[-8:])}"] if done.returncode else []
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A line for each start of a driver: what it found (trials that had ended, those that went on
-    with the epochs they had), and what it mended."""
+    """A line for each start of a driver: trials that had ended, those that went on with the epochs
+    they had, and what the stores lacked."""
     drawn = Table("study", "", "to be killed", "was, after", "ended", "went on", "mended", box=None)
     for row in rows:
-        ended = re.match(r"\d+", row.found)
-        unfinished = re.findall(r"trial (\d+) after epoch (\d+)", row.found)
+        ended = re.match(r"\d+", row.start)
+        unfinished = re.findall(r"trial (\d+) after epoch (\d+)", row.start)
         drawn.add_row(
             row.study,
             "resumed" if row.resumed else "new",
@@ -477,7 +510,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 COMMAND = cli.Command(
-    "benchmarks.kill",
+    "tests.kill",
     __doc__,
     (
         Option("times", 25, COUNT, "kills in all"),
@@ -512,7 +545,8 @@ def main(arguments: Sequence[str]) -> int:
                     left -= sum(row.killed for row in new)
                     again = went_on(new)
                 console.print(table(new))
-                problems = [*check(study), *check_training(study, again[:REPLAYED])]
+                wrong_here = check(study, new[-1].ended)
+                problems = [*wrong_here, *check_training(study, again[:REPLAYED])]
             except Failure as failure:
                 new, problems, left = [], [str(failure)], left - times
                 again = []
@@ -523,7 +557,8 @@ def main(arguments: Sequence[str]) -> int:
             wrong += problems
     say(f"{sum(row.killed for row in rows)} kills, {len(rows)} starts, {len(wrong)} violations")
     if options["json"]:
-        Path(options["json"]).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        starts = [{**row._asdict(), "ended": sorted(row.ended)} for row in rows]
+        Path(options["json"]).write_text(json.dumps(starts, indent=1))
     return 1 if wrong else 0
 
 

@@ -1,0 +1,134 @@
+"""A study from its opening to its end: what is refused before it starts, and that nothing which it
+needed for its time stays."""
+
+import io
+import logging
+import os
+import signal
+
+import jax
+import pytest
+import ray
+import tiny
+from mlflow import MlflowClient
+from ray import tune
+from rich.console import Console
+
+from disinhib.errors import ConfigError
+from disinhib.tuning import cluster, engine, mlflow_store, options, study
+from disinhib.tuning.event_log import COMPLETE, KILLED
+
+tiny_space = tiny.tiny_space
+pytestmark = pytest.mark.usefixtures("tiny_space", "copied_stores")
+
+REFUSED = {
+    "tracking.uri=http://127.0.0.1:9": ["tracking.uri: given http://127.0.0.1:9", "answers"],
+    "tracking.uri=sqlite:////dev/null/m.db": ["tracking.uri: given sqlite:", "can be made"],
+    "searcher.storage=nosuch://x": ["searcher.storage: given nosuch://x", "null, or the URL"],
+    "cluster.address=127.0.0.1:1": ["cluster.address: given 127.0.0.1:1", "running Ray cluster"],
+}
+
+
+def settings():
+    """What a call may set for its time."""
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    return {
+        # (MLflow has some of its own that come and go.)
+        "environment": {n: v for n, v in os.environ.items() if not n.startswith("_MLFLOW_")},
+        "filters": {logger.name: list(logger.filters) for logger in loggers if logger.filters},
+        "jax": {name: jax.config.values[name] for name in sorted(jax.config.values)},
+    }
+
+
+def changes(before):
+    now = settings()
+    return {
+        (kind, name): (before[kind].get(name), now[kind].get(name))
+        for kind in before
+        for name in {*before[kind], *now[kind]}
+        if before[kind].get(name) != now[kind].get(name)
+    }
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_wrong_store_or_cluster_is_refused_before_ray_starts(override, tmp_path, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+    asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path / 'out'}", override])
+    job = study.job(asked)  # loads data: its libraries set some for themselves
+    before = settings()
+    with pytest.raises(ConfigError) as refusal:
+        engine.run(job, tiny.quiet())
+    assert changes(before) == {}
+    line = str(refusal.value)
+    assert "\n" not in line
+    for part in REFUSED[override]:
+        assert part in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_leaves_no_setting_behind(tmp_path, monkeypatch):
+    """On a Ray that it starts and ends itself."""
+    for name in cluster.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "trials=2"])
+    job = study.job(asked)
+    before = settings()
+    within = []
+
+    class Look(tune.Callback):
+        def on_trial_result(self, **_):
+            within.append(changes(before))
+
+    done = engine.run(job, tiny.quiet(), tiny.played(), [Look()])
+    assert [record.state for record in done.records] == [COMPLETE] * 2
+    assert changes(before) == {}
+    assert not ray.is_initialized()
+    # They were there when they were needed.
+    names = {name for _, name in within[0]}
+    assert names >= {*cluster.SWITCHES, "TUNE_MAX_PENDING_TRIALS_PG", "ray.tune.tune"}
+    assert not [name for kind, name in within[0] if kind == "jax"]
+
+
+def test_a_store_that_takes_no_record_leaves_the_studys_name_free(tmp_path, monkeypatch, one_ray):
+    def broken(self, records):
+        raise OSError("no such table: runs")
+
+    monkeypatch.setattr(mlflow_store.MlflowStore, "load", broken)
+    asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine"])
+    with pytest.raises(ConfigError, match=r"tracking\.uri: .* \(OSError: no such table: runs\)"):
+        study.run(asked, tiny.quiet(), tiny.played())
+    assert not asked.folder.exists()
+
+
+def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray):
+    class Interrupt(tune.Callback):
+        def on_trial_result(self, *, trial, **_):
+            if trial.config["number"] == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    words = [f"out_dir={tmp_path}", "study=mine"]
+    asked = options.compose([*tiny.STUDY, *words, "trials=4"])
+    done = study.run(asked, tiny.quiet(), tiny.played(), [Interrupt()])
+    assert not done.whole and done.undelivered == {}
+    assert [record.state for record in done.records] == [COMPLETE, COMPLETE, KILLED]
+    client = MlflowClient(done.tracking_uri)
+    run = lambda: client.get_run(done.run_id or "")
+    states = lambda: {
+        int(child.data.tags["trial"]): child.data.tags["trial_state"]
+        for child in client.search_runs([run().info.experiment_id], "tags.trial LIKE '%'")
+    }
+    assert run().info.status == "KILLED"
+    assert states() == {0: COMPLETE, 1: COMPLETE, 2: KILLED}
+
+    printed = io.StringIO()
+    again = options.compose([*words, "resume=true"])
+    done = study.run(again, Console(file=printed, width=120), tiny.played())
+    assert done.whole and [record.state for record in done.records] == [COMPLETE] * 4
+    assert (
+        "resumed with 2 of 4 trials ended; unfinished: trial 2 after epoch 1" in printed.getvalue()
+    )
+    assert run().info.status == "FINISHED"
+    assert states() == dict.fromkeys(range(4), COMPLETE)

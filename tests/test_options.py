@@ -1,0 +1,186 @@
+"""A study's options: what is refused, in one line and before anything is written; and what they
+give."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from disinhib.errors import ConfigError, InputError
+from disinhib.tuning import options, provenance, space_tree, study
+from search_spaces import SPACES
+
+ROOT = Path(__file__).parent.parent
+tiny_space = tiny.tiny_space
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """`refuse(*overrides)`: the line with which a study is refused; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*overrides):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InputError) as refusal:
+            study.job(options.compose([f"out_dir={tmp_path / 'out'}", *overrides]))
+        assert sorted(tmp_path.iterdir()) == before
+        line = str(refusal.value)
+        assert "\n" not in line
+        return line
+
+    return refused
+
+
+REFUSED = {
+    "space=rulez": ["space: given rulez", "rules, bp", "did you mean rules?"],
+    "trials=0": ["trials: given 0", "at least 1"],
+    "trials=2.5": ["trials: given 2.5", "whole number"],
+    "trails=5": ["trails: unknown option", "did you mean trials?"],
+    "+searcher.seed=5": ["searcher.seed: unknown option"],
+    "scheduler=ahsa": ["scheduler: given ahsa", "asha"],
+    "searcher.n_startup=3": ["searcher.n_startup: unknown option", "n_startup_trials"],
+    "scheduler.grace_period=99": ["scheduler.grace_period: given 99", "1 to epochs"],
+    "metric=test_accuracy": ["metric: given test_accuracy", "valid_accuracy"],
+    "mode=maximum": ["mode: given maximum", "one of max, min"],
+    "seed=null": ["seed: given null", "whole number"],
+    "batchsize=100000": ["batchsize: given 100000", "1150"],
+    "epochs=-1": ["epochs: given -1", "at least 1"],
+    "replicates=0": ["replicates: given 0", "at least 1"],
+    "device=gpu": ["device: given gpu", "cluster.gpus_per_trial"],
+    "resume=out": ["resume: given out", "true or false"],
+    "resume=true": ["resume: given true", "false without the name of a study (study=NAME)"],
+    "extend=true": ["extend: given true", "false without the name of a study (study=NAME)"],
+    "scheduler.reduction_factor=1": ["scheduler.reduction_factor: given 1", "above 1"],
+    "searcher.multivariate=false": ["searcher.group: given true", "searcher.multivariate"],
+    "study=a/b": ["study: given a/b", "a folder's name"],
+    "cluster.cpus_per_trial=0.5": ["cluster.cpus_per_trial: given 0.5", "whole number"],
+    "metric=valid_loss": ["mode: given max", "min for metric=valid_loss"],
+    "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
+    "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
+    "study=2024": ["study: given 2024", "a folder's name"],
+    "tracking.uri=": ["tracking.uri: given ", "a text, or null"],
+    "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
+    "optimizer.learning_rate=0.1": ["optimizer.learning_rate: given 0.1", "searches it"],
+    "dataset.path=nowhere": ["dataset.path", "nowhere"],
+    "out_dir=/dev/null/out": ["out_dir: given /dev/null/out", "folder that can be written"],
+    "warm_start=nothing": ["warm_start: given nothing", "the name of a study in "],
+    "points=nowhere.yaml": ["points: given nowhere.yaml", "No such file"],
+    "checkpoints.keep_best=-1": ["checkpoints.keep_best: given -1", "at least 0"],
+    "checkpoints.cap_gb=0": ["checkpoints.cap_gb: given 0", "above 0"],
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_an_option_that_cannot_be_is_refused(override, refuse):
+    line = refuse(override)
+    for part in REFUSED[override]:
+        assert part in line
+
+
+TOGETHER = {
+    ("study=x", "resume=true", "extend=true"): ["extend: given true", "false with resume=true"],
+    ("study=x", "resume=true"): ["study: given x", "none: there is no study"],
+    ("study=x", "extend=true"): ["study: given x", "none: there is no study"],
+    ("searcher=grid", "space=bp"): ["trials: given 60", "at most 3, the whole grid"],
+    ("searcher=gp", "searcher.batch=0"): ["searcher.batch: given 0", "at least 1"],
+}
+
+
+@pytest.mark.parametrize("overrides", TOGETHER)
+def test_what_does_not_go_together_likewise(overrides, refuse):
+    line = refuse(*overrides)
+    for part in TOGETHER[overrides]:
+        assert part in line
+
+
+@pytest.mark.parametrize(("searcher", "package"), [("gp", "torch"), ("cmaes", "cmaes")])
+def test_a_searcher_whose_package_is_missing_is_refused(searcher, package, monkeypatch, refuse):
+    without = lambda name, *rest: None if name == package else find_spec(name, *rest)
+    monkeypatch.setattr("importlib.util.find_spec", without)
+    line = refuse(f"searcher={searcher}")
+    assert line.startswith(f"searcher: given {searcher}, allowed is another without the")
+    assert line.endswith(package)
+
+
+POINTS = {
+    "- {trainer: bp, optimizer.learning_rat: 0.01}": ["point 1", "optimizer.learning_rat"],
+    "- {trainer: bp, optimizer.learning_rate: 7}": ["point 1", "optimizer.learning_rate: given 7"],
+    "- {optimizer.learning_rate: 0.01}": ["point 1", "trainer: missing"],
+    "trainer: bp": ["not a list of points"],
+}
+
+
+@pytest.mark.parametrize("text", POINTS)
+@pytest.mark.usefixtures("tiny_space")
+def test_a_point_that_is_not_in_the_space_is_refused(text, tmp_path, refuse):
+    points = tmp_path / "points.yaml"
+    points.write_text(text)
+    line = refuse(*tiny.STUDY, f"points={points}")
+    for part in POINTS[text]:
+        assert part in line
+
+
+def test_the_real_command_refuses_likewise(tmp_path):
+    refused = subprocess.run(
+        [sys.executable, str(ROOT / "tune_main.py"), "trails=5"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    expected = (2, "", "error: trails: unknown option; did you mean trials?\n")
+    assert (refused.returncode, refused.stdout, refused.stderr) == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_taken_is_refused_and_a_default_one_is_numbered(tmp_path):
+    (tmp_path / "bp-digits").mkdir()
+    with pytest.raises(ConfigError, match=r"study: given bp-digits, .* or resume=true"):
+        options.compose(["study=bp-digits", f"out_dir={tmp_path}"])
+    assert options.compose(["space=bp", f"out_dir={tmp_path}"]).name == "bp-digits-2"
+
+
+# What they give.
+
+EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
+STUDIES = [file.stem for file in EXPERIMENTS if "\ngrid:" not in file.read_text()]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_branch_of_an_experiments_space_composes(name):
+    """(Without its data, which need not be here.)"""
+    asked = options.compose([f"experiment={name}"])
+    for branch in space_tree.branches(SPACES[asked.space]):
+        trial = options.configure(asked, 0, branch.overrides)
+        assert trial["epochs"] == asked.epochs and trial["searched"] == branch.overrides
+        assert trial["final"] is False
+
+
+@pytest.mark.parametrize("name", [file.stem for file in EXPERIMENTS if file.stem not in STUDIES])
+def test_a_grid_is_no_study(name):
+    with pytest.raises(ConfigError, match=r"needed is python -m analysis\.retrain experiment="):
+        options.compose([f"experiment={name}"])
+
+
+def test_a_grid_leaves_out_what_is_known():
+    asked = options.compose(["searcher=grid", "space=bp", "trials=2"])
+    default, *rest = options.first_points(asked)
+    assert options.first_points(asked, rest[:1]) == [default, *rest[1:]]
+    with pytest.raises(ConfigError, match="trials: given 2, allowed is at most 1"):
+        options.first_points(asked, rest)
+
+
+def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
+    file = tmp_path / "points.yaml"
+    file.write_text(yaml.safe_dump([{"trainer": "exact-inv", "model.vf.g_EI": 1.5}] * 2))
+    asked = options.compose([f"points={file}", "trials=7"])
+    with pytest.raises(ConfigError, match="trials: given 7, allowed is at least 8"):
+        options.first_points(asked)
+    assert len(options.first_points(replace(asked, trials=8))) == 5
+
+
+def test_passwords_in_addresses_are_masked():
+    masked = provenance.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
+    assert masked == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"

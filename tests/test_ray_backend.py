@@ -1,0 +1,171 @@
+# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+"""The study loop on the real Ray Tune, with trials that only play: what each of their ends is in
+the log and in Ray, and what ends the study."""
+
+import os
+import signal
+from contextlib import closing
+from typing import NamedTuple
+
+import pytest
+import tiny
+from ray import tune
+from ray.tune import ExperimentAnalysis
+
+from disinhib.tuning import ray_backend
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    WAITING,
+    Asked,
+    EpochDone,
+    EventLog,
+    replay,
+)
+from disinhib.tuning.loop import StudyStopped, from_list, mean_score, study_loop
+from disinhib.tuning.ray_backend import RayBackend
+
+pytestmark = pytest.mark.usefixtures("one_ray")
+
+EPOCHS = 3
+
+
+class Played(NamedTuple):
+    records: dict
+    ray: dict  # Ray's own trials, by number
+    epochs: list  # that the log has, (trial, epoch)
+    workers: list  # pids, in the order of their first results
+    over_cap: int  # calls
+
+
+class Watch(tune.Callback):
+    def __init__(self):
+        self.workers = []
+
+    def on_trial_result(self, *, result, **_):
+        if result["pid"] not in self.workers:
+            self.workers.append(result["pid"])
+
+
+def asked(number, acts=()):
+    config = {
+        "number": number, "rule": "bp", "epochs": EPOCHS, "seeds": [1], "final": False,
+        "searched": dict(acts), "command": "", "options": {},
+    }  # fmt: skip
+    return Asked(number, config)
+
+
+def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
+    """Runs trials, each with its acts by epoch; trials of a score below 0 are stopped."""
+    with closing(EventLog(folder)) as log:
+        watch, over_cap = Watch(), []
+        records = replay(log.events())
+        policy = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
+        backend = RayBackend(
+            tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, lambda: None,
+            lambda: over_cap.append(1),
+        )  # fmt: skip
+        listed = from_list(asked(number, acts) for number, acts in enumerate(trials))
+        loop = study_loop(
+            log, records, source or listed, lambda records, trial, score: score < 0,
+            mean_score("valid_accuracy", 1), backend, at_once, observe,
+        )  # fmt: skip
+        backend.run(loop, at_once, [watch])
+        epochs = [
+            (logged.event.trial, logged.event.epoch)
+            for logged in log.events()
+            if isinstance(logged.event, EpochDone)
+        ]
+    in_ray = ExperimentAnalysis(str(folder / ray_backend.FOLDER)).trials or []
+    by_number = {trial.config["number"]: trial for trial in in_ray}
+    assert len(by_number) == len(in_ray)
+    return Played(records, by_number, epochs, watch.workers, len(over_cap))
+
+
+STUDY = (
+    {}, {"2": "raise"}, {"2": -1.0}, {"2": "over cap"}, {"2": "die once"}, {}, {"2": "die"},
+)  # fmt: skip
+WHOLE, RAISED, STOPPED, OVER_CAP, DIED_ONCE, AFTER_DEATH, DIED = range(7)
+
+
+@pytest.fixture(scope="module")
+def played(one_ray, tmp_path_factory):
+    before = dict(os.environ)
+    played = play(tmp_path_factory.mktemp("played"), *STUDY)
+    assert dict(os.environ) == before  # Tune's switches, too
+    return played
+
+
+def test_every_end_in_the_log(played):
+    assert {n: (r.state, r.reason, r.epochs) for n, r in played.records.items()} == {
+        WHOLE: (COMPLETE, None, EPOCHS),
+        RAISED: (FAILED, "RuntimeError: planted", 1),
+        STOPPED: (PRUNED, None, 2),
+        OVER_CAP: (COMPLETE, None, EPOCHS),
+        DIED_ONCE: (COMPLETE, None, EPOCHS),
+        AFTER_DEATH: (COMPLETE, None, EPOCHS),
+        DIED: (FAILED, "worker lost 4 times", 1),
+    }
+    assert played.over_cap == 1
+
+
+def test_every_end_in_ray(played):
+    failed = {RAISED, DIED}
+    assert {n: trial.status for n, trial in played.ray.items()} == {
+        n: "ERROR" if n in failed else "TERMINATED" for n in range(len(STUDY))
+    }
+    # What raises is not tried again; what loses its worker is, three times.
+    lost = {RAISED: 1, DIED_ONCE: 1, DIED: ray_backend.WORKERS_LOST + 1}
+    assert {n: trial.num_failures for n, trial in played.ray.items()} == {
+        n: lost.get(n, 0) for n in range(len(STUDY))
+    }
+
+
+def test_what_a_trial_reports_again_is_in_the_log_once(played):
+    assert len(played.epochs) == len({*played.epochs})
+    assert [epoch for trial, epoch in played.epochs if trial == DIED_ONCE] == [1, 2, 3]
+
+
+def test_workers_are_reused_until_they_die(played):
+    """One until a trial raises, one until the first death, and one until each of the others."""
+    assert len(played.workers) == 1 + 1 + ray_backend.WORKERS_LOST + 1
+
+
+def test_an_obstacle_ends_the_study(tmp_path):
+    with pytest.raises(StudyStopped, match="No space left on device: there"):
+        play(tmp_path, {"2": "full"}, {})
+    with closing(EventLog(tmp_path)) as log:
+        (record,) = replay(log.events()).values()
+    assert (record.state, record.epochs) == (WAITING, 2)  # it can go on
+
+
+def test_a_proposal_that_raises_ends_the_study(tmp_path):
+    planted = ValueError("no such option")
+
+    def source(records):
+        if records:
+            raise planted
+        return [asked(0)]
+
+    with pytest.raises(ValueError, match="no such option") as raised:
+        play(tmp_path, source=source)
+    assert raised.value is planted
+
+
+def test_ctrl_c_ends_the_study_and_the_next_session_has_the_rest(tmp_path):
+    """Ray's own record is then of those trials alone."""
+
+    def interrupt(event):
+        if isinstance(event, EpochDone) and event.trial == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    slow = {str(epoch): "stay" for epoch in range(1, EPOCHS + 1)}
+    first = play(tmp_path, {}, slow, slow, observe=interrupt)
+    assert [r.state for r in first.records.values()] == [COMPLETE, RUNNING]
+    (tmp_path / ray_backend.FOLDER).rename(tmp_path / "before")
+    second = play(tmp_path, {}, slow, slow)
+    assert [r.state for r in second.records.values()] == [COMPLETE] * 3
+    assert sorted(second.ray) == [1, 2]
+    assert sorted(second.epochs) == [(n, e) for n in range(3) for e in range(1, EPOCHS + 1)]
