@@ -1,4 +1,4 @@
-# pyright: reportAssignmentType=false  (parts of configurations, events of any kind)
+# pyright: reportAssignmentType=false
 """Early stopping: what is stopped, when, compared with whom, and the same again on resuming."""
 
 import math

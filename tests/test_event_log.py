@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """The event log: nothing twice, nothing half, nothing lost by a kill or on a full disk."""
 
 import errno

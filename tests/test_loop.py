@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """The study loop, with trials that are played here: who is next, what ends a trial, and that a
 study which is killed anywhere ends as the one that was not."""
 

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """MLflow as the driver writes it: a real SQLite store, fed with a study's events."""
 
 import itertools

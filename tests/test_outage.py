@@ -1,4 +1,4 @@
-# pyright: reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
+# pyright: reportAttributeAccessIssue=false
 """What a study does when what it needs fails: a real MLflow server that goes away for a while, a
 disk that is full."""
 

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Everything arrives in every store, in order, nothing twice in effect, whatever a store does."""
 
 import json

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """What a study shows: its numbers, one by one, and their lines."""
 
 import io

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """The study loop on the real Ray Tune, with trials that only play: what each of their ends is in
 the log and in Ray, and what ends the study."""
 

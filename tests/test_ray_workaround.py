@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """The workaround of Ray's bug: that Ray still has it, and that nothing of it stays."""
 
 import os

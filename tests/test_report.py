@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """Reports: the same numbers in four forms, and those of MLflow's raw metrics."""
 
 import io

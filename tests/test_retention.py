@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """Which checkpoints of a study stay."""
 
 import pytest

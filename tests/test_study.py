@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false  (parts of configurations, events of any kind)
+# pyright: reportArgumentType=false
 """Studies, with the real Ray, Optuna and MLflow: one small study looked at from many sides, and
 another that starts from it."""
 
