@@ -3,7 +3,6 @@
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -378,7 +377,7 @@ def decided_by_ray(make, decisions, rules):
     judges = {rule: make() for rule in {rules(d.number) for d in decisions}}
     trials = {}
     for number in sorted({d.number for d in decisions}):
-        trials[number] = RayTrial(trial_id=str(number))
+        trials[number] = RayTrial(number)
         judges[rules(number)].on_trial_add(None, trials[number])
     stops = []
     for number, epoch, score, _ in decisions:
@@ -392,10 +391,11 @@ def decided_by_ray(make, decisions, rules):
     return stops
 
 
-class RayTrial(SimpleNamespace):
+class RayTrial:
     """Stands in for Ray's trial, which is a key of its dictionaries."""
 
-    __hash__ = object.__hash__
+    def __init__(self, number):
+        self.trial_id = str(number)
 
 
 @given(

@@ -11,6 +11,7 @@ import sys
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -35,7 +36,7 @@ from disinhib.tuning.event_log import (
 ROOT = Path(__file__).parent.parent
 
 
-def config(number, rule="bp", epochs=3, seeds=(1,), final=False):
+def config(number, rule="bp", epochs=3, seeds=(1,), final=False) -> Any:
     return {"number": number, "rule": rule, "epochs": epochs, "seeds": [*seeds], "final": final}
 
 
@@ -61,14 +62,18 @@ def keys(events):
     return [(event.trial, event.kind, event.epoch) for event in events]
 
 
-def events_of(log):
+def events_of(log) -> list[Any]:
     return [logged.event for logged in log.events()]
 
 
 def test_events_come_back_as_they_were_appended(log, tmp_path):
     about = {"metrics": {"valid_loss": [1 / 7, 2.5]}, "place": {"host": "h"},
              "diverged": {"8": "Diverged"}, "flags": {"7": "unstable"}}  # fmt: skip
-    point = {"params": {"x": 1}, "distributions": {"x": "{}"}, "system_attrs": {"a": [1, None]}}
+    point: Any = {
+        "params": {"x": 1},
+        "distributions": {"x": "{}"},
+        "system_attrs": {"a": [1, None]},
+    }
     written = [
         Asked(0, config(0), point, {"dataset": "digits"}, {"provenance.json": "{}\n"}),
         epoch(0, 1, 1 / 3, **about), epoch(0, 2, -1e-300),
@@ -144,6 +149,7 @@ def test_each_store_has_a_cursor_that_stays(log, tmp_path):
 OPEN = """
 import sys
 from pathlib import Path
+from typing import Any
 from disinhib.errors import ConfigError
 from disinhib.tuning.event_log import EventLog
 try:
@@ -184,6 +190,7 @@ def test_a_second_opener_is_refused_in_one_line(tmp_path, written):
 WRITE = """
 import itertools, sys
 from pathlib import Path
+from typing import Any
 from disinhib.tuning.event_log import EpochDone, EventLog
 log = EventLog(Path(sys.argv[1]))
 for number in itertools.count(1):
@@ -248,6 +255,7 @@ def test_a_full_log_takes_all_of_a_call_or_nothing(log, tmp_path):
 FULL = """
 import json, resource, sys
 from pathlib import Path
+from typing import Any
 from disinhib.tuning.event_log import FILE, EpochDone, EventLog
 folder = Path(sys.argv[1])
 log = EventLog(folder)

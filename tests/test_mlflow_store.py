@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +25,7 @@ from disinhib.tuning.event_log import (
     Asked,
     Ended,
     EpochDone,
+    Event,
     EventLog,
     Logged,
     replay,
@@ -64,7 +66,7 @@ def new_store(experiment, models):
     return make
 
 
-def config(number, final=False):
+def config(number, final=False) -> Any:
     return {
         "number": number,
         "rule": "bp",
@@ -77,10 +79,13 @@ def config(number, final=False):
     }
 
 
+def point(params) -> Any:
+    return {"params": params, "distributions": {}, "system_attrs": {}}
+
+
 def trial(number, epochs, state=None, reason=None):
     """The events of a trial of two seeds, with a budget of 3 epochs."""
-    point = {"params": PARAMS, "distributions": {}, "system_attrs": {}}
-    events = [Asked(number, config(number), point)]  # pyright: ignore[reportArgumentType]
+    events: list[Event] = [Asked(number, config(number), point(PARAMS))]
     for epoch in range(1, epochs + 1):
         # Means over seeds, with a deviation of 0.
         metrics = {"valid_accuracy": [50.0 + epoch] * 2, "valid_loss": [1.0 / epoch] * 2}
@@ -207,8 +212,7 @@ def test_a_trial_that_fails_before_its_first_epoch_has_a_run_with_the_reason(new
 def test_options_command_and_provenance_are_kept_with_a_trial(new_store, tmp_path):
     store = new_store("artifacts")
     store.load({})
-    asked, *_ = trial(7, 1)
-    store.deliver(logged(Asked(7, asked.config, tags={"dataset": "d"}, files={"more.txt": "m"})))
+    store.deliver(logged(Asked(7, config(7), tags={"dataset": "d"}, files={"more.txt": "m"})))
     run = store.client.get_run(store.runs[7, None])
     store.client.download_artifacts(run.info.run_id, "", str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {*TRIAL_FILES, "more.txt"}
@@ -226,7 +230,7 @@ def retraining(number=0):
     of_seeds = [(1, [51.0, 52.0]), (2, [53.0, math.nan]), (3, [55.0, math.nan])]
     why, flag = f"{number + 100}", f"{number}"
     return [
-        Asked(number, config(number, final=True), {"params": {"trainer": "bp"}}),
+        Asked(number, config(number, final=True), point({"trainer": "bp"})),
         *(
             EpochDone(
                 number, epoch, values[0],

@@ -332,7 +332,8 @@ def test_what_optuna_is_given_again_changes_nothing(data):
     with tempfile.TemporaryDirectory() as name, open_log(Path(name)) as log:
         folder = Path(name)
         log.append(whole(0) + whole(1, PRUNED) + whole(2, FAILED, "Diverged: kernel_0"))
-        events = log.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)]) and log.events()
+        log.append([asked(3, "lin-thresh"), epoch(3, 1, 0.25)])
+        events = log.events()
         store, _ = opened(folder)
         store.deliver(events[: (at := data.draw(st.integers(0, len(events))))])
         if data.draw(st.booleans()):  # a new session

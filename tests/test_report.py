@@ -38,10 +38,10 @@ def study(tmp_path_factory):
     written = planted.write(folder, study="under_score")
     store = stores.connect(written.uri)
     study = stores.find_study(store, written.study)
-    rows = runs.trials(store, study).rows
+    trials = runs.trials(store, study).rows.to_dict("records")
     settings = configurations.checked_settings([f"out_dir={folder}", "study=again"])
     chosen = [
-        configurations._of_trial(store, study, rows["run_id"][number], settings)
+        configurations._of_trial(store, study, trials[number]["run_id"], settings)
         for number in RULES.values()
     ]
     settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}

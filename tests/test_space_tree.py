@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import cache
 
 import optuna
 import pytest
@@ -20,7 +21,12 @@ from search_spaces import SPACES
 
 def configured(overrides):
     """The training options under those of `overrides` that choose a group."""
-    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
+    groups = (f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name))
+    return _composed(tuple(groups))
+
+
+@cache
+def _composed(groups):
     return flatten(hydra_config.compose("train", groups)[0])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -91,12 +92,14 @@ def frozen_trial(tried: Tried) -> FrozenTrial:
         value=value(tried["state"], tried["scores"]),
         params=tried["point"]["params"],
         distributions={
-            name: json_to_distribution(text)
-            for name, text in tried["point"]["distributions"].items()
+            name: _distribution(text) for name, text in tried["point"]["distributions"].items()
         },
         system_attrs=tried["point"]["system_attrs"],
         intermediate_values=dict(enumerate(tried["scores"], start=1)),
     )
+
+
+_distribution = lru_cache(maxsize=1024)(json_to_distribution)  # a space has but a few
 
 
 def value(state: str, scores: Sequence[float]) -> float | None:
