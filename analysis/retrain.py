@@ -112,7 +112,7 @@ def job(
     if manifest.space is not None:
         raise refusal("study", name, f"another name: {folder} is a search")
     origin = manifest.id if study is None else study.id
-    about = _about(planned, threads, origin)
+    about, left = _about(planned, threads, origin), _left(planned, seeds)
     options = {**settings, "metric": runs.DEFAULT_METRIC}
     return Job(
         name=name,
@@ -122,8 +122,8 @@ def job(
         kept={"options": options},
         command=command,
         metric=runs.DEFAULT_METRIC,
-        source=_source(planned, seeds, about),
-        trials=lambda records: len(records) + len(_missing(planned, seeds, records)),
+        source=_source(left, about, planned[0]),
+        trials=lambda records: len(records) + len(left(records)),
         cluster=settings["cluster"],
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
@@ -158,15 +158,42 @@ def _about(planned: Sequence[Configuration], threads: int, study_id: str) -> Abo
     return about
 
 
-def _source(planned: Sequence[Configuration], seeds: Sequence[int], about: About) -> Source:
+Left = Callable[[Mapping[int, Record]], list[tuple[Configuration, list[int]]]]
+
+
+def _left(planned: Sequence[Configuration], seeds: Sequence[int]) -> Left:
+    """The seeds of each configuration that no record has, or whose training could not end when the
+    command was given before: it is tried once each time."""
+    earlier: list[set[int]] = []
+
+    def left(records: Mapping[int, Record]) -> list[tuple[Configuration, list[int]]]:
+        if not earlier:
+            earlier.append({n for n, record in records.items() if _could_not_end(record)})
+        trials = []
+        for one in planned:
+            known = {
+                seed
+                for record in records.values()
+                if _key(record) == one.key and record.number not in earlier[0]
+                for seed in record.config["seeds"]
+            }
+            missing = [seed for seed in seeds if seed not in known]
+            if missing:
+                trials.append((one, missing))
+        return trials
+
+    return left
+
+
+def _source(left: Left, about: About, first: Configuration) -> Source:
     """The configurations whose seeds are neither done nor being trained, one after the other."""
     checked: list[str] = []
 
     def source(records: Mapping[int, Record]) -> list[Asked]:
         if not checked:
             checked.append("once")
-            _refuse_other_code(records, about(planned[0])[0]["code_sha256"])
-        for one, missing in _missing(planned, seeds, records):
+            _refuse_other_code(records, about(first)[0]["code_sha256"])
+        for one, missing in left(records):
             number = len(records)
             tags, files = about(one)
             trial = TrialConfig(
@@ -184,24 +211,6 @@ def _source(planned: Sequence[Configuration], seeds: Sequence[int], about: About
         return []
 
     return source
-
-
-def _missing(
-    planned: Sequence[Configuration], seeds: Sequence[int], records: Mapping[int, Record]
-) -> list[tuple[Configuration, list[int]]]:
-    """The seeds of each configuration that no record has, or whose training could not end."""
-    left = []
-    for one in planned:
-        known = {
-            seed
-            for record in records.values()
-            if _key(record) == one.key and not _could_not_end(record)
-            for seed in record.config["seeds"]
-        }
-        missing = [seed for seed in seeds if seed not in known]
-        if missing:
-            left.append((one, missing))
-    return left
 
 
 def _key(record: Record) -> str:
@@ -238,10 +247,10 @@ def summary(
         last = {e.event.trial: e.event for e in log.events() if isinstance(e.event, EpochDone)}
     lines, done = [], 0
     for one in planned:
-        ends, tests, reasons = 0, [], []
+        ends, tests, reasons, failures = 0, [], [], []
         for record in finished.records:
             if _key(record) != one.key or not record.ended or _could_not_end(record):
-                reasons += [record.reason] * (_key(record) == one.key and _could_not_end(record))
+                failures += [record.reason] * (_key(record) == one.key and _could_not_end(record))
                 continue
             for lane, end in enumerate(record.seed_ends(record.state, record.reason)):
                 if end["seed"] in seeds:
@@ -252,6 +261,7 @@ def summary(
                     reasons += [f"seed {end['seed']} flagged: {end['flag']}"] * bool(end["flag"])
         done += ends
         accuracy = [f"test accuracy {sum(tests) / len(tests):.2f} %"] if tests else []
+        reasons += failures if ends < len(seeds) else []  # else it went well in the end
         parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *filter(None, reasons)]
         lines.append(f"{one.words}: {', '.join(parts)}")
     return lines, done

@@ -84,17 +84,17 @@ def compose(overrides: Sequence[str]) -> Study:
     """
     own, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(own)
-    earlier = None
+    earlier, settings = None, own
     if own["resume"] or own["extend"]:
         earlier = resume.read_kept(own)
         overrides = resume.on_top_of(earlier, overrides, own)
-    settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
-    check(settings)
+        settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
+        check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
     first = next(space_tree.branches(SPACES[settings["space"]])).overrides
     groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
     with _blaming(settings["space"]):
-        hydra_config.compose("study", groups)
+        _composed("study", tuple(groups))
     options, _ = hydra_config.compose("study", [*overrides, *groups])
     check(options)
     out_dir = Path(options["out_dir"]).absolute()
