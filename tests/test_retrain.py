@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -396,8 +397,9 @@ def test_what_other_code_has_begun_does_not_go_on(tmp_path, monkeypatch):
     assert code == 0 and "warning: trial 0 was trained by other code" in printed
 
 
-def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path):
+def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, mlflow_template):
     """Killed in the midst of real training, when it has a checkpoint."""
+    shutil.copyfile(mlflow_template, tmp_path / "mlflow.db")
     words = [GRID[0], "trainer=bp", "seeds=3", "epochs=40", "batchsize=20", f"out_dir={tmp_path}"]
     words.append("checkpoints.every_seconds=0")
     driver = subprocess.Popen(
