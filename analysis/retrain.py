@@ -243,10 +243,10 @@ def summary(
         last = {e.event.trial: e.event for e in log.events() if isinstance(e.event, EpochDone)}
     lines, done = [], 0
     for one in planned:
-        ends, tests, reasons = 0, [], []
+        ends, tests, reasons, failures = 0, [], [], []
         for record in finished.records:
             if _key(record) != one.key or not record.ended or _could_not_end(record):
-                reasons += [record.reason] * (_key(record) == one.key and _could_not_end(record))
+                failures += [record.reason] * (_key(record) == one.key and _could_not_end(record))
                 continue
             for lane, end in enumerate(record.seed_ends(record.state, record.reason)):
                 if end["seed"] in seeds:
@@ -257,6 +257,7 @@ def summary(
                     reasons += [f"seed {end['seed']} flagged: {end['flag']}"] * bool(end["flag"])
         done += ends
         accuracy = [f"test accuracy {sum(tests) / len(tests):.2f} %"] if tests else []
+        reasons += failures if ends < len(seeds) else []  # else it went well in the end
         parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *filter(None, reasons)]
         lines.append(f"{one.words}: {', '.join(parts)}")
     return lines, done

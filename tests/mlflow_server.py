@@ -73,7 +73,7 @@ class Outage:
         (self.marks / name).touch()
 
 
-def wait(condition, seconds: float = 120.0):
+def wait(condition, seconds: float = 300.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came"

@@ -18,7 +18,7 @@ from disinhib.errors import ConfigError
 from disinhib.tuning import cluster, engine, mlflow_store, options, study
 from disinhib.tuning.event_log import COMPLETE, KILLED
 
-tiny_space = tiny.tiny_space
+source, tiny_space = tiny.source, tiny.tiny_space
 pytestmark = pytest.mark.usefixtures("tiny_space", "copied_stores")
 
 REFUSED = {

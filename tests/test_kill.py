@@ -45,8 +45,10 @@ def test_a_study_whose_workers_are_killed_goes_on_by_itself(tmp_path):
     assert kill.check_training(asked.folder, again[:1]) == []
 
 
-def test_a_study_whose_driver_is_killed_is_whole(tmp_path):
+def test_a_study_whose_driver_is_killed_is_whole(tmp_path, mlflow_template):
     """Amid its trials, and as it ends."""
+    (tmp_path / "1/out").mkdir(parents=True)
+    shutil.copyfile(mlflow_template, tmp_path / "1/out/mlflow.db")
     moments = [Moment(MORE, 0.2, trials=3), Moment(END, 0.3)]
     rows = kill.kill_and_resume(tmp_path / "1", moments, trials=9, options=["epochs=4"])
     print(*rows, sep="\n")

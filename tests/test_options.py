@@ -16,7 +16,7 @@ from disinhib.tuning import options, provenance, space_tree, study
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
-tiny_space = tiny.tiny_space
+source, tiny_space = tiny.source, tiny.tiny_space
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from disinhib.tuning.event_log import COMPLETE, Asked, Ended, EpochDone, EventLo
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
-tiny_space = tiny.tiny_space
+source, tiny_space = tiny.source, tiny.tiny_space
 
 
 @pytest.fixture(scope="module")

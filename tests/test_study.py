@@ -43,7 +43,7 @@ from disinhib.tuning.event_log import (
 )
 from disinhib.tuning.worker import REPORT, TrainingTrial
 
-tiny_space = tiny.tiny_space
+source, tiny_space = tiny.source, tiny.tiny_space
 pytestmark = pytest.mark.usefixtures("tiny_space", "copied_stores", "one_ray")
 
 ROOT = Path(__file__).parent.parent

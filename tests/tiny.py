@@ -39,12 +39,18 @@ def space(trial):
 
 
 @pytest.fixture(scope="module")
-def tiny_space():
-    """The space, and the source as it is now: somebody may edit it while the tests run."""
-    source = provenance.code(provenance.ROOT)
+def source():
+    """The source as it is now: somebody may edit it while the tests run."""
+    code = provenance.code(provenance.ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "code", lambda _: deepcopy(code))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_space(source):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SPACES, "tiny", space)
-        patch.setattr(provenance, "code", lambda _: deepcopy(source))
         yield
 
 

@@ -87,7 +87,7 @@ def compose(overrides: Sequence[str]) -> Study:
     """
     own, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
     check(own)
-    earlier = None
+    earlier, settings = None, own
     if own["resume"] or own["extend"]:
         earlier = resume.read_kept(own)
         overrides = resume.on_top_of(earlier, overrides, own)
