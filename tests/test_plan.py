@@ -137,7 +137,11 @@ def mixed(trial):
 
 
 def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    programs, here = (tmp_path / name for name in ("programs", "here"))
+    for folder in (programs, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     monkeypatch.setitem(SPACES, "mixed", mixed)
     asked = ["experiment=smoke", "space=mixed", "solver.max_iterations=1"]
     assert study.main(["plan=true", *asked]) == 0
@@ -156,7 +160,7 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert "not counted, as none of their structures ran: exact-inv" in lines
     for start in ("with scheduler=asha: ", "memory: ", "disk: at most ", "cluster: "):
         assert any(line.startswith(start) for line in lines)
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())
     assert list(programs.iterdir())  # for the study to load
 
 
