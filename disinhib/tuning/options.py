@@ -91,8 +91,6 @@ def compose(overrides: Sequence[str]) -> Study:
     if own["resume"] or own["extend"]:
         earlier = resume.read_kept(own)
         overrides = resume.on_top_of(earlier, overrides, own)
-    settings = own
-    if earlier is not None:
         settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
         check(settings)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
