@@ -19,6 +19,7 @@ import pytest
 from conftest import hyperparameters
 
 from disinhib.config import published
+from disinhib.controller import CONTROLLERS
 from disinhib.feedback import jacobian_weights, per_sample
 from disinhib.hyperparameters import Architecture, Newton, Ode
 from disinhib.losses import LOSSES
@@ -75,8 +76,12 @@ def renamed(options, names):
 
 
 def among(known, options):
-    """Those of `options` that are `known`."""
-    return {name: value for name, value in options.items() if name in known}
+    """Those of `options` that are `known`; flags as they are traced."""
+    return {
+        name: float(value) if isinstance(value, bool) else value
+        for name, value in options.items()
+        if name in known
+    }
 
 
 def read(file, solver):
@@ -121,15 +126,16 @@ def read(file, solver):
         )
     )
     if solver == "ode":
-        architecture = replace(architecture, solver=integrated(hyper))
+        architecture = replace(architecture, solver=integrated(architecture, hyper))
     return architecture, hyper
 
 
-def integrated(hyper):
+def integrated(architecture, hyper):
     """Tight, and for thirty time constants of the controller: e^-30 is 1e-13. (The reference was
     itself integrated for 30 s.)"""
-    seconds = min(30.0, 30 * hyper.controller["tau"] / min(1.0, hyper.controller["leak"]))
-    return Ode(T=seconds, rtol=1e-9, atol=1e-11, early_termination=False)
+    controller = CONTROLLERS[architecture.controller]
+    slowest = max(controller.tau(hyper.controller), controller.settling(hyper.controller))
+    return Ode(T=min(30.0, 30 * slowest), rtol=1e-9, atol=1e-11, early_termination=False)
 
 
 def parameters_in(data, prefix=""):
