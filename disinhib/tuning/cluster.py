@@ -25,7 +25,9 @@ SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the log has it all
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` names them in a line each
 }
-SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")  # and left: breakpoint() would then be Ray's
+# And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
+# and what another Ray starts without it could not speak to it.)
+SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
 @contextmanager
