@@ -56,7 +56,8 @@ def placed():
 def test_trials_run_on_every_node(compose):
     asked = compose()
     finished = study.run(asked, tiny.quiet(), placed())
-    assert [record.state for record in finished.records] == [COMPLETE] * 4
+    ends = [(record.state, record.reason) for record in finished.records]
+    assert ends == [(COMPLETE, None)] * 4
     with closing(EventLog(asked.folder)) as log:
         events = [logged.event for logged in log.events()]
     places = {event.metrics["node"][0] for event in events if isinstance(event, EpochDone)}

@@ -29,12 +29,15 @@ REFUSED = {
 }
 
 
+# MLflow's come and go; Ray's stays, as the process has read it for good.
+NOT_OURS = ("_MLFLOW_", "RAY_AUTH_MODE")
+
+
 def settings():
     """What a call may set for its time."""
     loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
     return {
-        # (MLflow has some of its own that come and go.)
-        "environment": {n: v for n, v in os.environ.items() if not n.startswith("_MLFLOW_")},
+        "environment": {n: v for n, v in os.environ.items() if not n.startswith(NOT_OURS)},
         "filters": {logger.name: list(logger.filters) for logger in loggers if logger.filters},
         "jax": {name: jax.config.values[name] for name in sorted(jax.config.values)},
     }

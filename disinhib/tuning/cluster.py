@@ -25,7 +25,9 @@ SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the log
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` prints a line for each
 }
-SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")  # and left: breakpoint() would then be Ray's
+# And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
+# and what another Ray starts without it could not speak to it.)
+SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
 @contextmanager
