@@ -29,11 +29,14 @@ study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seed
 figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="out=FOLDER")
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
-test: lint ## lint, then every test
-	$(BIN)/python -m pytest $(ARGS)
+# A file is one process's, as its tests share fixtures: a Ray, a trained network.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: lint ## lint, then every test, in two processes
+	$(PYTEST) $(ARGS)
 
 quick: $(STAMP) ## the tests that are not slow only
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
 	$(BIN)/python -m tests.kill $(ARGS)
