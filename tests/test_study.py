@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import optuna
@@ -452,7 +453,7 @@ def test_a_seed_that_diverges_fails_its_trial(extended):
 
 
 def record(number, state=COMPLETE, reason=None):
-    config = {"number": number, "rule": "bp", "epochs": 2, "searched": {}, "command": "c"}
+    config: Any = {"number": number, "rule": "bp", "epochs": 2, "searched": {}, "command": "c"}
     return Record(config, scores=[50.0, 50.0], state=state, reason=reason)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, strategies as st
 from ray.air.constants import TRAINING_ITERATION
 
 import disinhib
-from disinhib import checkpoint, hydra_config, training
+from disinhib import checkpoint, data, hydra_config, training
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file
@@ -347,7 +347,7 @@ def test_a_final_trial_opens_the_test_set_after_its_last_epoch(whole, final):
 
 def test_it_leaves_a_model_of_each_seed_as_good_as_it_says(final):
     results, folder = final
-    images, labels = disinhib.data.load("digits", None, 0.2).test
+    images, labels = data.load("digits", None, 0.2).test
     for lane, seed in enumerate(SEEDS):
         network, parameters = disinhib.load(model_file(folder, 0, seed))
         output = network(parameters, jax.numpy.asarray(images / 16, jax.numpy.float32))
