@@ -66,18 +66,21 @@ def test_metrics_arrive_once_though_the_server_was_away(server, tmp_path):
     assert away in printed.getvalue()
     assert "mlflow answers again and has all records" in printed.getvalue()
     with closing(EventLog(asked.folder)) as log:
-        logged = [each for each in log.events() if isinstance(each.event, EpochDone)]
-    epochs = {(each.event.trial, each.event.epoch): each for each in logged}
-    assert len(epochs) == len(logged) == TRIALS * EPOCHS
+        logged = [(each.time, each.event) for each in log.events()]
+    times = [when for when, event in logged if isinstance(event, EpochDone)]
+    epochs = {
+        (event.trial, event.epoch): event for _, event in logged if isinstance(event, EpochDone)
+    }
+    assert len(epochs) == len(times) == TRIALS * EPOCHS
     begin, end = outage.times
-    assert sum(begin < each.time < end for each in logged) >= EPOCHS - 3  # the trials went on
+    assert sum(begin < when < end for when in times) >= EPOCHS - 3  # the trials went on
     runs = {int(run.data.tags["trial"]): run for run in study_runs(client)}
     assert sorted(runs) == list(range(TRIALS))
     for number, run in runs.items():
         assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "complete")
         history = client.get_metric_history(run.info.run_id, "valid_accuracy")
         expected = [
-            (n, epochs[number, n].event.metrics["valid_accuracy"][0]) for n in range(1, EPOCHS + 1)
+            (n, epochs[number, n].metrics["valid_accuracy"][0]) for n in range(1, EPOCHS + 1)
         ]
         assert [(metric.step, metric.value) for metric in history] == expected
     assert client.get_run(finished.run_id or "").info.status == "FINISHED"

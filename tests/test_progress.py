@@ -2,6 +2,7 @@
 """What a study shows: its numbers, one by one, and their lines."""
 
 import io
+from typing import Any
 
 from rich.console import Console
 
@@ -10,7 +11,13 @@ from disinhib.tuning.event_log import COMPLETE, FAILED, KILLED, PRUNED, RUNNING,
 
 
 def record(number, rule="bp", state=COMPLETE, score=50.0, reason=None, **searched):
-    config = {"number": number, "rule": rule, "epochs": 2, "searched": searched, "command": "c"}
+    config: Any = {
+        "number": number,
+        "rule": rule,
+        "epochs": 2,
+        "searched": searched,
+        "command": "c",
+    }
     return Record(config, scores=[score, score], state=state, reason=reason)
 
 

@@ -5,7 +5,7 @@ the log and in Ray, and what ends the study."""
 import os
 import signal
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -50,7 +50,7 @@ class Watch(tune.Callback):
 
 
 def asked(number, acts=()):
-    config = {
+    config: Any = {
         "number": number, "rule": "bp", "epochs": EPOCHS, "seeds": [1], "final": False,
         "searched": dict(acts), "command": "", "options": {},
     }  # fmt: skip
@@ -62,7 +62,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
     with closing(EventLog(folder)) as log:
         watch, over_cap = Watch(), []
         records = replay(log.events())
-        policy = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
+        policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
         backend = RayBackend(
             tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, lambda: None,
             lambda: over_cap.append(1),

@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -34,9 +35,9 @@ def dies_in_reset():
 
 def ends(folder):
     """How trials end whose workers die while they are reset."""
-    config = {"rule": "bp", "epochs": 1, "seeds": [1], "final": False, "searched": {}}
-    trials = [Asked(number, {**config, "number": number}) for number in range(TRIALS)]
-    policy = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
+    config: Any = {"rule": "bp", "epochs": 1, "seeds": [1], "final": False, "searched": {}}
+    trials = [Asked(number, config | {"number": number}) for number in range(TRIALS)]
+    policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
     backend = ray_backend.RayBackend(
         dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, folder, lambda: None, lambda: None
     )

@@ -1,6 +1,8 @@
 # pyright: reportArgumentType=false
 """Which checkpoints of a study stay."""
 
+from typing import Any
+
 import pytest
 
 from disinhib.tuning import retention
@@ -9,7 +11,8 @@ from disinhib.tuning.retention import checkpoint_file, model_file
 
 
 def record(number, score, state=COMPLETE, rule="bp"):
-    return Record({"number": number, "rule": rule, "epochs": 1}, scores=[score], state=state)
+    config: Any = {"number": number, "rule": rule, "epochs": 1}
+    return Record(config, scores=[score], state=state)
 
 
 MIXED = [

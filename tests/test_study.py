@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import optuna
@@ -453,7 +454,7 @@ def test_a_seed_that_diverges_fails_its_trial(extended):
 
 
 def record(number, state=COMPLETE, reason=None):
-    config = {"number": number, "rule": "bp", "epochs": 2, "searched": {}, "command": "c"}
+    config: Any = {"number": number, "rule": "bp", "epochs": 2, "searched": {}, "command": "c"}
     return Record(config, scores=[50.0, 50.0], state=state, reason=reason)
 
 

@@ -64,7 +64,9 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
         try:
             _reach(address)
             ray.init(
-                address=address,
+                # None would join whatever cluster was last started on this machine, even if it is
+                # no longer there.
+                address=address or "local",
                 runtime_env={"env_vars": dict(worker_environment)},
                 include_dashboard=False if address is None else None,
                 logging_level=logging.ERROR,
