@@ -59,7 +59,7 @@ REFUSED = {
     "searcher.multivariate=false": ["searcher.group: given true", "searcher.multivariate"],
     "study=a/b": ["study: given a/b", "a folder's name"],
     "cluster.cpus_per_trial=0.5": ["cluster.cpus_per_trial: given 0.5", "whole number"],
-    "metric=valid_loss": ["mode: given max", "min for metric=valid_loss"],
+    "mode=min": ["mode: given min", "max for metric=valid_accuracy"],
     "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
     "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
     "study=2024": ["study: given 2024", "a folder's name"],
@@ -184,3 +184,13 @@ def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
 def test_passwords_in_addresses_are_masked():
     masked = provenance.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
     assert masked == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
+
+
+def test_the_mode_follows_the_metric(tmp_path):
+    out = f"out_dir={tmp_path}"
+    assert (
+        options.compose([out, "metric=valid_loss"]).sign
+        == -1
+        == options.compose([out, "metric=valid_loss", "mode=min"]).sign
+    )
+    assert options.compose([out]).sign == 1
