@@ -337,7 +337,7 @@ def inspect(study: Path) -> list[Trial]:
 
 def _ray(study: Path) -> list[Any]:
     folder = study.absolute() / ray_backend.FOLDER
-    if not folder.exists():  # there was nothing left to do in the last session
+    if not any(folder.glob("experiment_state-*.json")):  # nothing was left for the last session
         return []
     # It misses Ray's own logs, of which there are none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)

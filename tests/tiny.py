@@ -111,6 +111,7 @@ def played():
                 **({"obstacle": "No space left on device: there"} if act == "full" else {}),
                 **({"over_cap": True} if act == "over cap" else {}),
             }
-            return {REPORT: json.dumps(report), TRAINING_ITERATION: self.epoch}
+            shown = {"valid_accuracy": score, TRAINING_ITERATION: self.epoch}
+            return {**shown, REPORT: json.dumps(report)}
 
     return Played
