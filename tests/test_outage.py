@@ -133,7 +133,7 @@ def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(
         patch.setattr(study, "run", partial(run, trainable=fault(patch)))
         assert study.main(words) == 1
     *_, line = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"error: {FULL[fault]}: make room, then go on: ")
+    assert line.startswith(f"error: {FULL[fault]}: make room, then resume: ")
     assert line.endswith(f"study=full {out} resume=true")
 
     monkeypatch.setattr(study, "run", partial(run, trainable=tiny.played()))

@@ -75,7 +75,7 @@ def test_failures_are_named_by_the_number_that_separates_them():
     ]  # fmt: skip
     (line,) = progress.failures([*records, record(5, "taylor", rate=9.0)])
     assert line == (
-        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), most at high rate:"
+        "bp: 2 of 5 failed (2 x Diverged: kernel_0 has non-finite values), mostly at high rate:"
         " 0.9 to 2 (the others 0.1 to 0.5)"
     )
     assert progress.failures(records[:3]) == []
