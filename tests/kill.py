@@ -114,7 +114,7 @@ class Row(NamedTuple):
     code: int  # its exit code, that of SIGKILL if it was killed
     seconds: float
     start: str  # what it said that it resumed with
-    mended: list[str]
+    repaired: list[str]
     message: str  # its last line on stderr
     ended: frozenset[int]  # trials that had ended before it
 
@@ -251,7 +251,7 @@ class _Driver:
             code=self.process.returncode,
             seconds=seconds,
             start=resumed[0].removeprefix("resumed with ") if resumed else "",
-            mended=[line.removeprefix("mended: ") for line in said if line.startswith("mended: ")],
+            mended=[line.removeprefix("repaired: ") for line in said if line.startswith("repaired: ")],
             message=errors[-1] if errors else "",
             ended=self.ended,
         )

@@ -216,9 +216,9 @@ def test_the_real_command_replays_likewise(replayed, runs, folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("study", r"no trial of a study, or not over \(it has no tag trial\)"),
+        ("study", r"not a trial of a study, or not ended \(it has no tag trial\)"),
         ("interrupted", "is killed, needed is one of complete, pruned, failed"),
-        ("no artifacts", "cannot read what it has kept"),
+        ("no artifacts", "cannot read its artifacts"),
     ],
 )
 def test_a_run_that_is_no_trial_is_refused_in_one_line(name, message, runs, folder):

@@ -220,7 +220,7 @@ def test_a_selection_that_cannot_be_is_refused(edit, message, study, selected, t
 def test_a_seed_of_the_search_is_refused(study, selected, tmp_path):
     seeds = f"seeds=[3,{study.seeds[4]}]"
     with pytest.raises(
-        Refused, match=rf"given {study.seeds[4]}, which the search has seen \(trial 4 of planted\)"
+        Refused, match=rf"given {study.seeds[4]}, which a search has used \(trial 4 of planted\)"
     ):
         retrain.main([str(selected), seeds, f"out_dir={tmp_path}"])
 

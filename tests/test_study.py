@@ -335,7 +335,7 @@ def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     assert [line.split()[0] for line in table] == ranked
     assert "bp: 1 of 3 failed (1 x RuntimeError: planted)" in printed
     assert "lin-thresh: 1 of 2 failed (1 x Diverged: " in printed
-    assert "most at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
+    assert "mostly at high optimizer.learning_rate: 1e+30 to 1e+30 (the others 0.001" in printed
 
 
 def test_the_log_is_what_the_study_says_of_itself(finished):
@@ -486,7 +486,7 @@ def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch
     assert study.main([f"out_dir={tmp_path}", "study=mine"]) == 1
     said = capsys.readouterr()
     (line,) = said.err.strip().splitlines()
-    assert line.startswith("error: no space left: /disk: make room, then go on: ")
+    assert line.startswith("error: no space left: /disk: make room, then resume: ")
     assert line.endswith(f"tune_main.py study=mine out_dir={tmp_path} resume=true")
 
 
