@@ -166,7 +166,7 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert "failed: Diverged: train_CL_converged_share is 0.0000" in failed
     whole = next(line for line in lines if line.startswith("without early stopping: "))
     assert whole.endswith(" 6 epochs")  # of bp's 3 trials
-    assert "not counted, as none of their structures ran: exact-inv" in lines
+    assert "not counted, because none of their structures could be timed: exact-inv" in lines
     for start in ("with scheduler=asha: ", "memory: ", "disk: at most ", "cluster: "):
         assert any(line.startswith(start) for line in lines)
     assert not list(here.iterdir())

@@ -495,5 +495,5 @@ def test_records_that_a_store_did_not_take_are_named(tmp_path):
     asked = options.compose([f"out_dir={tmp_path}", "study=mine"])
     done = ended(asked, record(0), uri="http://server:5000", undelivered={"mlflow": 3})
     study.summary(done, asked, Console(file=printed, width=120))
-    assert "mlflow has not taken 3 records: resume the study" in printed.getvalue()
+    assert "mlflow lacks 3 records: resume the study" in printed.getvalue()
     assert f"study=mine out_dir={tmp_path} resume=true" in printed.getvalue()
