@@ -368,7 +368,7 @@ def test_what_raised_is_trained_again_when_the_command_is_given_again(tmp_path, 
     words = [*GRID, f"out_dir={tmp_path}"]
     play(monkeypatch, acts_of(bp={"2": "raise"}))
     code, printed = call(*words)
-    assert code == 1 and "2 of 4 seeds are done: run the command again" in printed
+    assert code == 1 and "2 of 4 seeds are finished: run the command again" in printed
     assert "0 of 2 seeds complete, RuntimeError: planted" in printed
     play(monkeypatch, tiny.played())
     code, printed = call(*words)
