@@ -15,7 +15,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test quick kill lint lint-format lint-check lint-types format lock \
+.PHONY: help install study figures test kill lint lint-format lint-check lint-types format lock \
 	wheel wheel-check
 
 help: ## show this list
@@ -30,13 +30,8 @@ figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (AR
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
 # A file is one process's, as its tests share fixtures: a Ray, a trained network.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
 test: lint ## lint, then every test, in two processes
-	$(PYTEST) $(ARGS)
-
-quick: $(STAMP) ## the tests that are not slow only
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
 	$(BIN)/python -m tests.kill $(ARGS)
