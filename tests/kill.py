@@ -251,7 +251,9 @@ class _Driver:
             code=self.process.returncode,
             seconds=seconds,
             start=resumed[0].removeprefix("resumed with ") if resumed else "",
-            mended=[line.removeprefix("repaired: ") for line in said if line.startswith("repaired: ")],
+            repaired=[
+                line.removeprefix("repaired: ") for line in said if line.startswith("repaired: ")
+            ],
             message=errors[-1] if errors else "",
             ended=self.ended,
         )
@@ -504,7 +506,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.seconds:.1f} s" if row.killed else f"exit code {row.code}, {row.seconds:.1f} s",
             ended.group() if ended else "",
             ", ".join(f"{number} ({epoch})" for number, epoch in unfinished),
-            "; ".join(row.mended),
+            "; ".join(row.repaired),
         )
     return drawn
 
