@@ -286,7 +286,7 @@ def test_a_grid_is_every_combination_that_is_asked_for():
 def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
     text = file.read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    assert f"experiment={file.stem}" in head and "Expect" in head
+    assert f"experiment={file.stem}" in head and "expect" in head.lower()
     experiment = f"experiment={file.stem}"
     if "\ngrid:" in text:
         axes, rest = configurations.chosen_axes([experiment])
