@@ -135,7 +135,7 @@ def integrated(architecture, hyper):
     itself integrated for 30 s.)"""
     controller = CONTROLLERS[architecture.controller]
     slowest = max(controller.tau(hyper.controller), controller.settling(hyper.controller))
-    return Ode(T=min(30.0, 30 * slowest), rtol=1e-9, atol=1e-11, early_termination=False)
+    return Ode(T=min(30.0, 30 * float(slowest)), rtol=1e-9, atol=1e-11, early_termination=False)
 
 
 def parameters_in(data, prefix=""):
