@@ -99,12 +99,8 @@ STRUCTURE = {field.name for field in fields(Architecture)}
 
 
 def _traced(values: Mapping[str, Any]) -> dict[str, float]:
-    """Those of an entry's options that are no structure; a flag is 0 or 1."""
-    return {
-        name: float(value) if isinstance(value, bool) else value
-        for name, value in values.items()
-        if name not in STRUCTURE
-    }
+    """Those of an entry's options that are no structure: numbers, and flags as 0 or 1."""
+    return {name: float(value) for name, value in values.items() if name not in STRUCTURE}
 
 
 def published(architecture: Architecture) -> Hyperparameters:

@@ -134,8 +134,8 @@ def integrated(architecture, hyper):
     """Tight, and for thirty time constants of the controller: e^-30 is 1e-13. (The reference was
     itself integrated for 30 s.)"""
     controller = CONTROLLERS[architecture.controller]
-    slowest = float(max(controller.tau(hyper.controller), controller.settling(hyper.controller)))
-    return Ode(T=min(30.0, 30 * slowest), rtol=1e-9, atol=1e-11, early_termination=False)
+    slowest = max(controller.tau(hyper.controller), controller.settling(hyper.controller))
+    return Ode(T=min(30.0, 30 * float(slowest)), rtol=1e-9, atol=1e-11, early_termination=False)
 
 
 def parameters_in(data, prefix=""):
