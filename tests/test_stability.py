@@ -15,7 +15,7 @@ from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import LOSSES, soft_targets
 from disinhib.network import initial_parameters
-from disinhib.solvers import stability as probes
+from disinhib.solvers import ode, stability as probes
 from disinhib.solvers.stability import settles
 
 # float32 without, as in training: it is the probe that widens.
@@ -197,7 +197,7 @@ def test_a_slow_controller_is_given_its_time():
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def depart(architecture, ode, parameters, hyper, x, target, times):
+def depart(architecture, solver, parameters, hyper, x, target, times):
     """Distance `[time]` from the closed-loop equilibrium of one sample that starts a little off."""
     network = architecture, parameters, hyper, x
     opened = solvers.open_loop(*network).state
@@ -207,7 +207,7 @@ def depart(architecture, ode, parameters, hyper, x, target, times):
     rest = ode.DynamicState(closed, error / hyper.controller["leak"])
     start = jax.tree.map(lambda value: value + 1e-8 * jnp.cos(value), rest)
     control = ode.Control(aim, per_sample(weights, 1))
-    by_ode = replace(architecture, solver=ode)
+    by_ode = replace(architecture, solver=solver)
     moved, _ = ode.trajectory(by_ode, parameters, hyper, x, control, start, times)
     off = jax.tree.map(lambda at, end: at[0] - end, moved, rest)
     return sum(jnp.sum(leaf**2, axis=-1) for leaf in jax.tree.leaves(off)) ** 0.5

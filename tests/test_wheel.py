@@ -90,7 +90,7 @@ def test_it_has_the_code_the_configurations_and_the_template(wheel):
 
 def test_it_finds_its_configurations_and_its_own_code(installed, elsewhere):
     code = (
-        "import disinhib; from disinhib import hydra_config as h;"
+        "import disinhib, disinhib.tuning.options; from disinhib import hydra_config as h;"
         "from disinhib.tuning import provenance as p;"
         "o, _ = h.compose('study', ['experiment=smoke']);"
         "print(disinhib.__file__, h.CONFIGURATIONS, o['space'], sep='\\n');"
