@@ -16,14 +16,15 @@ Commands whose options Hydra composes (training, tuning, retraining) use `run` a
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from disinhib import process
 from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
-from disinhib.errors import ConfigError, InputError, nearest
+from disinhib.errors import ConfigError, InputError, nearest, one_line
 
 REQUIRED: Any = object()  # the default of an option that must be given
 
@@ -146,23 +147,26 @@ def _in_hydra(value: Any) -> str:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits with its code.
 
-    Exits with 2 and one line on stderr for bad input, 130 after Ctrl-C, 0 after help, and 1 without
-    a word if the reader closes the pipe (`... | head`).
+    Exits with 2 and one line on stderr for bad input, 1 and one line if the disk is full, 128 plus
+    the signal's number if it was interrupted (130 for Ctrl-C, 143 for SIGTERM), and 0 after help.
     """
+    process.open_streams()
+    process.end_on_signals()
     try:
-        try:
-            code = main(sys.argv[1:])
-        except Help as text:
-            print(text)
-            code = 0
+        code = main(sys.argv[1:])
         sys.stdout.flush()
+    except Help as text:
+        print(text)
+        code = 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {one_line(error)}: make room", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code, name = process.interrupted()
+        print(f"interrupted by {name}", file=sys.stderr)
     sys.exit(code)

@@ -123,7 +123,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
-    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted by SIGINT\n"
 
 
 PROGRAM = """
