@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import sys
 import time
@@ -24,10 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disinhib import checkpoint, cli, hydra_config, training
+from disinhib import checkpoint, cli, hydra_config, numerics, training
 from disinhib.checks import flatten, refusal
 from disinhib.config import RunConfig, parse
-from disinhib.errors import ConfigError
+from disinhib.errors import ConfigError, one_line
 from disinhib.rules import RULES
 
 CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
@@ -41,10 +42,14 @@ log = logging.getLogger("disinhib")
 
 def main(arguments: list[str]) -> int | None:
     """Checks all options before Hydra makes the run's folder, then starts Hydra."""
+    for line in numerics.ignored():
+        print(f"warning: {line}", file=sys.stderr)
+    numerics.set_jax()
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later
         options, _ = hydra_config.compose(hydra_config.TRAINING, overrides)
         _check(options)
+        sys.argv[1:] = hydra_config.literal(hydra_config.TRAINING, overrides)
     # The folder above the package is where conf/ is; Hydra takes an absolute path.
     decorate = hydra.main(
         version_base="1.3",
@@ -125,7 +130,12 @@ def _select_device(config: RunConfig) -> None:
     if config.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         return
-    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    try:
+        gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    except (RuntimeError, AssertionError) as error:  # jax raises either
+        wanted = os.environ.get("JAX_PLATFORMS", jax.config.jax_platforms)  # pyright: ignore
+        allowed = f"one that jax finds here: {one_line(error)}"
+        raise refusal("JAX_PLATFORMS", wanted, allowed) from error
     if config.device == "gpu" and not gpus:
         raise refusal("device", "gpu", "auto or cpu (no GPU found)")
     if gpus:

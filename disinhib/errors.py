@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 600  # characters of an error's message that are shown
+# What SQLAlchemy adds to the message of a database.
+_NOISE = re.compile(r"\[(SQL|parameters): .*?\]\s*$|\(Background on this error at: \S+\)", re.S | re.M)
 
 
 class InputError(ValueError):
@@ -22,9 +27,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """A library's error in one line: `OperationalError: no such table: runs`."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
+    """A library's error in one line: `OperationalError: no such table: runs`. Whole, because the
+    remedy often stands at its end; of a very long one, both ends."""
+    text = " ".join(_NOISE.sub("", str(error)).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def reason_of(error: BaseException) -> str:

@@ -37,6 +37,11 @@ from disinhib.rules import RULES
 _INSTALLED = Path(__file__).resolve().with_name("conf")
 CONFIGURATIONS = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "conf"
 TRAINING = "train"  # conf/train.yaml
+# Options that are names, folders, files or addresses.
+PLACES = (
+    *("study", "warm_start", "out_dir", "points", "dataset.path", "cluster.address"),
+    *("tracking.uri", "tracking.experiment", "searcher.storage"),
+)
 
 Options = dict[str, Any]
 Choices = dict[str, str]
@@ -87,11 +92,25 @@ def choices_of(group: str) -> list[str]:
     return sorted({*files, *_REGISTERED.get(group, ())})
 
 
+def literal(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """`overrides` with what stands after the `=` of names and places quoted, so that a folder
+    may be called `lr=0.1 (a)`, and a study 1. (`${...}` still refers to an option.)"""
+    names = {*PLACES, *(["resume"] if config_name == TRAINING else [])}
+    quoted = []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        plain = name.lstrip("+") in names and text.lower() not in ("", "null")
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        quoted.append(f"{name}={_written(text)}" if plain and not is_quoted else override)
+    return quoted
+
+
 def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
     """(resolved plain options, choice of each config group) of conf/<config_name>.yaml.
 
     Raises ConfigError: an override that does not parse, an unknown option, group or choice.
     """
+    overrides = literal(config_name, overrides)
     try:
         composed = _composed(config_name, overrides, with_hydra=True)
         choices = composed.hydra.runtime.choices
@@ -235,7 +254,9 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_written(item) for item in value) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # Hydra reads a backslash as itself, except before a quote.
+        text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + "\\'" * bool(m[2]), value)
+        return f"'{text}'"
     return repr(value)
 
 
