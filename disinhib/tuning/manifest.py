@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ class Manifest:
     provenance: dict[str, Any]  # code, packages, machine, data of its first trial
     space: dict[str, Any] | None = None  # space_tree.definition; None if nothing is searched
     points: list[dict[str, Any]] = field(default_factory=list)  # initial points
-    past: list[suggest.Tried] = field(
-        default_factory=list
-    )  # trials of earlier studies, for a warm start
+    # Trials of earlier studies, for a warm start.
+    past: list[suggest.Tried] = field(default_factory=list)
 
     def tags(self, command: str) -> dict[str, str]:
         """MLflow tags: the provenance of a study that `command` started, and of its trials."""
@@ -173,7 +171,6 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     space = SPACES[study.space]
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
-    configured = partial(configure, study)
 
     def propose(number: int, records: Mapping[int, Record]) -> Asked:
         proposal = suggest.suggest(
@@ -184,6 +181,6 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
             number,
             suggest.fixed_params(number, manifest.points, rules),
         )
-        return Asked(number, configured(number, proposal.overrides), proposal.point)
+        return Asked(number, configure(study, number, proposal.overrides), proposal.point)
 
     return propose
