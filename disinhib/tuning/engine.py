@@ -118,11 +118,10 @@ def run(
             if not job.resume:  # the name becomes free again
                 shutil.rmtree(job.folder)
             raise
-        if job.resume:
-            for line in _resumed(records, job.trials(records), behind):
-                shown.say(line)
-            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
         shown.before = progress.tally(records.values()).ended
+        if job.resume:
+            _say_resumed(shown, records, behind)
+            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
         for outbox in outboxes:
             outbox.start()
         try:
@@ -194,15 +193,15 @@ def _open_stores(job: Job) -> list[Store]:
     return stores
 
 
-def _resumed(records: Mapping[int, Record], trials: int, behind: Mapping[str, int]) -> list[str]:
-    """The state of a study that is resumed, in lines."""
-    ended = progress.tally(records.values()).ended
+def _say_resumed(
+    shown: progress.Progress, records: Mapping[int, Record], behind: Mapping[str, int]
+) -> None:
     left = [record for record in records.values() if not record.ended]
     start = ", ".join(f"trial {r.number} after epoch {r.epochs}" for r in left) or "no trial"
-    return [
-        f"resumed with {ended} of {trials} trials ended; unfinished: {start}",
-        *(f"repaired: {name} lacked {count} records" for name, count in behind.items() if count),
-    ]
+    shown.say(f"resumed with {shown.before} of {shown.trials} trials ended; unfinished: {start}")
+    for name, count in behind.items():
+        if count:
+            shown.say(f"repaired: {name} lacked {count} records")
 
 
 def _run_loop(

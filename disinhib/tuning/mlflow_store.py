@@ -158,7 +158,10 @@ class MlflowStore:
         by_key: dict[RunKey | None, Run] = {}
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
         for run in sorted(runs, key=lambda run: run.info.start_time):
-            if by_key.setdefault(_key(run), run) is not run:
+            tags = run.data.tags
+            seed = int(tags[SEED]) if SEED in tags else None
+            key = (int(tags["trial"]), seed) if "trial" in tags else None  # the study's own run
+            if by_key.setdefault(key, run) is not run:
                 # A request that was not answered in time had been carried out nevertheless.
                 self.client.delete_run(run.info.run_id)
         parent = by_key.pop(None, None)
@@ -268,14 +271,6 @@ class MlflowStore:
                 data = content.encode() if isinstance(content, str) else content
                 Path(folder, file).write_bytes(data)
             self.client.log_artifacts(run, folder)
-
-
-def _key(run: Run) -> RunKey | None:
-    """The key of a trial's run; None for the study's own run."""
-    tags = run.data.tags
-    if "trial" not in tags:
-        return None
-    return int(tags["trial"]), int(tags[SEED]) if SEED in tags else None
 
 
 def _seeds(config: TrialConfig) -> list[int | None]:

@@ -32,16 +32,13 @@ class Store(Protocol):
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         """Connects and repairs what a kill left half-done. Returns which of `records` it has."""
-        ...
 
     def deliver(self, events: Sequence[Logged]) -> None:
         """Stores events, in their order; possibly some that it has already."""
-        ...
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         """Records the end of the study. If it is not `whole`, it was interrupted, and so were its
         unfinished trials."""
-        ...
 
 
 class Outbox:
