@@ -66,12 +66,11 @@ def of_search(study: Study) -> Manifest:
 
     Raises ConfigError if the space, a point or the study to warm-start from does not fit.
     """
-    space = SPACES[study.space]
     past = [] if study.warm_start is None else _past(study, study.warm_start)
     return Manifest(
         id=uuid.uuid4().hex,
         provenance=_provenance(study),
-        space=space_tree.definition(space),
+        space=space_tree.definition(SPACES[study.space]),
         points=first_points(study, [trial["point"]["params"] for trial in past]),
         past=past,
     )

@@ -132,10 +132,9 @@ class Outbox:
         cursor = self.log.delivered(self.cursor)
         delivered = {e.event.trial for e in events if isinstance(e.event, Asked) and e.id <= cursor}
         if delivered - there:  # the store has lost trials: deliver everything again
-            cursor = 0
-            self.log.set_delivered(self.cursor, cursor)
+            self.log.set_delivered(self.cursor, 0)
         self.loaded = True
-        return self.log.last() - cursor
+        return self._behind()
 
     def _deliver(self) -> bool:
         """Delivers a batch of events; returns whether there may be more."""
