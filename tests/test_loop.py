@@ -31,8 +31,7 @@ from disinhib.tuning.event_log import (
 )
 from disinhib.tuning.loop import (
     Epoch,
-    Lost,
-    Raised,
+    Failed,
     Started,
     StudyStopped,
     from_list,
@@ -84,7 +83,7 @@ class Play:
         make = partial(propose, seed=seed, batch=batch)
         self.loop = study_loop(
             log, self.records, source or from_search(make, trials, batch), stops,
-            mean_score("valid_accuracy", 1), self, at_once, self.observed.append,
+            mean_score("valid_accuracy", 1), self.start, at_once, self.observed.append,
         )  # fmt: skip
         self.over = False
         self.advance(lambda: next(self.loop))
@@ -116,7 +115,7 @@ class Play:
     def step(self, number):
         config = self.records[number].config
         if config["searched"]["n"] == 4 and self.out[number] == 1:
-            self.tell(Raised(number, "Diverged: kernel_0"))
+            self.tell(Failed(number, "Diverged: kernel_0"))
         else:
             epoch = self.out[number] + 1
             self.epoch(number, score(config, epoch))
@@ -207,8 +206,8 @@ def test_states_of_trials(log):
         assert play.epoch(0, 1.0) is (epoch == BUDGET)
     assert play.epoch(1, -1.0) is True
     play.epoch(2, 1.0)
-    assert play.tell(Raised(2, "Diverged: kernel_0")) is True
-    assert play.tell(Lost(3, "worker lost 4 times")) is True and play.over
+    assert play.tell(Failed(2, "Diverged: kernel_0")) is True
+    assert play.tell(Failed(3, "worker lost 4 times")) is True and play.over
     ends = [(r.state, r.reason, r.epochs) for r in play.records.values()]
     assert ends == [
         (COMPLETE, None, BUDGET), (PRUNED, None, 1),
@@ -223,9 +222,9 @@ def test_states_of_trials(log):
 
 def test_a_trial_ends_once(log):
     play = Play(log)
-    play.tell(Raised(0, "first"))
-    assert play.tell(Raised(0, "second")) is True
-    assert play.tell(Lost(0, "third")) is True
+    play.tell(Failed(0, "first"))
+    assert play.tell(Failed(0, "second")) is True
+    assert play.tell(Failed(0, "third")) is True
     assert [event.reason for event in events_of(log, Ended)] == ["first"]
 
 
@@ -241,12 +240,12 @@ def test_a_batch_waits_for_the_one_before(log):
     play = Play(log, trials=7, at_once=9, batch=3)
     assert play.started == [0, 1, 2]
     for number in (2, 0):
-        play.tell(Raised(number, "failed ones have ended, too"))
+        play.tell(Failed(number, "failed ones have ended, too"))
         assert play.started == [0, 1, 2] and len(play.records) == 3
-    play.tell(Raised(1, "and the last"))
+    play.tell(Failed(1, "and the last"))
     assert play.started == [0, 1, 2, 3, 4, 5]
     for number in (3, 4, 5):
-        play.tell(Raised(number, "all"))
+        play.tell(Failed(number, "all"))
     assert play.started == list(range(7)) and len(play.records) == 7  # no more than there are
 
 
@@ -261,7 +260,7 @@ def test_a_batch_is_in_the_log_whole_before_it_is_started(log, tmp_path):
 def test_a_list_is_asked_for_as_it_is_needed(log):
     play = Play(log, at_once=2, stops=never, source=listed(trials=4))
     assert play.started == [0, 1] and len(play.records) == 2  # what is not begun can be left out
-    play.tell(Raised(1, "why"))
+    play.tell(Failed(1, "why"))
     assert play.started == [0, 1, 2]
 
 
@@ -331,13 +330,13 @@ def test_less_is_better_where_the_metric_says_so(log):
 def test_unfinished_trials_go_on_first(log, tmp_path):
     play = Play(log, trials=6, at_once=4, stops=never)
     play.epoch(1, 0.5)
-    play.tell(Raised(2, "why"))
-    play.tell(Raised(0, "why"))
+    play.tell(Failed(2, "why"))
+    play.tell(Failed(0, "why"))
     log.close()
     with closing(EventLog(tmp_path)) as again:
         resumed = Play(again, trials=6, at_once=2, stops=never)
         assert resumed.started == [1, 3] and resumed.records[1].epochs == 1
-        resumed.tell(Raised(3, "why"))
+        resumed.tell(Failed(3, "why"))
         assert resumed.started == [1, 3, 4]
 
 

@@ -70,7 +70,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
         listed = from_list(asked(number, acts) for number, acts in enumerate(trials))
         loop = study_loop(
             log, records, source or listed, lambda records, trial, score: score < 0,
-            mean_score("valid_accuracy", 1), backend, at_once, observe,
+            mean_score("valid_accuracy", 1), backend.start, at_once, observe,
         )  # fmt: skip
         backend.run(loop, at_once, [watch])
         epochs = [

@@ -45,7 +45,7 @@ def ends(folder):
     with closing(EventLog(folder)) as log:
         score = mean_score("valid_accuracy", 1)
         loop = study_loop(
-            log, records, from_list(trials), never, score, backend, 1, lambda event: None
+            log, records, from_list(trials), never, score, backend.start, 1, lambda event: None
         )
         backend.run(loop, 1)
     return [records[number].state for number in range(TRIALS)]

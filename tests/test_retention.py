@@ -84,9 +84,9 @@ def test_what_a_kill_left_half_written_and_models_that_mlflow_has_go(folder):
     before = files(folder)
     for name in (".0001.msgpack.12.part", "0001-3.model"):
         (folder / name).touch()
-    retention.remove_parts(folder)
+    retention.remove(folder, retention.PARTS)
     assert not list(folder.glob(".*")) and list(folder.glob("*.model"))
-    retention.remove_models(folder)
+    retention.remove(folder, retention.MODELS)
     assert not list(folder.glob("*.model")) and files(folder) == before
 
 

@@ -62,7 +62,9 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
         # jax warns of forks; Ray's forks are all followed by an exec.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
-            _reach(address)
+            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+            if host and port.isdigit():  # Ray would wait for minutes if nothing listens there
+                socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(
                 # None would join whatever cluster was last started on this machine, even if it is
                 # no longer there.
@@ -115,13 +117,6 @@ def _look(manifest: str) -> tuple[str | None, dict[str, str]]:
     file = Path(manifest)
     there = json.loads(file.read_text())["id"] if file.exists() else None
     return there, provenance.code(provenance.ROOT)["files"]
-
-
-def _reach(address: str | None) -> None:
-    """Raises OSError if nothing listens at `address`: Ray would wait for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def trials_at_once(resources: Mapping[str, float]) -> int:

@@ -40,11 +40,13 @@ def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options)
     """Asynchronous successive halving (Li et al. 2020, MLSys), with the percentile of Ray Tune's
     AsyncHyperBandScheduler: at a rung, grace x factor^k epochs below the budget, a trial continues
     if its score is at least the (1 - 1/factor) percentile of its peers' scores at that epoch."""
-    epoch = len(scores)
-    if epoch not in _rungs(grace_period(options, budget), budget, options["reduction_factor"]):
+    epoch, factor = len(scores), options["reduction_factor"]
+    grace = grace_period(options, budget)
+    rungs = range(int(math.log(budget / grace, factor)) + 1)
+    if epoch >= budget or epoch not in {math.ceil(grace * factor**rung) for rung in rungs}:
         return False
     there = _finite(peer[epoch - 1] for peer in peers if len(peer) >= epoch)
-    share = 100 * (1 - 1 / options["reduction_factor"])
+    share = 100 * (1 - 1 / factor)
     return bool(there) and bool(scores[-1] < np.percentile(there, share))
 
 
@@ -60,11 +62,6 @@ def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Option
     return bool(max(scores) < np.median(means))
 
 
-def never(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
-    """Every trial runs its whole budget."""
-    return False
-
-
 def _finite(scores: Iterable[Any]) -> list[float]:
     """Without those of peers whose metric was no number: they would end every comparison."""
     return [float(score) for score in scores if math.isfinite(score)]
@@ -75,16 +72,6 @@ def grace_period(options: Options, budget: int) -> int:
     by the factor."""
     grace = options["grace_period"] or max(1, budget // 4)
     return min(budget, int(grace * options.get("reduction_factor", 1) ** options.get("bracket", 0)))
-
-
-def _rungs(grace: int, budget: int, factor: float) -> set[int]:
-    count = int(math.log(budget / grace, factor)) + 1
-    rungs = (math.ceil(grace * factor**k) for k in range(count))
-    return {rung for rung in rungs if rung < budget}
-
-
-def _one_bracket(options: Options, budget: int) -> list[float]:
-    return [1.0]
 
 
 def hyperband_brackets(options: Options, budget: int) -> list[float]:
@@ -102,7 +89,7 @@ class EarlyStopping(NamedTuple):
     stops: Callable[[Scores, Iterable[Scores], int, Options], bool]
     options: tuple[Option, ...]
     words: str
-    brackets: Callable[[Options, int], list[float]] = _one_bracket
+    brackets: Callable[[Options, int], list[float]] = lambda options, budget: [1.0]
 
 
 EARLY_STOPPING: dict[str, EarlyStopping] = {
@@ -134,7 +121,9 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
         "stops a trial whose best score is worse than the median of the others' running means",
     ),
     "none": EarlyStopping(
-        never, (WITHIN_RULE._replace(default=False),), "every trial runs its whole budget"
+        lambda scores, peers, budget, options: False,
+        (WITHIN_RULE._replace(default=False),),
+        "every trial runs its whole budget",
     ),
 }
 

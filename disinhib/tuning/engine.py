@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,10 @@ def run(
             if not job.resume:  # the name becomes free again
                 shutil.rmtree(job.folder)
             raise
-        if job.resume:
-            for line in _resumed(records, job.trials(records), behind):
-                shown.say(line)
-            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
         shown.before = progress.tally(records.values()).ended
+        if job.resume:
+            _say_resumed(shown, records, behind)
+            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
         for outbox in outboxes:
             outbox.start()
         try:
@@ -134,11 +134,11 @@ def run(
                 outbox.stop()
             missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
         if whole and not any(missing.values()):  # MLflow has the models
-            retention.remove_models(job.checkpoint_folder)
+            retention.remove(job.checkpoint_folder, retention.MODELS)
         for record in records.values():
             if not record.ended:
                 record.state = KILLED
-    mlflow = next((store for store in opened if store.name == "mlflow"), None)
+    mlflow = opened[0] if opened else None
     return Finished(
         job,
         [records[number] for number in sorted(records)],
@@ -193,15 +193,15 @@ def _open_stores(job: Job) -> list[Store]:
     return stores
 
 
-def _resumed(records: Mapping[int, Record], trials: int, behind: Mapping[str, int]) -> list[str]:
-    """The state of a study that is resumed, in lines."""
-    ended = progress.tally(records.values()).ended
+def _say_resumed(
+    shown: progress.Progress, records: Mapping[int, Record], behind: Mapping[str, int]
+) -> None:
     left = [record for record in records.values() if not record.ended]
     start = ", ".join(f"trial {r.number} after epoch {r.epochs}" for r in left) or "no trial"
-    return [
-        f"resumed with {ended} of {trials} trials ended; unfinished: {start}",
-        *(f"repaired: {name} lacked {count} records" for name, count in behind.items() if count),
-    ]
+    shown.say(f"resumed with {shown.before} of {shown.trials} trials ended; unfinished: {start}")
+    for name, count in behind.items():
+        if count:
+            shown.say(f"repaired: {name} lacked {count} records")
 
 
 def _run_loop(
@@ -214,21 +214,20 @@ def _run_loop(
 ) -> None:
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
-    everything = lambda: [records[number] for number in sorted(records)]
-    retention.remove_parts(folder)
-    retention.tidy(folder, everything(), job.keep_best)
-    said: list[str] = []
+    say_once = cache(shown.say)
+    tidy = lambda: retention.tidy(folder, records.values(), job.keep_best)
+    update = lambda: shown.update([*records.values()])
+    retention.remove(folder, retention.PARTS)
+    tidy()
 
     def observe(event: Event) -> None:
         if isinstance(event, Ended):
-            retention.tidy(folder, everything(), job.keep_best)
+            tidy()
             shown.ended(records[event.trial])
 
     def on_over_cap() -> None:
-        fits = retention.make_room(folder, everything(), job.keep_best, cap)
-        if not fits and not said:
-            said.append("once")
-            shown.say(
+        if not retention.make_room(folder, records.values(), job.keep_best, cap):
+            say_once(
                 f"checkpoints.cap_gb={job.checkpoints['cap_gb']:g} is reached by running trials:"
                 " after a kill, some of them would start from their first epoch"
             )
@@ -240,12 +239,8 @@ def _run_loop(
         cap_bytes=cap,
     )
     # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
-    fitting = cluster.trials_at_once(job.resources) + 1
-    at_once = job.cluster["max_concurrent"] or fitting
-    backend = RayBackend(
-        trainable, job.resources, policy, job.folder, lambda: shown.update(everything()),
-        on_over_cap,
-    )  # fmt: skip
+    at_once = job.cluster["max_concurrent"] or cluster.trials_at_once(job.resources) + 1
+    backend = RayBackend(trainable, job.resources, policy, job.folder, update, on_over_cap)
     score = mean_score(job.metric, SELECTION[job.metric].sign)
-    loop = study_loop(log, records, job.source, job.stops, score, backend, at_once, observe)
+    loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)
     backend.run(loop, at_once, callbacks)

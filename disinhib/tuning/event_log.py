@@ -109,7 +109,7 @@ class Ended:
     state: str
     epochs: int  # reported
     reason: str | None = None
-    seeds: list[dict[str, Any]] = field(default_factory=list)  # `Seed`s of a final trial
+    seeds: list[dict[str, Any]] = field(default_factory=list)  # `Record.seed_ends` of a final one
     epoch: ClassVar = 0
 
 
@@ -167,14 +167,12 @@ class Record:
     def seed_ends(self, state: str, reason: str | None) -> list[dict[str, Any]]:
         """How each seed of a final trial ends, if the trial ends in `state` now."""
         ends = []
-        for seed in map(str, self.config["seeds"]):
-            if seed in self.diverged:
-                epoch, why = self.diverged[seed]
-                ends.append({"seed": int(seed), "state": FAILED, "epochs": epoch - 1,
-                             "reason": why, "flag": ""})  # fmt: skip
-            else:
-                ends.append({"seed": int(seed), "state": state, "epochs": self.epochs,
-                             "reason": reason, "flag": self.flags.get(seed, "")})  # fmt: skip
+        for seed in self.config["seeds"]:
+            end: dict[str, Any] = {"state": state, "epochs": self.epochs, "reason": reason}
+            if str(seed) in self.diverged:
+                epoch, why = self.diverged[str(seed)]
+                end = {"state": FAILED, "epochs": epoch - 1, "reason": why}
+            ends.append({"seed": seed, **end, "flag": self.flags.get(str(seed), "")})
         return ends
 
 
@@ -258,41 +256,34 @@ class EventLog:
 
     def events(self, after: int = 0, limit: int = -1) -> list[Logged]:
         """The events after event `after`, oldest first."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?",
-                (after, limit),
-            ).fetchall()
+        query = "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?"
+        rows = self._rows(query, after, limit)
         return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
 
     def last(self) -> int:
         """Id of the newest event, 0 if there is none."""
-        with self._lock:
-            return self._connection.execute("SELECT MAX(id) FROM events").fetchone()[0] or 0
+        return self._rows("SELECT MAX(id) FROM events")[0][0] or 0
 
     def delivered(self, store: str) -> int:
         """The last event that `store` has; it has all earlier ones too."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT event FROM delivered WHERE store = ?", (store,)
-            ).fetchone()
-        return row[0] if row else 0
+        return self._rows("SELECT MAX(event) FROM delivered WHERE store = ?", store)[0][0] or 0
 
     def set_delivered(self, store: str, event: int) -> None:
         with self._lock, self._transaction() as execute:
             execute("INSERT OR REPLACE INTO delivered VALUES (?, ?)", (store, event))
 
+    def _rows(self, query: str, *values: str | int) -> list[tuple]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection.execute
-            self._connection.execute("COMMIT")
-        except BaseException as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            full = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
-            if getattr(error, "sqlite_errorname", None) in full:
+            with self._connection as connection:  # commits, or rolls back after an error
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection.execute
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", None) in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
                 raise OSError(errno.ENOSPC, "no space left for the event log") from error
             raise
 

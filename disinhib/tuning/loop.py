@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -49,44 +49,29 @@ class Epoch:
 
     trial: int
     epoch: int  # from 1
-    metrics: Mapping[str, list[float]]  # a value for each seed
-    place: Mapping[str, str]
-    diverged: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
-    flags: Mapping[str, str] = field(default_factory=dict)  # seed -> reason
+    metrics: dict[str, list[float]]  # a value for each seed
+    place: dict[str, str]
+    diverged: dict[str, str] = field(default_factory=dict)  # seed -> reason
+    flags: dict[str, str] = field(default_factory=dict)  # seed -> reason
     obstacle: str | None = None  # why the study must stop: no checkpoint can be written
 
 
 @dataclass(frozen=True)
-class Raised:
-    """The trial's training raised an error."""
+class Failed:
+    """The trial's training raised an error, or its workers died too often."""
 
     trial: int
     reason: str
 
 
-@dataclass(frozen=True)
-class Lost:
-    """The trial's workers died too often."""
-
-    trial: int
-    reason: str
-
-
-Outcome = Started | Epoch | Raised | Lost
+Outcome = Started | Epoch | Failed
 Loop = Generator[bool, Outcome, None]
-
-
-class Backend(Protocol):
-    """Runs the trials."""
-
-    def start(self, config: TrialConfig) -> None:
-        """Starts a trial as soon as there is room for it."""
-        ...
 
 
 # The next trials, given the records: none for now, one, or a batch.
 Source = Callable[[Mapping[int, Record]], Iterable[Asked]]
 Stops = Callable[[Mapping[int, Record], int, float], bool]  # (records, trial, its newest score)
+Score = Callable[[Mapping[str, list[float]]], float]  # of an epoch's metrics; more is better
 
 
 def study_loop(
@@ -94,16 +79,15 @@ def study_loop(
     records: dict[int, Record],
     source: Source,
     stops: Stops,
-    score: Callable[[Mapping[str, list[float]]], float],
-    backend: Backend,
+    score: Score,
+    start: Callable[[TrialConfig], None],
     at_once: int,
     observe: Callable[[Event], None],
 ) -> Loop:
     """Runs the unfinished trials of `records` and those of `source` to their end, `at_once` at a
-    time; calls `observe` with every event.
+    time; calls `observe` with every event. `start` starts a trial as soon as there is room for it.
 
-    `score` of an epoch's metrics is signed: more is better. Raises what the log raises, and
-    StudyStopped.
+    Raises what the log raises, and StudyStopped.
     """
 
     def write(events: Iterable[Event]) -> None:
@@ -124,7 +108,7 @@ def study_loop(
                 break
             number = waiting.popleft()
             running.add(number)
-            backend.start(records[number].config)
+            start(records[number].config)
         if not running:
             return
         outcome = yield ended
@@ -142,31 +126,20 @@ def study_loop(
 
 
 def events_of(
-    outcome: Epoch | Raised | Lost,
-    records: Mapping[int, Record],
-    stops: Stops,
-    score: Callable[[Mapping[str, list[float]]], float],
+    outcome: Epoch | Failed, records: Mapping[int, Record], stops: Stops, score: Score
 ) -> list[Event]:
     """The events that follow from an outcome; none if it is known, because a trial that continues
     from a checkpoint reports earlier epochs again."""
     record = records[outcome.trial]
-    if isinstance(outcome, Raised | Lost):
+    if isinstance(outcome, Failed):
         return [_end(record, FAILED, outcome.reason)]
     if outcome.epoch != record.epochs + 1:
         return []
     value = score(outcome.metrics)
-    done = EpochDone(
-        outcome.trial,
-        outcome.epoch,
-        value,
-        dict(outcome.metrics),
-        dict(outcome.place),
-        dict(outcome.diverged),
-        dict(outcome.flags),
-    )
-    after = Record(**{**vars(record), "scores": [*record.scores, value]})
-    after.diverged = record.diverged | {s: (done.epoch, why) for s, why in done.diverged.items()}
-    after.flags = record.flags | done.flags
+    reported = {name: its for name, its in vars(outcome).items() if name != "obstacle"}
+    done = EpochDone(score=value, **reported)
+    after = deepcopy(record)
+    follow({outcome.trial: after}, done)
     if len(after.diverged) == len(record.config["seeds"]):
         return [done, _end(after, FAILED, next(iter(after.diverged.values()))[1])]
     if done.epoch >= record.budget:
@@ -186,7 +159,7 @@ def never(records: Mapping[int, Record], trial: int, score: float) -> bool:
     return False
 
 
-def mean_score(metric: str, sign: int) -> Callable[[Mapping[str, list[float]]], float]:
+def mean_score(metric: str, sign: int) -> Score:
     """The mean of `metric` over the seeds that have not diverged; more is better."""
 
     def score(metrics: Mapping[str, list[float]]) -> float:
@@ -217,12 +190,10 @@ def from_search(propose: Proposer, trials: int, batch: int | None = None) -> Sou
         first = len(records)
         if batch is not None and not all(record.ended for record in records.values()):
             return []
-        asked: dict[int, Record] = {**records}
-        events: list[Any] = []
+        asked, events = {**records}, []
         for number in range(first, min(trials, first + (batch or 1))):
-            event = propose(number, asked)
-            events.append(event)
-            asked[number] = Record(event.config, event.point)
+            events.append(propose(number, asked))
+            follow(asked, events[-1])
         return events
 
     return source

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ class Manifest:
     provenance: dict[str, Any]  # code, packages, machine, data of its first trial
     space: dict[str, Any] | None = None  # space_tree.definition; None if nothing is searched
     points: list[dict[str, Any]] = field(default_factory=list)  # initial points
-    past: list[suggest.Tried] = field(
-        default_factory=list
-    )  # trials of earlier studies, for a warm start
+    # Trials of earlier studies, for a warm start.
+    past: list[suggest.Tried] = field(default_factory=list)
 
     def tags(self, command: str) -> dict[str, str]:
         """MLflow tags: the provenance of a study that `command` started, and of its trials."""
@@ -68,12 +66,11 @@ def of_search(study: Study) -> Manifest:
 
     Raises ConfigError if the space, a point or the study to warm-start from does not fit.
     """
-    space = SPACES[study.space]
     past = [] if study.warm_start is None else _past(study, study.warm_start)
     return Manifest(
         id=uuid.uuid4().hex,
         provenance=_provenance(study),
-        space=space_tree.definition(space),
+        space=space_tree.definition(SPACES[study.space]),
         points=first_points(study, [trial["point"]["params"] for trial in past]),
         past=past,
     )
@@ -173,7 +170,6 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     space = SPACES[study.space]
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
-    configured = partial(configure, study)
 
     def propose(number: int, records: Mapping[int, Record]) -> Asked:
         proposal = suggest.suggest(
@@ -184,6 +180,6 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
             number,
             suggest.fixed_params(number, manifest.points, rules),
         )
-        return Asked(number, configured(number, proposal.overrides), proposal.point)
+        return Asked(number, configure(study, number, proposal.overrides), proposal.point)
 
     return propose

@@ -8,12 +8,12 @@ the options and the provenance, from which the same training can be run again.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 
 from disinhib.checks import refusal
-from disinhib.errors import ConfigError, one_line
+from disinhib.errors import one_line
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -101,16 +101,14 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
         with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT=FIRST_CONTACT):
             client = _client(uri)
             there = client.get_experiment_by_name(experiment)
-            if there is not None and there.lifecycle_stage == "deleted":
-                allowed = "one that is not deleted (mlflow gc, or mlflow experiments restore)"
-                raise refusal("tracking.experiment", experiment, allowed)
             location = None if "http" in uri.split("://")[0] else artifacts.as_uri()
             id = there.experiment_id if there else client.create_experiment(experiment, location)
-    except ConfigError:
-        raise
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
         allowed = f"the address of an MLflow store that answers ({one_line(error)})"
         raise refusal("tracking.uri", uri, allowed) from error
+    if there is not None and there.lifecycle_stage == "deleted":
+        allowed = "one that is not deleted (mlflow gc, or mlflow experiments restore)"
+        raise refusal("tracking.experiment", experiment, allowed)
     return Experiment(uri, id)
 
 
@@ -121,26 +119,15 @@ def _make_sqlite(file: Path) -> None:
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as part:
             whole = Path(part, file.name)
-            with _quiet_migration():
-                MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments()
+            MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments()
             with suppress(FileExistsError):  # another study made it in the meantime
                 os.link(whole, file)
-
-
-@contextmanager
-def _quiet_migration() -> Iterator[None]:
-    logger = logging.getLogger("alembic")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 RunKey = tuple[int, int | None]  # a trial's number and, in a retraining, the seed
 
 
+@dataclass
 class MlflowStore:
     """Writes a study into MLflow: a parent run, and under it a run for each trial or seed.
 
@@ -151,39 +138,34 @@ class MlflowStore:
 
     name, option = "mlflow", "tracking.uri"
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        study: str,
-        id: str,
-        tags: Mapping[str, str],
-        files: Mapping[str, str],
-        trial_files: Mapping[str, str],
-        models: Callable[[int, int], Path],
-    ):
-        self.experiment, self.study, self.id = experiment, study, id
-        self.tags, self.files, self.trial_files = tags, files, trial_files
-        self.models = models
-        self.address = experiment.uri
-        self.study_run: str | None = None  # set when the store is loaded
-        self.runs: dict[RunKey, str] = {}
-        self.configs: dict[int, TrialConfig] = {}
+    experiment: Experiment
+    study: str
+    id: str
+    tags: Mapping[str, str]
+    files: Mapping[str, str]
+    trial_files: Mapping[str, str]
+    models: Callable[[int, int], Path]
+    study_run: str | None = None  # set when the store is loaded
+    runs: dict[RunKey, str] = field(default_factory=dict)
+    configs: dict[int, TrialConfig] = field(default_factory=dict)
 
-    @property
-    def client(self) -> MlflowClient:
-        return _client(self.experiment.uri)
+    def __post_init__(self) -> None:
+        self.address = self.experiment.uri
+        self.client = _client(self.address)
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         self.configs = {number: record.config for number, record in records.items()}
         by_key: dict[RunKey | None, Run] = {}
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
         for run in sorted(runs, key=lambda run: run.info.start_time):
-            if by_key.setdefault(_key(run), run) is not run:
+            tags = run.data.tags
+            seed = int(tags[SEED]) if SEED in tags else None
+            key = (int(tags["trial"]), seed) if "trial" in tags else None  # the study's own run
+            if by_key.setdefault(key, run) is not run:
                 # A request that was not answered in time had been carried out nevertheless.
                 self.client.delete_run(run.info.run_id)
         parent = by_key.pop(None, None)
-        tags = {**self.tags, "study": self.study, "study_id": self.id}
-        self.study_run = parent.info.run_id if parent else self._create(self.study, tags)
+        self.study_run = parent.info.run_id if parent else self._create(self.study, {})
         self._put(self.study_run, self.files)
         if parent:
             self.client.update_run(self.study_run, "RUNNING")
@@ -224,7 +206,7 @@ class MlflowStore:
         metrics: list[Metric] = []
         params: list[Param] = []
         tags: dict[str, str] = {}
-        status, ended_at = None, 0.0
+        status, ended_at = None, 0
         for logged in events:
             match logged.event:
                 case Asked() as asked:
@@ -236,7 +218,7 @@ class MlflowStore:
                     end = vars(ended) if seed is None else ended.seeds[lane]
                     tags |= _ending(end["state"], end["epochs"], end["reason"])
                     tags |= {FLAG: end["flag"]} if "flag" in end else {}
-                    status, ended_at = RUN_STATUS[end["state"]], logged.time
+                    status, ended_at = RUN_STATUS[end["state"]], _milliseconds(logged.time)
         for first in range(0, max(1, len(metrics)), MOST_METRICS):
             self.client.log_batch(
                 run,
@@ -247,23 +229,23 @@ class MlflowStore:
         if status is not None:
             if seed is not None and (model := self.models(number, seed)).exists():
                 self._put(run, {MODEL: model.read_bytes()})
-            self.client.set_terminated(run, status, _milliseconds(ended_at))
+            self.client.set_terminated(run, status, ended_at)
 
     def _begin(self, asked: Asked, began: float) -> None:
         """Makes the trial's runs, except those that an earlier, failed delivery has made."""
         config = self.configs[asked.trial] = asked.config
         for seed in _seeds(config):
-            one = config if seed is None else _of_seed(config, seed)
+            command, options, seeds = config["command"], config["options"], config["seeds"]
+            if seed is not None:  # what trains this seed by itself
+                command += f" seed={seed} test_at_end=true"
+                options, seeds = {**options, "seed": seed}, [seed]
             if (asked.trial, seed) not in self.runs:
                 tags = {
-                    **self.tags,
                     MLFLOW_PARENT_RUN_ID: self.study_run,
-                    "study": self.study,
-                    "study_id": self.id,
                     "trial": str(asked.trial),
                     "rule": config["rule"],
-                    "seeds": ",".join(map(str, one["seeds"])),
-                    "command": one["command"],
+                    "seeds": ",".join(map(str, seeds)),
+                    "command": command,
                     **asked.tags,
                     **({} if seed is None else {SEED: str(seed)}),
                 }
@@ -272,42 +254,28 @@ class MlflowStore:
             files = {
                 **self.trial_files,
                 **asked.files,
-                "config.yaml": yaml.safe_dump(one["options"]),
-                "command.txt": one["command"] + "\n",
+                "config.yaml": yaml.safe_dump(options),
+                "command.txt": command + "\n",
             }
             self._put(self.runs[asked.trial, seed], files)
 
     def _create(self, name: str, tags: Mapping[str, str], began: int | None = None) -> str:
-        tags = {MLFLOW_SOURCE_NAME: "disinhib", **tags}
+        of_study = {**self.tags, "study": self.study, "study_id": self.id}
+        tags = {MLFLOW_SOURCE_NAME: "disinhib", **of_study, **tags}
         run = self.client.create_run(self.experiment.id, began, tags, name)
         return run.info.run_id
 
     def _put(self, run: str, files: Mapping[str, str | bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for file, content in files.items():
-                content = content.encode() if isinstance(content, str) else content
-                Path(folder, file).write_bytes(content)
+                data = content.encode() if isinstance(content, str) else content
+                Path(folder, file).write_bytes(data)
             self.client.log_artifacts(run, folder)
-
-
-def _key(run: Run) -> RunKey | None:
-    """The key of a trial's run; None for the study's own run."""
-    tags = run.data.tags
-    if "trial" not in tags:
-        return None
-    return int(tags["trial"]), int(tags[SEED]) if SEED in tags else None
 
 
 def _seeds(config: TrialConfig) -> list[int | None]:
     """The seeds that have a run each; [None] if the trial has one run."""
     return [*config["seeds"]] if config["final"] else [None]
-
-
-def _of_seed(config: TrialConfig, seed: int) -> TrialConfig:
-    """The configuration of one seed of a retraining by itself."""
-    command = f"{config['command']} seed={seed} test_at_end=true"
-    options = {**config["options"], "seed": seed}
-    return TrialConfig(**{**config, "command": command, "options": options, "seeds": [seed]})
 
 
 def _metrics(done: EpochDone, lane: int | None, when: float) -> list[Metric]:

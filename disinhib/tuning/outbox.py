@@ -32,16 +32,13 @@ class Store(Protocol):
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         """Connects and repairs what a kill left half-done. Returns which of `records` it has."""
-        ...
 
     def deliver(self, events: Sequence[Logged]) -> None:
         """Stores events, in their order; possibly some that it has already."""
-        ...
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         """Records the end of the study. If it is not `whole`, it was interrupted, and so were its
         unfinished trials."""
-        ...
 
 
 class Outbox:
@@ -135,10 +132,9 @@ class Outbox:
         cursor = self.log.delivered(self.cursor)
         delivered = {e.event.trial for e in events if isinstance(e.event, Asked) and e.id <= cursor}
         if delivered - there:  # the store has lost trials: deliver everything again
-            cursor = 0
-            self.log.set_delivered(self.cursor, cursor)
+            self.log.set_delivered(self.cursor, 0)
         self.loaded = True
-        return self.log.last() - cursor
+        return self._behind()
 
     def _deliver(self) -> bool:
         """Delivers a batch of events; returns whether there may be more."""

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -65,13 +64,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     files, files_now = before["code"]["files"], now["code"]["files"]
     lines = []
-    for file in sorted({*files, *files_now}):
-        if file not in files:
-            lines.append(f"{file} is new")
-        elif file not in files_now:
-            lines.append(f"{file} is gone")
-        elif files[file] != files_now[file]:
-            lines.append(f"{file} changed")
+    for file in sorted(f for f in {*files, *files_now} if files.get(f) != files_now.get(f)):
+        how = "is new" if file not in files else "is gone" if file not in files_now else "changed"
+        lines.append(f"{file} {how}")
     versions = {"python": _minor(before["python"]), **before["packages"]}
     versions_now = {"python": _minor(now["python"]), **now["packages"]}
     for name in dict.fromkeys([*versions, *versions_now]):
@@ -124,12 +119,10 @@ def masked(text: str) -> str:
 def _commit(root: Path) -> str | None:
     """None unless `root` is the top of a git repository with a commit. (A folder within another
     project's, as an environment's site-packages may be, is no checkout.)"""
-    if shutil.which("git") is None:
+    try:
+        top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+    except (OSError, RuntimeError):  # no git, no repository or no commit
         return None
-    done = _run_git(root, "rev-parse", "--show-toplevel", "HEAD")
-    if done.returncode != 0:
-        return None
-    top, commit = done.stdout.splitlines()
     return commit if Path(top).resolve() == root.resolve() else None
 
 
@@ -148,22 +141,18 @@ def _patch(root: Path) -> str:
 
 
 def _git(root: Path, *arguments: str, codes: Iterable[int] = (0,)) -> str:
-    done = _run_git(root, *arguments)
-    if done.returncode not in codes:
-        raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # In a hook git sets variables that name another repository or index.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return subprocess.run(
+    done = subprocess.run(
         ["git", "-C", str(root), *arguments],
         env=environment,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
     )
+    if done.returncode not in codes:
+        raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _version(package: str) -> str | None:

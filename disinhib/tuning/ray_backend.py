@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.tune.search import Searcher
 
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import TrialConfig
-from disinhib.tuning.loop import Epoch, Loop, Lost, Outcome, Raised, Started
+from disinhib.tuning.loop import Epoch, Failed, Loop, Outcome, Started
 from disinhib.tuning.ray_workaround import deaths_counted_once
 from disinhib.tuning.worker import FAILURE, REPORT, Policy
 
@@ -28,27 +29,25 @@ FOLDER = "ray"  # in the study's folder
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker, and no more
 
 
-class RayBackend:
+@dataclass(eq=False)
+class RayBackend(tune.Callback):
     """Runs the trials that the study loop starts, as `trainable` with `resources` (cpu, gpu) each.
+    As Tune's callback, it tells the loop which trials run or are lost, and ends Tune if the study
+    cannot continue.
 
     Ray's own record is in `folder`. `on_step()` is called now and then, `on_over_cap()` when the
     cap prevented a trial from writing its checkpoint.
     """
 
-    def __init__(
-        self,
-        trainable: type[tune.Trainable],
-        resources: Mapping[str, float],
-        policy: Policy,
-        folder: Path,
-        on_step: Callable[[], None],
-        on_over_cap: Callable[[], None],
-    ):
-        self.trainable, self.resources, self.policy = trainable, resources, policy
-        self.folder, self.on_step, self.on_over_cap = folder, on_step, on_over_cap
-        self.queue: deque[TrialConfig] = deque()
-        self.error: Exception | None = None  # why the study cannot continue
-        self.over = False
+    trainable: type[tune.Trainable]
+    resources: Mapping[str, float]
+    policy: Policy
+    folder: Path
+    on_step: Callable[[], None]
+    on_over_cap: Callable[[], None]
+    queue: deque[TrialConfig] = field(default_factory=deque)
+    error: Exception | None = None  # why the study cannot continue
+    over: bool = False
 
     def start(self, config: TrialConfig) -> None:
         self.queue.append(config)
@@ -56,7 +55,7 @@ class RayBackend:
     def run(self, loop: Loop, at_once: int, callbacks: Sequence[tune.Callback] = ()) -> None:
         """Runs `loop` to its end, or until Ctrl-C. Raises the errors of the loop."""
         self.loop = loop
-        self._advance(lambda: next(loop))
+        self.tell(None)
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
             tune.with_resources(self.trainable, dict(self.resources)),
@@ -73,7 +72,7 @@ class RayBackend:
                 storage_path=str(self.folder),
                 failure_config=tune.FailureConfig(max_failures=WORKERS_LOST),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[*callbacks, RayCallback(self)],
+                callbacks=[*callbacks, self],
                 verbose=0,
             ),
         )
@@ -90,20 +89,29 @@ class RayBackend:
         if self.error is not None:
             raise self.error
 
-    def tell(self, outcome: Outcome) -> bool:
-        """Sends `outcome` to the loop; returns whether the trial has ended."""
-        return self._advance(lambda: self.loop.send(outcome))
-
-    def _advance(self, step: Callable[[], bool]) -> bool:
+    def tell(self, outcome: Outcome | None) -> bool:
+        """Sends `outcome` to the loop, or None to begin it; returns whether the trial has ended."""
         if self.over:
             return True
         try:
-            return step()
+            return next(self.loop) if outcome is None else self.loop.send(outcome)
         except StopIteration:
             self.over = True
         except Exception as error:  # kept, because Ray blames the trial for errors in some hooks
             self.error, self.over = error, True
         return True
+
+    def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
+        self.tell(Started(trial.config["number"]))
+
+    def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
+        # (A scheduler hears of every death of a worker, also if the trial is to go on.)
+        self.tell(Failed(trial.config["number"], f"worker lost {WORKERS_LOST + 1} times"))
+
+    def on_step_end(self, **_: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.on_step()
 
     def __getstate__(self) -> dict:
         return {}  # Ray pickles its parts; the state is in the log
@@ -129,9 +137,6 @@ class RaySearcher(Searcher):
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Does nothing: the state is in the log."""
 
-    def __getstate__(self) -> dict:
-        return {}
-
 
 class RayScheduler(FIFOScheduler):
     """Passes results to the loop, and stops the trials that the loop has ended."""
@@ -145,35 +150,10 @@ class RayScheduler(FIFOScheduler):
         if FAILURE in result:
             # The worker raises it in its next step; running the trial again would not help.
             trial.max_failures = 0
-            self.backend.tell(Raised(number, result[FAILURE]))
+            self.backend.tell(Failed(number, result[FAILURE]))
             return TrialScheduler.CONTINUE
         report = json.loads(result[REPORT])
         if report.pop("over_cap", False):
             self.backend.on_over_cap()
         ended = self.backend.tell(Epoch(trial=number, **report))
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
-
-    def __getstate__(self) -> dict:
-        return {}
-
-
-class RayCallback(tune.Callback):
-    """Tells the loop which trials run or are lost, and ends Tune if the study cannot continue."""
-
-    def __init__(self, backend: RayBackend):
-        self.backend = backend
-
-    def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
-        self.backend.tell(Started(trial.config["number"]))
-
-    def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
-        # (A scheduler hears of every death of a worker, also if the trial is to go on.)
-        self.backend.tell(Lost(trial.config["number"], f"worker lost {WORKERS_LOST + 1} times"))
-
-    def on_step_end(self, **_: Any) -> None:
-        if self.backend.error is not None:
-            raise self.backend.error
-        self.backend.on_step()
-
-    def __getstate__(self) -> dict:
-        return {}

@@ -4,9 +4,13 @@ rule."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from disinhib.tuning.event_log import COMPLETE, Record
+
+PARTS = ".*.part"  # files that a kill left half-written
+MODELS = "*.model"  # of final trials; MLflow has them when the study has ended
 
 
 def checkpoint_file(folder: str | Path, number: int) -> Path:
@@ -47,23 +51,26 @@ def tidy(folder: Path, records: Iterable[Record], best: int) -> None:
             checkpoint_file(folder, record.number).unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes files that a kill left half-written. No process may be writing."""
-    for part in folder.glob(".*.part"):
-        part.unlink()
+def remove(folder: Path, pattern: str) -> None:
+    """Removes the files of `pattern`: PARTS (no process may be writing) or MODELS."""
+    for file in folder.glob(pattern):
+        file.unlink()
 
 
-def remove_models(folder: Path) -> None:
-    """Removes the models of final trials; MLflow has them."""
-    for model in folder.glob("*.model"):
-        model.unlink()
+def sizes(folder: Path) -> dict[Path, int]:
+    """The size of each checkpoint in bytes."""
+    found = {}
+    for file in folder.glob("*.msgpack"):
+        with suppress(FileNotFoundError):  # a worker or the driver has just removed it
+            found[file] = file.stat().st_size
+    return found
 
 
 def make_room(folder: Path, records: Iterable[Record], best: int, cap_bytes: float) -> bool:
     """Makes room for one more checkpoint under the cap, if necessary by removing the worst kept
     one. Returns whether there is room."""
-    sizes = [file.stat().st_size for file in folder.glob("*.msgpack")]
-    if sum(sizes) + max(sizes, default=0) <= cap_bytes:
+    used = sizes(folder).values()
+    if sum(used) + max(used, default=0) <= cap_bytes:
         return True
     for record in reversed(kept(records, best)):
         file = checkpoint_file(folder, record.number)

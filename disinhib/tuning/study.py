@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from ray import tune
 from rich.console import Console
+from rich.text import Text
 
 from disinhib import hydra_config
 from disinhib.checks import in_hydra
@@ -129,9 +129,7 @@ def resume_command(study: Study) -> str:
 def summary(finished: Finished, study: Study, console: Console) -> None:
     """Prints the leaderboard and the next commands."""
     records = finished.records
-    say: Callable[[str], None] = partial(
-        console.print, soft_wrap=True, highlight=False, markup=False
-    )
+    say = lambda text: console.print(Text(text), soft_wrap=True)
     counts = progress.tally(records)._asdict().items()
     states = ", ".join(f"{n} {state}" for state, n in counts if n)
     clock = progress.clock(finished.seconds)

@@ -18,8 +18,6 @@ import math
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from filelock import FileLock
@@ -28,7 +26,7 @@ from ray.air.constants import TRAINING_ITERATION
 
 from disinhib.errors import reason_of
 from disinhib.tuning.event_log import TrialConfig, over_seeds
-from disinhib.tuning.retention import checkpoint_file, model_file
+from disinhib.tuning.retention import checkpoint_file, model_file, sizes
 
 # Keys of a result: the report of an epoch, as JSON, or why training failed.
 REPORT, FAILURE = "report", "failure"
@@ -106,7 +104,6 @@ class TrainingTrial(tune.Trainable):
         self._compiled = len(self._compilations)  # the first epoch includes the start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
-        self._lanes = len(self._trial["seeds"])
         self._reports: list[dict[str, Any]] = []
         self._told, self._saved, self._begun = 0, time.monotonic(), True
         file = checkpoint_file(self._policy["folder"], self._trial["number"])
@@ -118,35 +115,37 @@ class TrainingTrial(tune.Trainable):
     def _epoch(self) -> dict[str, Any]:
         """The report of one epoch. In a search, raises training.Diverged if one seed diverges: its
         numbers are a failure, never a score."""
+        import jax
+
         from disinhib import memory, training
 
         advance = training.advance if self._trial["final"] else training.run_epoch
         self._state, lanes = advance(self._run, self._data, self._state)
         reasons = training.divergences(self._run, lanes, self._state)
         before = self._diverged()
+        seeds = [*map(str, self._trial["seeds"])]
         diverged = {
-            str(self._trial["seeds"][lane]): f"Diverged: {why}" for lane, why in reasons.items()
+            seeds[lane]: f"Diverged: {why}"
+            for lane, why in reasons.items()
+            if seeds[lane] not in before
         }
-        diverged = {seed: why for seed, why in diverged.items() if seed not in before}
-        dead = [str(seed) in {*before, *diverged} for seed in self._trial["seeds"]]
+        dead = {*before, *diverged}
         metrics = {
-            name: [math.nan if is_dead else float(value)
-                   for value, is_dead in zip(values, dead, strict=True)]
+            name: [math.nan if seeds[lane] in dead else float(v) for lane, v in enumerate(values)]
             for name, values in lanes.items()
-        }  # fmt: skip
+        }
         compilations = self._compilations[self._compiled :]
         self._compiled = len(self._compilations)
         metrics["compilations"] = [float(len(compilations))]
         metrics["compilation_seconds"] = [sum(compilations)]
         metrics["peak_memory_mb"] = [memory.peak_mb(self._memory)]
-        return {"metrics": metrics, "place": place(), "diverged": diverged}
+        place = {"device": jax.devices()[0].device_kind, "host": platform.node()}
+        return {"metrics": metrics, "place": place, "diverged": diverged}
 
     def _diverged(self) -> dict[str, str]:
         """Reasons of the seeds that have diverged up to the epoch being reported."""
-        reasons: dict[str, str] = {}
-        for report in self._reports[: self._told]:
-            reasons |= report["diverged"]
-        return reasons
+        reports = self._reports[: self._told]
+        return {seed: why for report in reports for seed, why in report["diverged"].items()}
 
     def _checked(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """The last report of a final trial, with the results of the check of its dynamics. Writes a
@@ -168,7 +167,7 @@ class TrainingTrial(tune.Trainable):
                 self._run, parameters, images.astype(float) * self._data.scale, labels
             )
             for name, value in measured.items():
-                metrics.setdefault(name, [math.nan] * self._lanes)[lane] = value
+                metrics.setdefault(name, [math.nan] * len(self._trial["seeds"]))[lane] = value
             if flag:
                 flags[str(seed)] = flag
             options = {**self._trial["options"], "seed": seed}
@@ -187,7 +186,8 @@ class TrainingTrial(tune.Trainable):
         file = checkpoint_file(policy["folder"], self._trial["number"])
         try:
             with FileLock(file.with_name(".lock")):
-                room = policy["cap_bytes"] - _bytes_beside(file)
+                beside = sum(n for other, n in sizes(file.parent).items() if other != file)
+                room = policy["cap_bytes"] - beside
                 written = checkpoint.save(file, self._run, self._state, self._reports, room)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -199,22 +199,6 @@ class TrainingTrial(tune.Trainable):
             return {"over_cap": True}
         self._saved = time.monotonic()
         return {}
-
-
-def _bytes_beside(file: Path) -> int:
-    """Size of the other checkpoints in the folder of `file`."""
-    sizes = []
-    for other in file.parent.glob("*.msgpack"):
-        with suppress(FileNotFoundError):  # the driver may remove some at the same time
-            sizes.append(other.stat().st_size if other != file else 0)
-    return sum(sizes)
-
-
-def place() -> dict[str, str]:
-    """The host and the device of this process."""
-    import jax
-
-    return {"device": jax.devices()[0].device_kind, "host": platform.node()}
 
 
 def count_compilations() -> list[float]:
