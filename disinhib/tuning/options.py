@@ -18,7 +18,6 @@ from typing import Any
 from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
-from disinhib.metrics import SELECTION
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
 from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
@@ -56,11 +55,6 @@ class Study:
     @property
     def folder(self) -> Path:
         return self.out_dir / self.name
-
-    @property
-    def sign(self) -> int:
-        """1 if more of the metric is better, -1 if less is."""
-        return SELECTION[self.metric].sign
 
     @property
     def resources(self) -> dict[str, float]:
