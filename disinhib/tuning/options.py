@@ -106,9 +106,9 @@ def compose(overrides: Sequence[str]) -> Study:
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The options that only a study has, and its folder; checked."""
-    known = (*STUDY_OPTIONS, *STUDY_GROUPS, "out_dir")
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    settings, _ = hydra_config.compose("study", [o for o in overrides if root(o) in known])
+    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, "out_dir"}]
+    settings, _ = hydra_config.compose("study", own)
     check(settings)
     return settings
 
@@ -125,8 +125,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     """
     seeds = suggest.trial_seeds(study.seed, number, study.replicates)
     composed, choices = _composed(study.overrides, overrides)
-    own = (*STUDY_OPTIONS, *STUDY_GROUPS)
-    options = {name: value for name, value in composed.items() if name not in own}
+    options = {name: value for name, value in composed.items() if name not in STUDY_OPTIONS}
     options["resume"] = None  # that of a training run is a folder
     for name, value in overrides.items():
         if not hydra_config.is_group(name):

@@ -15,11 +15,6 @@ from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
-# Options and groups that only a study has; its other options are those of training.
-STUDY_OPTIONS = (
-    *("study", "resume", "extend", "plan", "space", "trials", "replicates", "metric", "mode"),
-    *("points", "warm_start", "checkpoints"),
-)
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
 _is_name = lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None
 OPTIONAL_NAME = or_null((_is_name, "a folder's name"))
@@ -48,6 +43,9 @@ CHECKS: dict[str, Check] = {
     "tracking.uri": OPTIONAL_TEXT,
     "tracking.experiment": TEXT,
 }
+_CHECKED = {name.partition(".")[0] for name in CHECKS} | {*STUDY_GROUPS}
+# Options and groups that only a study has; its other options are those of training.
+STUDY_OPTIONS = _CHECKED - {"epochs", "seed", "out_dir"}
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -58,8 +56,7 @@ def check(options: Mapping[str, Any]) -> None:
             "experiment: given one with a grid, which has nothing to tune; needed is"
             " python -m analysis.retrain experiment=..."
         )
-    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed", "out_dir")
-    own = checks.flatten({name: options[name] for name in names if name in options})
+    own = checks.flatten({name: options[name] for name in options if name in _CHECKED})
     allowed = dict(CHECKS)
     for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
         name = f"{group}.name"
