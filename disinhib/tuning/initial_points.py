@@ -30,23 +30,21 @@ def defaults(
     branch chooses; it ignores overrides that choose no group. A rule is left out if a default of
     its branch lies outside the searched range, or if there is no such option.
     """
-    points = [_default(space, rule, configured) for rule in space_tree.rules_of(space) or [None]]
-    return [point for point in points if point is not None]
-
-
-def _default(space: Space, rule: str | None, configured) -> Params | None:
-    # The groups that a branch chooses are known after tracing it, and its path may depend on the
-    # defaults of these groups: so it is traced again until the groups no longer change.
-    groups: dict[str, str] = {}
-    tried: list[dict[str, str]] = []
-    while groups not in tried:
-        tried.append(groups)
-        known = {**configured(groups), **({} if rule is None else {RULE: rule})}
-        path, within = space_tree.path_at(space, known, names=lambda name: (name, option_of(name)))
-        groups = _groups(path)
-        if within and groups == tried[-1]:
-            return path.params
-    return None
+    points = []
+    for rule in [{RULE: name} for name in space_tree.rules_of(space)] or [{}]:
+        # The groups that a branch chooses are known after tracing it, and its path may depend on
+        # the defaults of these groups: so it is traced again until the groups no longer change.
+        tried: list[dict[str, str]] = [{}]
+        while True:
+            values = {**configured(tried[-1]), **rule}
+            path, whole = space_tree.path_at(space, values, names=lambda n: (n, option_of(n)))
+            groups = _groups(path)
+            if groups in tried:
+                break
+            tried.append(groups)
+        if whole and groups == tried[-1]:
+            points.append(path.params)
+    return points
 
 
 def _groups(path: Path) -> dict[str, str]:
