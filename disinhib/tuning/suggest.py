@@ -147,7 +147,7 @@ def fixed_params(
     an initial point if any of `points` are left."""
     turn, index = divmod(number, max(1, len(rules)))
     rule = {RULE: rules[index]} if rules else {}
-    own = [point for point in points if rule.items() <= point.items()]
+    own = [point for point in points if point.get(RULE) == rules[index]] if rules else points
     return {**own[turn], **rule} if turn < len(own) else rule
 
 
