@@ -43,9 +43,10 @@ CHECKS: dict[str, Check] = {
     "tracking.uri": OPTIONAL_TEXT,
     "tracking.experiment": TEXT,
 }
-_CHECKED = {name.partition(".")[0] for name in CHECKS} | {*STUDY_GROUPS}
+# The options and groups that are checked here, in this order.
+_CHECKED = dict.fromkeys((*(name.partition(".")[0] for name in CHECKS), *STUDY_GROUPS))
 # Options and groups that only a study has; its other options are those of training.
-STUDY_OPTIONS = _CHECKED - {"epochs", "seed", "out_dir"}
+STUDY_OPTIONS = _CHECKED.keys() - {"epochs", "seed", "out_dir"}
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -56,7 +57,7 @@ def check(options: Mapping[str, Any]) -> None:
             "experiment: given one with a grid, which has nothing to tune; needed is"
             " python -m analysis.retrain experiment=..."
         )
-    own = checks.flatten({name: options[name] for name in options if name in _CHECKED})
+    own = checks.flatten({name: options[name] for name in _CHECKED if name in options})
     allowed = dict(CHECKS)
     for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
         name = f"{group}.name"
