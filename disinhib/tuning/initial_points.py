@@ -12,29 +12,12 @@ from decimal import Decimal
 from typing import Any
 
 import yaml
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
-from disinhib.tuning.space_tree import (
-    ENDS,
-    RULE,
-    Distribution,
-    Params,
-    Path,
-    allows,
-    at_ends,
-    described,
-    ends_of,
-    option_of,
-    parameters_for,
-    paths,
-    rules_of,
-    same,
-    shown,
-    trace,
-    words,
-)
+from disinhib.tuning import space_tree
+from disinhib.tuning.space_tree import ENDS, RULE, Distribution, Params, Path, option_of
 from search_spaces import Space
 
 
@@ -47,33 +30,21 @@ def defaults(
     branch chooses; it ignores overrides that choose no group. A rule is left out if a default of
     its branch lies outside the searched range, or if there is no such option.
     """
-    points = [_default(space, rule, configured) for rule in rules_of(space) or [None]]
-    return [point for point in points if point is not None]
-
-
-def _default(space: Space, rule: str | None, configured) -> Params | None:
-    # The groups that a branch chooses are known after tracing it, and its path may depend on the
-    # defaults of these groups: so it is traced again until the groups no longer change.
-    groups: dict[str, str] = {}
-    tried: list[dict[str, str]] = []
-    while groups not in tried:
-        tried.append(groups)
-        known = {**configured(groups), **({} if rule is None else {RULE: rule})}
-        path = trace(space, lambda name, kind, known=known: _configured_value(name, kind, known)[0])
-        chosen = _groups(path)
-        if chosen == groups:
-            within = (_configured_value(n, k, known)[1] for n, k in path.distributions.items())
-            return path.params if all(within) else None
-        groups = chosen
-    return None
-
-
-def _configured_value(name: str, kind: Distribution, known: Mapping[str, Any]) -> tuple[Any, bool]:
-    """(a parameter's configured value, True), or (any value, False) if the space excludes it."""
-    for option in (name, option_of(name)):
-        if option in known and allows(kind, known[option]):
-            return _converted(kind, known[option]), True
-    return ends_of(kind, "low")[0], False
+    points = []
+    for rule in [{RULE: name} for name in space_tree.rules_of(space)] or [{}]:
+        # The groups that a branch chooses are known after tracing it, and its path may depend on
+        # the defaults of these groups: so it is traced again until the groups no longer change.
+        tried: list[dict[str, str]] = [{}]
+        while True:
+            values = {**configured(tried[-1]), **rule}
+            path, whole = space_tree.path_at(space, values, names=lambda n: (n, option_of(n)))
+            groups = _groups(path)
+            if groups in tried:
+                break
+            tried.append(groups)
+        if whole and groups == tried[-1]:
+            points.append(path.params)
+    return points
 
 
 def _groups(path: Path) -> dict[str, str]:
@@ -82,7 +53,8 @@ def _groups(path: Path) -> dict[str, str]:
     return {
         option: value
         for option, value in path.overrides.items()
-        if isinstance(value, str) and (option == RULE or not parameters_for(option, path.params))
+        if isinstance(value, str)
+        and (option == RULE or not space_tree.parameters_for(option, path.params))
     }
 
 
@@ -92,7 +64,8 @@ def grid(space: Space, points: int) -> list[Params]:
 
     A range with fewer values gives all of them; a single value is the middle of the range.
     """
-    return [path.params for path in paths(space, lambda _, kind: _grid_values(kind, points))]
+    values = lambda _, kind: _grid_values(kind, points)
+    return [path.params for path in space_tree.paths(space, values)]
 
 
 def _grid_values(distribution: Distribution, points: int) -> list[Any]:
@@ -105,9 +78,8 @@ def _grid_values(distribution: Distribution, points: int) -> list[Any]:
     # In decimals, as Optuna does: 0.1 + 2 * 0.1 is 0.3.
     first, width = Decimal(str(low)), Decimal(str(step))
     last = int((Decimal(str(high)) - first) / width)
-    points = min(points, last + 1)
     indices: list[int] = []
-    for share in _shares(points):
+    for share in _shares(min(points, last + 1)):
         index = round(_between(low, high, share, log) - low) if log else round(share * last)
         # Small whole numbers on a logarithmic scale lie closer than 1: take the next one.
         indices.append(max(index, indices[-1] + 1) if indices else index)
@@ -119,9 +91,7 @@ def _shares(points: int) -> list[float]:
 
 
 def _between(low: float, high: float, share: float, log: bool) -> float:
-    if share in (0, 1):
-        return (low, high)[int(share)]
-    if log:
+    if log and 0 < share < 1:  # the ends are exact
         return 10 ** _between(math.log10(low), math.log10(high), share, log=False)
     return low * (1 - share) + high * share
 
@@ -134,54 +104,51 @@ def read_points(text: str, space: Space) -> list[Params]:
     searched, a value is out of range, or `trainer` is missing in a space of several rules.
     """
     try:
-        points = yaml.safe_load(text)
+        listed = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(points, list):
+    if not isinstance(listed, list):
         raise ConfigError("not a list of points, each a mapping of parameters to values")
-    return [_read_numbered(i, point, space) for i, point in enumerate(points, start=1)]
-
-
-def _read_numbered(number: int, point: Any, space: Space) -> Params:
-    try:
-        return _read_point(point, space)
-    except ConfigError as error:
-        # In one line, whatever texts the file has.
-        raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
+    points = []
+    for number, values in enumerate(listed, start=1):
+        try:
+            points.append(_read_point(values, space))
+        except ConfigError as error:
+            # In one line, whatever texts the file has.
+            raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
+    return points
 
 
 def _read_point(values: Any, space: Space) -> Params:
     if not isinstance(values, dict):
         raise ConfigError(f"given {values}, allowed is a mapping of parameters to values")
     named = {name: _read_number(value) for name, value in flatten(values).items()}
-    rule = _read_rule(named, space)
-    reached = list(at_ends(space, rule))
+    rule: Params = {}  # it decides what the other names mean
+    if rules := space_tree.rules_of(space):
+        kind = CategoricalDistribution(rules)
+        if RULE not in named:
+            raise ConfigError(
+                f"{RULE}: missing, needed is {space_tree.words(space_tree.described(kind))}"
+            )
+        rule[RULE] = _read_value(RULE, named[RULE], kind)
+    reached = list(space_tree.at_ends(space, rule))
     kinds = {name: kind for path in reached for name, kind in path.distributions.items()}
     point: Params = {}
     for name, value in named.items():
-        parameter = _parameter(name, kinds)
-        if parameter is None:
+        meant = [name] if name in kinds else space_tree.parameters_for(name, kinds)
+        if len(meant) > 1:
+            raise ConfigError(f"{name}: could be {' or '.join(meant)}; give the full name")
+        if not meant:
             _check_group(name, value, reached)
-        elif parameter in point:
-            raise ConfigError(f"{parameter}: given twice")
+        elif meant[0] in point:
+            raise ConfigError(f"{meant[0]}: given twice")
         else:
-            point[parameter] = _read_value(name, value, kinds[parameter])
-    left = {name for path in at_ends(space, point) for name in path.params}
+            point[meant[0]] = _read_value(name, value, kinds[meant[0]])
+    left = {name for path in space_tree.at_ends(space, point) for name in path.params}
     for name in point:
         if name not in left:
             raise ConfigError(f"{name}: not searched with this point's other choices")
     return point
-
-
-def _read_rule(named: Params, space: Space) -> Params:
-    """The choice of a rule, which decides what the other names mean."""
-    rules = rules_of(space)
-    if not rules:
-        return {}
-    kind = CategoricalDistribution(rules)
-    if RULE not in named:
-        raise ConfigError(f"{RULE}: missing, needed is {words(described(kind))}")
-    return {RULE: _read_value(RULE, named[RULE], kind)}
 
 
 def _read_number(value: Any) -> Any:
@@ -191,19 +158,11 @@ def _read_number(value: Any) -> Any:
 
 
 def _read_value(name: str, value: Any, distribution: Distribution) -> Any:
-    if not allows(distribution, value):
-        choices = [shown(choice) for choice in getattr(distribution, "choices", ())]
-        allowed = words(described(distribution))
+    if not space_tree.allows(distribution, value):
+        choices = map(space_tree.shown, getattr(distribution, "choices", ()))
+        allowed = space_tree.words(space_tree.described(distribution))
         raise refusal(name, value, allowed + nearest(str(value), choices))
-    return _converted(distribution, value)
-
-
-def _parameter(name: str, kinds: Mapping[str, Distribution]) -> str | None:
-    """The parameter that is called `name`, or searched for the option `name`; None if none is."""
-    meant = [name] if name in kinds else parameters_for(name, kinds)
-    if len(meant) > 1:
-        raise ConfigError(f"{name}: could be {' or '.join(meant)}; give the full name")
-    return meant[0] if meant else None
+    return space_tree.converted(distribution, value)
 
 
 def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
@@ -216,10 +175,3 @@ def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
     (group,) = chosen
     if value != group:
         raise refusal(name, value, f"{group} in this space")
-
-
-def _converted(distribution: Distribution, value: Any) -> Any:
-    """An allowed value, in the type that Optuna would suggest."""
-    if isinstance(distribution, CategoricalDistribution):
-        return next(choice for choice in distribution.choices if same(value, choice))
-    return int(value) if isinstance(distribution, IntDistribution) else float(value)

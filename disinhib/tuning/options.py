@@ -6,18 +6,18 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
-from disinhib.metrics import SELECTION
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
 from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
@@ -57,11 +57,6 @@ class Study:
         return self.out_dir / self.name
 
     @property
-    def sign(self) -> int:
-        """1 if more of the metric is better, -1 if less is."""
-        return SELECTION[self.metric].sign
-
-    @property
     def resources(self) -> dict[str, float]:
         """Of a trial."""
         return {"cpu": self.cluster["cpus_per_trial"], "gpu": self.cluster["gpus_per_trial"]}
@@ -85,57 +80,42 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or options that differ from its own.
     """
-    own, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
-    check(own)
-    earlier, settings = None, own
-    if own["resume"] or own["extend"]:
-        earlier = resume.read_kept(own)
-        overrides = resume.on_top_of(earlier, overrides, own)
-        settings, _ = hydra_config.compose("study", [o for o in overrides if _is_for_study(o)])
-        check(settings)
+    settings, earlier = _settings(overrides), None
+    if settings["resume"] or settings["extend"]:
+        earlier = resume.read_kept(settings)
+        overrides = resume.on_top_of(earlier, overrides, settings)
+        settings = _settings(overrides)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
-    first = next(space_tree.branches(SPACES[settings["space"]])).overrides
-    groups = [f"{name}={value}" for name, value in first.items() if hydra_config.is_group(name)]
+    chosen = next(space_tree.branches(SPACES[settings["space"]])).overrides
     with _blaming(settings["space"]):
-        _composed("study", tuple(groups))
-    options = deepcopy(_composed("study", (*overrides, *groups))[0])
+        _composed((), chosen)
+    options, _ = _composed(overrides, chosen)
     check(options)
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
-    if options["resume"] and earlier is not None:
+    name = options["study"]
+    if not options["resume"]:
+        default = f"{options['space']}-{options['dataset']['name']}"
+        name = resume.free_name(name, default, out_dir)
+    elif earlier is not None:
         resume.refuse_changes(earlier["options"], options)
-    default = f"{options['space']}-{options['dataset']['name']}"
-    plain = {
-        *("space", "trials", "epochs", "replicates", "seed", "metric", "resume", "plan"),
-        *("points", "warm_start", "checkpoints"),
-        *("scheduler", "searcher", "cluster", "tracking"),
-    }
-    return Study(
-        **{name: options[name] for name in plain},
-        name=options["study"]
-        if options["resume"]
-        else resume.free_name(options["study"], default, out_dir),
-        out_dir=out_dir,
-        overrides=tuple(overrides),
-        options=options,
-    )
+    plain = {f.name: options[f.name] for f in fields(Study) if f.name in options}
+    own = {"name": name, "out_dir": out_dir, "overrides": tuple(overrides), "options": options}
+    return Study(**{**plain, **own})
+
+
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The options that only a study has, and its folder; checked."""
+    root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
+    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, "out_dir"}]
+    settings, _ = hydra_config.compose("study", own)
+    check(settings)
+    return settings
 
 
 def kept(study: Study) -> dict[str, Any]:
     """The options that are stored, to resume or extend the study."""
     return {"overrides": list(study.overrides), "options": dict(study.options)}
-
-
-def _is_for_study(override: str) -> bool:
-    root = hydra_config.option_of(override).partition(".")[0].partition("@")[0]
-    return root in (*STUDY_OPTIONS, *STUDY_GROUPS, "out_dir")
-
-
-def training_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's options without its own: what `config.parse` and a worker understand."""
-    own = (*STUDY_OPTIONS, *STUDY_GROUPS)
-    rest = {name: value for name, value in options.items() if name not in own}
-    return {**rest, "resume": None}  # that of a training run is a folder
 
 
 def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
@@ -144,15 +124,15 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
     seeds = suggest.trial_seeds(study.seed, number, study.replicates)
-    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
-    options, choices = deepcopy(_composed("study", (*study.overrides, *groups)))
-    options = training_options(options)
+    composed, choices = _composed(study.overrides, overrides)
+    options = {name: value for name, value in composed.items() if name not in STUDY_OPTIONS}
+    options["resume"] = None  # that of a training run is a folder
     for name, value in overrides.items():
         if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
     # A trial writes no folder of its own, so out_dir is not part of its command.
-    options["out_dir"] = _composed(hydra_config.TRAINING, ())[0]["out_dir"]
+    options["out_dir"] = _cached(hydra_config.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}
     return TrialConfig(
         number=number,
@@ -167,7 +147,14 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 
 
 # Cached, because Hydra takes 90 ms for what all trials of a structure share.
-_composed = lru_cache(maxsize=64)(hydra_config.compose)
+_cached = lru_cache(maxsize=64)(hydra_config.compose)
+
+
+def _composed(given: Sequence[str], chosen: Overrides) -> tuple[dict[str, Any], dict[str, str]]:
+    """A study's options, and its choices of groups: the overrides `given`, and those that its space
+    has `chosen` as far as they choose a group."""
+    groups = (f"{name}={value}" for name, value in chosen.items() if hydra_config.is_group(name))
+    return deepcopy(_cached("study", (*given, *groups)))
 
 
 def _set(options: dict[str, Any], name: str, value: Any) -> None:
@@ -193,9 +180,7 @@ def check_space(study: Study) -> list[TrialConfig]:
     data.DataError if the data cannot be loaded.
     """
     checked = []
-    own = {
-        hydra_config.option_of(override): override.partition("=")[2] for override in study.overrides
-    }
+    own = {hydra_config.option_of(o): o.partition("=")[2] for o in study.overrides}
     for branch in space_tree.branches(SPACES[study.space]):
         for name, value in branch.overrides.items():
             if own.get(name, str(value)) != str(value):
@@ -227,15 +212,13 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
     if a grid has fewer points than the study has trials.
     """
     space = SPACES[study.space]
-    points = defaults(space, partial(_configured, study))
+    points = defaults(space, lambda chosen: flatten(_composed(study.overrides, chosen)[0]))
     if study.points is not None:
         try:
-            text = Path(study.points).read_text()
+            points += read_points(Path(study.points).read_text(), space)
         except OSError as error:
             allowed = f"a file that can be read ({error.strerror})"
             raise refusal("points", study.points, allowed) from error
-        try:
-            points += read_points(text, space)
         except ConfigError as error:
             raise ConfigError(f"points: {study.points}: {error}") from error
     if suggest.SAMPLERS[study.searcher["name"]].grid:
@@ -245,16 +228,11 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
         if study.trials > len(points):
             raise refusal("trials", study.trials, f"at most {len(points)}, the whole grid")
     elif study.points is not None:
-        rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
-        for index, rule in enumerate(rules or [None]):
+        rules = (study.searcher["balanced"] and space_tree.rules_of(space)) or [None]
+        for index, rule in enumerate(rules):
             count = sum(rule in (None, point.get(space_tree.RULE)) for point in points)
-            if count > len(range(index, study.trials, max(1, len(rules)))):
-                least = f"at least {(count - 1) * max(1, len(rules)) + index + 1}"
-                raise refusal("trials", study.trials, f"{least}, for all points to be tried")
+            least = (count - 1) * len(rules) + index + 1
+            if study.trials < least:
+                allowed = f"at least {least}, for all points to be tried"
+                raise refusal("trials", study.trials, allowed)
     return points
-
-
-def _configured(study: Study, overrides: Overrides) -> dict[str, Any]:
-    """The study's options, flat, with the groups that a branch of its space chooses."""
-    groups = [f"{name}={value}" for name, value in overrides.items() if hydra_config.is_group(name)]
-    return flatten(_composed("study", (*study.overrides, *groups))[0])

@@ -7,13 +7,13 @@ trials, and simulates the study with these numbers, made-up scores and the study
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from disinhib import config
 from disinhib.checks import flatten, in_hydra
 from disinhib.tuning import cluster, engine, manifest, progress, retention
 from disinhib.tuning.engine import Job
-from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Logged, Record, TrialConfig
+from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Record, TrialConfig
 from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
@@ -68,6 +68,9 @@ class Cost(NamedTuple):
     ready_at: float  # s since 1970: code and data were loaded
 
 
+Costs = Mapping[str, Sequence[Cost]]  # of the structures of each rule that could be timed
+
+
 class Estimate(NamedTuple):
     epochs: float  # of all trials
     seconds: float
@@ -85,53 +88,40 @@ def previews(
     for number in range(min(study.trials, (len(points) + 10) * rules)):
         asked = propose(number, records)
         records[number] = Record(asked.config, asked.point)
+        searched = asked.config["searched"]
+        groups = {name: value for name, value in searched.items() if isinstance(value, str)}
         kind = GIVEN if asked.point["params"] in points else SAMPLED
-        kind = PUBLISHED if _is_published(study, asked.config) else kind
+        if configure(study, number, groups)["options"] == asked.config["options"]:
+            kind = PUBLISHED
         shown.setdefault((asked.config["rule"], kind), Preview(asked.config, kind))
         if sum(kind == SAMPLED for _, kind in shown) == rules:
             break
     return list(shown.values())
 
 
-def _is_published(study: Study, trial: TrialConfig) -> bool:
-    groups = {name: value for name, value in trial["searched"].items() if isinstance(value, str)}
-    return configure(study, trial["number"], groups)["options"] == trial["options"]
-
-
 def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]:
     """The structures of the space, with the published default of every number that does not
     affect the structure; those that take longest to compile and run come first."""
     by_structure = {config.parse(branch["options"]).architecture: branch for branch in branches}
-    by_cost = sorted(by_structure, key=lambda each: (each.circuit != "dale", -sum(each.sizes)))
     described = {each: flatten(asdict(each)) for each in by_structure}
     named = []
-    for each in by_cost:
-        rule = by_structure[each]["rule"]
+    for each in sorted(by_structure, key=lambda one: (one.circuit != "dale", -sum(one.sizes))):
+        branch = by_structure[each]
+        rule = branch["rule"]
         family = [described[other] for other, it in by_structure.items() if it["rule"] == rule]
         own = [
             f"{name}={value}"
             for name, value in described[each].items()
             if any(other.get(name) != value for other in family)
         ]
-        named.append(Structure(" ".join([rule, *own]), _at_defaults(study, by_structure[each])))
+        choices = {n: v for n, v in branch["searched"].items() if not isinstance(v, float)}
+        bare = configure(study, branch["number"], choices)
+        unaffected = config.parse(bare["options"]).architecture == each
+        named.append(Structure(" ".join([rule, *own]), bare if unaffected else branch))
     return named
 
 
-def _at_defaults(study: Study, branch: TrialConfig) -> TrialConfig:
-    """`branch` without the numbers that its space chose, unless they affect its structure."""
-    chosen = {n: value for n, value in branch["searched"].items() if not isinstance(value, float)}
-    bare = configure(study, branch["number"], chosen)
-    structure, wanted = (config.parse(one["options"]).architecture for one in (bare, branch))
-    return bare if structure == wanted else branch
-
-
-def simulate(
-    study: Study,
-    costs: Mapping[str, Sequence[Cost]],
-    at_once: int,
-    stops: Stops,
-    seed: int,
-) -> Estimate:
+def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) -> Estimate:
     """Simulates a study, `at_once` trials at a time. Rules, the keys of `costs`, take turns, and a
     trial has a random structure of its rule; trials of a rule without structures fail at once.
 
@@ -142,48 +132,47 @@ def simulate(
     quality = draw.uniform(size=study.trials)
     half_way = study.epochs * 2.0 ** draw.uniform(-4, -2, study.trials)
     rules, batch = list(costs), study.batch or study.trials
-    rule_of = lambda number: rules[number % len(rules)]
-    waiting = deque(number for number in range(study.trials) if costs[rule_of(number)])
+    records: dict[int, Record] = {}
+    for number in range(study.trials):
+        trial = TrialConfig(number=number, rule=rules[number % len(rules)], epochs=study.epochs)  # pyright: ignore
+        records[number] = Record(trial)
+    waiting = deque(number for number, record in records.items() if costs[record.rule])
     free, running = list(range(at_once)), []
     known: set[tuple[int, Cost]] = set()  # structures that a worker has traced already
-    records = {
-        number: Record(TrialConfig(number=number, rule=rule_of(number), epochs=study.epochs))  # pyright: ignore
-        for number in range(study.trials)
-    }
-    clock, epochs, begun = 0.0, 0, 0
+    clock, begun = 0.0, 0
     while waiting or running:
         while waiting and free and (not running or waiting[0] // batch == begun):
             number, worker = waiting.popleft(), free.pop()
             begun = number // batch
-            own = costs[rule_of(number)]
+            own = costs[records[number].rule]
             cost = own[int(draw.integers(len(own)))]
             start = TRIAL_SECONDS + (0 if (worker, cost) in known else cost.tracing)
             known.add((worker, cost))
-            heappush(running, (clock + start + cost.epoch, number, 1, worker, cost))
-        clock, number, epoch, worker, cost = heappop(running)
-        epochs += 1
-        score = quality[number] * (1 - 2 ** (-epoch / half_way[number]))
-        stopped = stops(records, number, float(score))
-        records[number].scores.append(float(score))
-        if stopped or epoch == study.epochs:
+            heappush(running, (clock + start + cost.epoch, number, worker, cost))
+        clock, number, worker, cost = heappop(running)
+        scores = records[number].scores
+        score = float(quality[number] * (1 - 2 ** (-(len(scores) + 1) / half_way[number])))
+        stopped = stops(records, number, score)
+        scores.append(score)
+        if stopped or len(scores) == study.epochs:
             free.append(worker)
         else:
-            heappush(running, (clock + cost.epoch, number, epoch + 1, worker, cost))
-    return Estimate(epochs, clock)
+            heappush(running, (clock + cost.epoch, number, worker, cost))
+    return Estimate(sum(record.epochs for record in records.values()), clock)
 
 
-def without_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int) -> Estimate:
+def without_stopping(study: Study, costs: Costs, at_once: int) -> Estimate:
     return simulate(study, costs, at_once, never, 0)
 
 
-def with_stopping(study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int) -> Estimate:
+def with_stopping(study: Study, costs: Costs, at_once: int) -> Estimate:
     """The mean over several simulated studies, with the study's early stopping."""
     seeds = max(1, min(SEEDS, EPOCHS_ASKED // (study.trials * study.epochs)))
     each = [simulate(study, costs, at_once, study.stops, seed) for seed in range(seeds)]
-    return Estimate(*(statistics.mean(values) for values in zip(*each, strict=True)))
+    return Estimate(*np.mean(each, axis=0).tolist())
 
 
-def disk_mb(costs: Mapping[str, Sequence[Cost]], at_once: int, keep_best: int) -> float:
+def disk_mb(costs: Costs, at_once: int, keep_best: int) -> float:
     """Peak size of the checkpoints: of running trials, and of the best of each rule."""
     largest = [max(cost.checkpoint_mb for cost in own) for own in costs.values() if own]
     return at_once * max(largest, default=0.0) + keep_best * sum(largest)
@@ -216,30 +205,29 @@ def measure(
             keep_best=len(trials),
         )
         finished = engine.run(job, Console(quiet=True))
+        reports: dict[int, list[tuple[float, dict[str, float]]]] = {}  # when, metrics
         with closing(EventLog(job.folder)) as log:
-            epochs = [logged for logged in log.events() if isinstance(logged.event, EpochDone)]
+            for _, when, event in log.events():
+                if isinstance(event, EpochDone):
+                    metrics = {name: values[0] for name, values in event.metrics.items()}
+                    reports.setdefault(event.trial, []).append((when, metrics))
         costs: dict[str, Cost | str] = {}
         for structure, record in zip(structures, finished.records, strict=True):
-            own = [logged for logged in epochs if logged.event.trial == record.number]
-            if len(own) < TIMED:
+            if record.epochs < TIMED:
                 costs[structure.name] = record.reason or record.state
                 continue
+            (ended, first), (_, last) = reports[record.number]
+            seconds, compiled = first["epoch_seconds"], first["compilation_seconds"]
             file = retention.checkpoint_file(job.checkpoint_folder, record.number)
-            costs[structure.name] = _cost(own, file.stat().st_size / 1e6 if file.exists() else 0.0)
+            costs[structure.name] = Cost(
+                first_epoch=seconds,
+                epoch=last["epoch_seconds"],
+                tracing=max(0.0, seconds - last["epoch_seconds"] - compiled),
+                memory_mb=last["peak_memory_mb"],
+                checkpoint_mb=file.stat().st_size / 1e6 if file.exists() else 0.0,
+                ready_at=ended - seconds,
+            )
     return costs
-
-
-def _cost(epochs: Sequence[Logged], checkpoint_mb: float) -> Cost:
-    first, last = ({n: v[0] for n, v in epoch.event.metrics.items()} for epoch in epochs)  # pyright: ignore
-    seconds, compiled = first["epoch_seconds"], first["compilation_seconds"]
-    return Cost(
-        first_epoch=seconds,
-        epoch=last["epoch_seconds"],
-        tracing=max(0.0, seconds - last["epoch_seconds"] - compiled),
-        memory_mb=last["peak_memory_mb"],
-        checkpoint_mb=checkpoint_mb,
-        ready_at=epochs[0].time - seconds,
-    )
 
 
 def run(study: Study, console: Console) -> None:
@@ -249,11 +237,7 @@ def run(study: Study, console: Console) -> None:
     """
     started = time.time()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-    def say(*lines: str) -> None:
-        for line in lines:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-
+    say = partial(console.print, sep="\n", soft_wrap=True, highlight=False, markup=False)
     begun = manifest.of_resumed(study) if study.resume else manifest.of_search(study)
     branches = check_space(study)
     distinct = structures(study, branches)
@@ -262,94 +246,65 @@ def run(study: Study, console: Console) -> None:
     shown = previews(study, manifest.proposer(study, begun), points, rules)
     whole = "; counts all trials, also those that have ended" if study.resume else ""
     say(f"plan of study {study.name}: runs no trial and writes nothing{whole}\n")
-    say(*_preview_lines(shown, len(branches)), "")
+    for trial, kind in shown:
+        words = [f"{name}={in_hydra(value)}" for name, value in trial["searched"].items()]
+        say(f"trial {trial['number']}, {kind}: {' '.join(words)}")
+    say(f"each was composed and checked, and so were {len(branches)} that cover all choices\n")
     with cluster.cluster(study.cluster):
         fitting = cluster.trials_at_once(study.resources)
         total = ray.cluster_resources()
         measured = measure(study, begun, distinct)
-    at_once = min(fitting, study.cluster["max_concurrent"] or fitting)
+    most = study.cluster["max_concurrent"]
     wide = max(len(structure.name) for structure in distinct)
     say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
     costs: dict[str, list[Cost]] = {structure.trial["rule"]: [] for structure in distinct}
-    for structure in distinct:
-        cost = measured[structure.name]
-        say(_structure_line(structure, cost, wide))
-        if isinstance(cost, Cost):
-            costs[structure.trial["rule"]].append(cost)
-    ready_at = min((cost.ready_at for own in costs.values() for cost in own), default=math.inf)
+    for name, trial in distinct:
+        cost = measured[name]
+        if isinstance(cost, str):
+            say(f"{name:<{wide}}  failed: {cost}")
+            continue
+        costs[trial["rule"]].append(cost)
+        say(
+            f"{name:<{wide}}  {cost.first_epoch:13.2f}  {cost.epoch:7.3f}"
+            f"  {cost.memory_mb:9.0f}  {cost.checkpoint_mb:13.2f}"
+        )
     if not any(costs.values()):
         say("no structure could be timed: there is no estimate")
         return
-    say(*_time_lines(study, costs, at_once, ready_at - started), "")
-    say(*_need_lines(study, costs, at_once, fitting, total))
-
-
-def _preview_lines(shown: Sequence[Preview], branches: int) -> list[str]:
-    lines = []
-    for trial, kind in shown:
-        words = [f"{name}={in_hydra(value)}" for name, value in trial["searched"].items()]
-        lines.append(f"trial {trial['number']}, {kind}: {' '.join(words)}")
-    return [
-        *lines,
-        f"each was composed and checked, and so were {branches} that cover all choices",
-    ]
-
-
-def _structure_line(structure: Structure, cost: Cost | str, wide: int) -> str:
-    if isinstance(cost, str):
-        return f"{structure.name:<{wide}}  failed: {cost}"
-    return (
-        f"{structure.name:<{wide}}  {cost.first_epoch:13.2f}  {cost.epoch:7.3f}"
-        f"  {cost.memory_mb:9.0f}  {cost.checkpoint_mb:13.2f}"
+    say("first epoch: with compiling, or loading if cached; the study will only load\n")
+    say(*_estimates(study, costs, min(fitting, most or fitting), started))
+    say(
+        f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; {fitting} trials fit"
+        f" at once, cluster.max_concurrent={in_hydra(most)}"
     )
 
 
-def _time_lines(
-    study: Study, costs: Mapping[str, Sequence[Cost]], at_once: int, startup: float
-) -> list[str]:
-    estimates = {
-        "without early stopping": without_stopping(study, costs, at_once),
-        f"with scheduler={study.scheduler['name']}": with_stopping(study, costs, at_once),
-    }
-    failing = [rule for rule, own in costs.items() if not own]
-    return [
-        "first epoch: with compiling, or loading if cached; the study will only load",
-        "",
-        *(
-            f"{name}: {_hours(startup + estimate.seconds)}, {estimate.epochs:.0f} epochs"
-            for name, estimate in estimates.items()
-        ),
+def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list[str]:
+    """Duration, memory and disk, in lines."""
+    timed = [cost for own in costs.values() for cost in own]
+    startup = min(cost.ready_at for cost in timed) - started
+    lines = []
+    for name, estimate in (
+        ("without early stopping", without_stopping(study, costs, at_once)),
+        (f"with scheduler={study.scheduler['name']}", with_stopping(study, costs, at_once)),
+    ):
+        seconds = startup + estimate.seconds
+        hours = f"{seconds / 3600:.2f} h ({progress.clock(seconds)})"
+        lines.append(f"{name}: {hours}, {estimate.epochs:.0f} epochs")
+    lines.append(
         f"assumed: {at_once} trials at a time, rules in turn, a rule's structures equally often,"
         " random final scores that do not improve during the study, half of a score reached in"
-        f" 1/16 to 1/4 of the budget, {TRIAL_SECONDS} s between trials, {startup:.1f} s to start",
-        *(
-            [f"not counted, because none of their structures could be timed: {', '.join(failing)}"]
-            * bool(failing)
-        ),
-    ]
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} h ({progress.clock(seconds)})"
-
-
-def _need_lines(
-    study: Study,
-    costs: Mapping[str, Sequence[Cost]],
-    at_once: int,
-    fitting: int,
-    total: Mapping[str, float],
-) -> list[str]:
-    memory = max(cost.memory_mb for own in costs.values() for cost in own)
+        f" 1/16 to 1/4 of the budget, {TRIAL_SECONDS} s between trials, {startup:.1f} s to start"
+    )
+    if failing := ", ".join(rule for rule, own in costs.items() if not own):
+        lines.append(f"not counted, because none of their structures could be timed: {failing}")
+    memory = max(cost.memory_mb for cost in timed)
     keep, cap = study.checkpoints["keep_best"], study.checkpoints["cap_gb"]
     disk = disk_mb(costs, at_once, keep)
     of_what = "GPU memory" if study.cluster["gpus_per_trial"] else "memory"
-    most = study.cluster["max_concurrent"]
     return [
-        f"{of_what}: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all",
+        *lines,
+        f"\n{of_what}: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all",
         f"disk: at most {disk:.1f} MB of checkpoints ({at_once} running, {keep} kept for each"
-        f" rule; measured), {'over' if disk > cap * 1e3 else 'under'}"
-        f" checkpoints.cap_gb={cap:g}",
-        f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; {fitting} trials fit"
-        f" at once, cluster.max_concurrent={'null' if most is None else most}",
+        f" rule; measured), {'over' if disk > cap * 1e3 else 'under'} checkpoints.cap_gb={cap:g}",
     ]

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from disinhib.checks import is_number
 from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, Record
 
@@ -51,10 +52,8 @@ class Standing(NamedTuple):
 
 def best(records: Iterable[Record]) -> Record | None:
     """The best complete trial; of equals, the first. None if no trial is complete."""
-    complete = sorted(
-        (record for record in records if record.state == COMPLETE), key=lambda record: record.number
-    )
-    return max(complete, key=merit, default=None)
+    complete = (record for record in records if record.state == COMPLETE)
+    return max(complete, key=lambda record: (merit(record), -record.number), default=None)
 
 
 def standings(records: Sequence[Record]) -> list[Standing]:
@@ -111,14 +110,11 @@ def leaderboard(records: Sequence[Record], metric: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
     whole = tally(records)._asdict()
     shown = [state for state in STATES if state in ENDED or whole[state]]
-    table = Table("rule", f"best {metric}", "trial", *shown, box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    right = (Column(name, justify="right") for name in (f"best {metric}", "trial", *shown))
+    table = Table("rule", *right, box=None)
     for rule, top, now in standings(records):
-        score, number = (
-            (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
-        )
-        table.add_row(rule, score, number, *(str(now._asdict()[state]) for state in shown))
+        first = (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
+        table.add_row(rule, *first, *(str(now._asdict()[state]) for state in shown))
     return table
 
 
@@ -145,11 +141,10 @@ def _kind(reason: str) -> str:
 
 def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
     """The parameter by which `failed` differ most from `others`, and its range in both."""
-    numeric = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     ranked = []
     for name in failed[0].config["searched"]:
         bad, good = (
-            [r.config["searched"][name] for r in side if numeric(r.config["searched"].get(name))]
+            [r.config["searched"][name] for r in side if is_number(r.config["searched"].get(name))]
             for side in (failed, others)
         )
         if bad and good:

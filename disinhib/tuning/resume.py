@@ -41,10 +41,15 @@ def on_top_of(
     earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
 ) -> list[str]:
     """Overrides of a study that resumes or extends an earlier one."""
-    # The folder is known; a study that extends another has initial points of its own.
+    # Its name and its folder are known.
     left = {option_of(override) for override in overrides} | {"study", "out_dir"}
     if own["extend"]:
-        left |= {"warm_start", "points"}
+        name = free_name(None, own["study"], Path(own["out_dir"]).absolute())
+        overrides = [o for o in overrides if option_of(o) not in ("study", "extend")]
+        if "seed" not in left:  # or the same trials were proposed once more
+            overrides.append(f"seed={earlier['options']['seed'] + 1}")
+        overrides += [f"study={name}", f"warm_start={own['study']}"]
+        left |= {"seed", "warm_start", "points"}  # it has initial points of its own
     # A new choice of a group, say another searcher, drops the options of the old choice.
     groups = tuple(name.replace("/", ".") + "." for name in left if is_group(name))
     before = [
@@ -52,14 +57,7 @@ def on_top_of(
         for o in earlier["overrides"]
         if option_of(o) not in left and not option_of(o).startswith(groups)
     ]
-    if own["resume"]:
-        return [*before, *overrides]
-    new = free_name(None, own["study"], Path(own["out_dir"]).absolute())
-    after = [o for o in overrides if option_of(o) not in ("study", "extend")]
-    if "seed" not in left:  # or the same trials were proposed once more
-        before = [o for o in before if option_of(o) != "seed"]
-        after.append(f"seed={earlier['options']['seed'] + 1}")
-    return [*before, *after, f"study={new}", f"warm_start={own['study']}"]
+    return [*before, *overrides]
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """A search space as a tree: its paths, its branches, its parameters.
 
-A space is a function of a trial and can only be run (`search_spaces`). Here it runs with a tracer
+A space is a function of a trial and can only be run (`search_spaces`). Here it runs with a `Path`
 in place of the trial, which decides the value of each parameter and records it.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from search_spaces import Overrides, Space
+from search_spaces import Space
 
 RULE = "trainer"  # the parameter by which a space of several rules chooses one
 ENDS = ("low", "high")  # of a numeric range
@@ -22,20 +22,24 @@ Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
 Params = dict[str, Any]
 
 
-class Branch(NamedTuple):
-    """A branch of a space: its choices, and the overrides that the space returns there."""
+class Path:
+    """A path through `space`: its parameters, in the order asked for, and the overrides returned.
+    `choose` decides the value of every parameter."""
 
-    choices: Params
-    overrides: Overrides
+    number = 0  # an `optuna.Trial` has one
 
-
-class _Tracer:
-    """In place of an `optuna.Trial`: `choose` decides the value of every parameter."""
-
-    def __init__(self, choose: Callable[[str, Distribution], Any]):
-        self.choose, self.number = choose, 0
+    def __init__(self, space: Space, choose: Callable[[str, Distribution], Any]):
+        self._choose = choose
         self.params: Params = {}
         self.distributions: dict[str, Distribution] = {}
+        self.overrides = space(self)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def choices(self) -> Params:
+        kinds = self.distributions
+        return {
+            n: v for n, v in self.params.items() if isinstance(kinds[n], CategoricalDistribution)
+        }
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -52,31 +56,9 @@ class _Tracer:
 
     def _suggest(self, name: str, distribution: Distribution) -> Any:
         if name not in self.params:
-            self.params[name] = self.choose(name, distribution)
+            self.params[name] = self._choose(name, distribution)
             self.distributions[name] = distribution
         return self.params[name]
-
-
-class Path(NamedTuple):
-    """A path through a space: parameters in the order asked for, and the overrides returned."""
-
-    params: Params
-    distributions: dict[str, Distribution]
-    overrides: Overrides
-
-    @property
-    def choices(self) -> Params:
-        return {name: v for name, v in self.params.items() if _is_choice(self.distributions[name])}
-
-
-def trace(space: Space, choose: Callable[[str, Distribution], Any]) -> Path:
-    tracer = _Tracer(choose)
-    overrides = space(tracer)  # pyright: ignore[reportArgumentType]
-    return Path(tracer.params, tracer.distributions, overrides)
-
-
-def _is_choice(distribution: Distribution) -> bool:
-    return isinstance(distribution, CategoricalDistribution)
 
 
 def ends_of(distribution: Distribution, end: str) -> Sequence:
@@ -86,16 +68,36 @@ def ends_of(distribution: Distribution, end: str) -> Sequence:
     return (getattr(distribution, end),)
 
 
-def branches(space: Space) -> Iterator[Branch]:
+def path_at(
+    space: Space,
+    values: Mapping[str, Any],
+    end: str = "low",
+    names: Callable[[str], Iterable[str]] = lambda parameter: (parameter,),
+) -> tuple[Path, bool]:
+    """The path with the `values`, and whether these decide it. A parameter's value stands under one
+    of its `names`; without one that is allowed, it is its first choice or the `end` of its range.
+    """
+    missing: list[str] = []
+
+    def choose(parameter: str, kind: Distribution) -> Any:
+        for name in names(parameter):
+            if name in values and allows(kind, values[name]):
+                return converted(kind, values[name])
+        missing.append(parameter)
+        return ends_of(kind, end)[0]
+
+    return Path(space, choose), not missing
+
+
+def branches(space: Space) -> Iterator[Path]:
     """Branches of `space` that together make every categorical choice at least once, each with
     its numbers at the low and at the high end of their ranges."""
     todo: list[Params] = [{}]
     seen: set[tuple[str, Any]] = set()
     while todo:
         forced = todo.pop(0)
-        low, high = (_first_path(space, forced, end) for end in ENDS)
-        yield Branch(low.choices, low.overrides)
-        yield Branch(high.choices, high.overrides)
+        low, high = (path_at(space, forced, end)[0] for end in ENDS)
+        yield from (low, high)
         prefix: Params = {}
         for name, chosen in high.choices.items():
             for value in ends_of(high.distributions[name], "high"):
@@ -105,14 +107,9 @@ def branches(space: Space) -> Iterator[Branch]:
             prefix[name] = chosen
 
 
-def _first_path(space: Space, forced: Params, end: str) -> Path:
-    return trace(space, lambda name, kind: forced.get(name, ends_of(kind, end)[0]))
-
-
 def rules_of(space: Space) -> list[str]:
     """The rules among which `space` chooses; empty if it has only one."""
-    chosen = [branch.choices[RULE] for branch in branches(space) if RULE in branch.choices]
-    return list(dict.fromkeys(chosen))
+    return list(dict.fromkeys(b.choices[RULE] for b in branches(space) if RULE in b.choices))
 
 
 def paths(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iterator[Path]:
@@ -121,7 +118,9 @@ def paths(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iter
     todo: list[Params] = [{}]
     while todo:
         script = todo.pop()
-        path = _scripted(space, script, values)
+        path = Path(
+            space, lambda name, kind, script=script: script.get(name, values(name, kind)[0])
+        )
         yield path
         prefix = dict(script)
         for name, value in path.params.items():
@@ -129,14 +128,6 @@ def paths(space: Space, values: Callable[[str, Distribution], Sequence]) -> Iter
                 _, *others = values(name, path.distributions[name])
                 todo += [{**prefix, name: other} for other in reversed(others)]
                 prefix[name] = value
-
-
-def _scripted(
-    space: Space, script: Params, values: Callable[[str, Distribution], Sequence]
-) -> Path:
-    return trace(
-        space, lambda name, kind: script[name] if name in script else values(name, kind)[0]
-    )
 
 
 def at_ends(space: Space, fixed: Params) -> Iterator[Path]:
@@ -211,12 +202,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = before["parameters"], now["parameters"]
     changed = [
         name
-        for name in dict.fromkeys((*new, *old))
+        for name in sorted({*new, *old})
         if _canonical(old.get(name)) != _canonical(new.get(name))
     ]
-    lines = [
-        f"{name}: {words(old.get(name))}, now {words(new.get(name))}" for name in sorted(changed)
-    ]
+    lines = [f"{name}: {words(old.get(name))}, now {words(new.get(name))}" for name in changed]
     lines += [
         f"{option}: {was}, now {becomes}{_where(places)}"
         for (option, was, becomes), places in sorted(_changed_settings(before, now).items())
@@ -243,13 +232,8 @@ def _changed_settings(
 
 def _settings(branch: Mapping[str, Any]) -> dict[str, str]:
     """How a branch of a definition sets each option, in words."""
-    return {
-        **{option_of(name): "searched" for name in branch["parameters"]},
-        **{
-            option: "searched" if value is None else shown(value)
-            for option, value in branch["overrides"].items()
-        },
-    }
+    settings = {**dict.fromkeys(map(option_of, branch["parameters"])), **branch["overrides"]}
+    return {name: "searched" if v is None else shown(v) for name, v in settings.items()}
 
 
 def _where(places: Sequence[Params]) -> str:
@@ -269,13 +253,10 @@ def words(described: Mapping[str, Any] | None) -> str:
     if described["kind"] == "categorical":
         return f"one of {', '.join(shown(choice) for choice in described['choices'])}"
     whole, step = described["kind"] == "int", described["step"]
-    notes = [
-        *(["whole"] if whole else []),
-        *(["log"] if described["log"] else []),
-        *([f"step {step}"] if step and (not whole or step > 1) else []),
-    ]
+    notes = {"whole": whole, "log": described["log"], f"step {step}": step and step > whole}
     range_ = f"{described['low']} to {described['high']}"
-    return f"{range_} ({', '.join(notes)})" if notes else range_
+    said = ", ".join(note for note, holds in notes.items() if holds)
+    return f"{range_} ({said})" if said else range_
 
 
 def shown(value: Any) -> str:
@@ -288,12 +269,17 @@ def allows(distribution: Distribution, value: Any) -> bool:
     low, high, step = distribution.low, distribution.high, distribution.step
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return False
-    if step is None:
-        return True
-    steps = (value - low) / step
+    steps = 0 if step is None else (value - low) / step
     return abs(steps - round(steps)) < 1e-8  # the tolerance that Optuna has
 
 
 def same(one: Any, other: Any) -> bool:
     """Equal, where True is not 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def converted(distribution: Distribution, value: Any) -> Any:
+    """An allowed value, in the type that Optuna would suggest."""
+    if isinstance(distribution, CategoricalDistribution):
+        return next(choice for choice in distribution.choices if same(value, choice))
+    return int(value) if isinstance(distribution, IntDistribution) else float(value)

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option, or_null
 from disinhib.tuning import event_log
 from disinhib.tuning.event_log import Point, Record
-from disinhib.tuning.space_tree import RULE, allows, ends_of, trace
+from disinhib.tuning.space_tree import RULE, path_at
 from search_spaces import Overrides, Space
 
 STATES = {
@@ -130,15 +130,13 @@ def history(
     numbers) count as running, so that no proposal depends on which trial was faster. `past` are
     trials of earlier studies.
     """
-    turn = number % len(rules) if rules else None
-    learnt = [trial for trial in past if turn is None or trial["rule"] == rules[turn]]
-    first = number if batch is None else number // batch * batch
-    for record in (records[n] for n in sorted(records) if n < number):
-        if turn is None or record.number % len(rules) == turn:
-            trial = tried(record)
-            if batch is not None and record.number >= first:
-                trial = Tried(**{**trial, "scores": [], "state": event_log.RUNNING})
-            learnt.append(trial)
+    turns, size = max(1, len(rules)), batch or 1
+    learnt = [trial for trial in past if not rules or trial["rule"] == rules[number % turns]]
+    for earlier in sorted(n for n in records if n < number and n % turns == number % turns):
+        trial = tried(records[earlier])
+        if earlier // size == number // size:
+            trial = Tried(**{**trial, "scores": [], "state": event_log.RUNNING})
+        learnt.append(trial)
     return learnt
 
 
@@ -148,10 +146,9 @@ def fixed_params(
     """The parameters of trial `number` that are not sampled: its rule if `rules` take turns, and
     an initial point if any of `points` are left."""
     turn, index = divmod(number, max(1, len(rules)))
-    if rules:
-        points = [point for point in points if point.get(RULE) == rules[index]]
-    first = dict(points[turn]) if turn < len(points) else {}
-    return {**first, **({RULE: rules[index]} if rules else {})}
+    rule = {RULE: rules[index]} if rules else {}
+    own = [point for point in points if point.get(RULE) == rules[index]] if rules else points
+    return {**own[turn], **rule} if turn < len(own) else rule
 
 
 def as_tried(records: Iterable[Record], space: Space) -> list[Tried]:
@@ -164,21 +161,11 @@ def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
     """The trials that lie in `space`, as points of it, with its ranges."""
     inside = []
     for trial in trials:
-        there = _point_of(space, {RULE: trial["rule"], **trial["point"]["params"]})
-        if there is not None:
+        path, whole = path_at(space, {RULE: trial["rule"], **trial["point"]["params"]})
+        if whole:
+            there = point(path.params, path.distributions, {})
             inside.append(Tried(**{**trial, "point": there}))
     return inside
-
-
-def _point_of(space: Space, params: Mapping[str, Any]) -> Point | None:
-    """`params` as a point of `space`; None if they are not one."""
-    known = lambda name, kind: name in params and allows(kind, params[name])
-    path = trace(
-        space, lambda name, kind: params[name] if known(name, kind) else ends_of(kind, "low")[0]
-    )
-    if not all(known(name, kind) for name, kind in path.distributions.items()):
-        return None
-    return point(path.params, path.distributions, {})
 
 
 def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
@@ -205,21 +192,20 @@ def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
 class Sampler(NamedTuple):
     """An entry of SAMPLERS. `make(**options, seed=...)` is Optuna's class, `own` its options;
     `needs` is a package that it imports and that may be missing; `grid` says that all its points
-    are initial points; `balanced` is the default of that option."""
+    are initial points."""
 
     make: MakeSampler
     own: tuple[Option, ...]
     words: str
-    balanced: bool = True
     needs: str | None = None
     grid: bool = False
 
     @property
     def options(self) -> tuple[Option, ...]:
         """All options: those of every searcher, then its own."""
-        balanced = COMMON[0]._replace(default=self.balanced)
+        balanced, *common = COMMON
         points = (POINTS_PER_RANGE,) if self.grid else ()
-        return (balanced, *COMMON[1:], *points, *self.own)
+        return (balanced._replace(default=not self.grid), *common, *points, *self.own)
 
 
 COMMON = (
@@ -305,7 +291,6 @@ SAMPLERS: dict[str, Sampler] = {
         (),
         "every combination of every choice and of points_per_range values of every range,"
         " shuffled by the study's seed; the published defaults come first",
-        balanced=False,
         grid=True,
     ),
 }

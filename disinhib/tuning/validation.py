@@ -8,37 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from disinhib import checks
-from disinhib.checks import (
-    COUNT,
-    FLAG,
-    INDEX,
-    NOT_NEGATIVE,
-    OPTIONAL_TEXT,
-    POSITIVE,
-    TEXT,
-    Check,
-    flatten,
-    one_of,
-    or_null,
-    refusal,
-)
+from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, TEXT, Check, one_of, or_null, refusal
 from disinhib.errors import ConfigError, nearest
 from disinhib.metrics import SELECTION
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
-# Options and groups that only a study has; its other options are those of training.
-STUDY_OPTIONS = (
-    *("study", "resume", "extend", "plan", "space", "trials", "replicates", "metric", "mode"),
-    *("points", "warm_start", "checkpoints"),
-)
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
-NAME: Check = (
-    lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None,
-    "a folder's name",
-)
-OPTIONAL_NAME = or_null(NAME)
+_is_name = lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None
+OPTIONAL_NAME = or_null((_is_name, "a folder's name"))
 CHECKS: dict[str, Check] = {
     "study": OPTIONAL_NAME,
     "resume": FLAG,
@@ -54,37 +33,46 @@ CHECKS: dict[str, Check] = {
     "seed": INDEX,
     "points": OPTIONAL_TEXT,
     "warm_start": OPTIONAL_NAME,
-    "checkpoints.every_seconds": NOT_NEGATIVE,
+    "checkpoints.every_seconds": checks.NOT_NEGATIVE,
     "checkpoints.keep_best": INDEX,
-    "checkpoints.cap_gb": POSITIVE,
+    "checkpoints.cap_gb": checks.POSITIVE,
     "cluster.address": OPTIONAL_TEXT,
     "cluster.cpus_per_trial": COUNT,
-    "cluster.gpus_per_trial": NOT_NEGATIVE,
+    "cluster.gpus_per_trial": checks.NOT_NEGATIVE,
     "cluster.max_concurrent": or_null(COUNT),
     "tracking.uri": OPTIONAL_TEXT,
     "tracking.experiment": TEXT,
 }
+# The options and groups that are checked here, in this order.
+_CHECKED = dict.fromkeys((*(name.partition(".")[0] for name in CHECKS), *STUDY_GROUPS))
+# Options and groups that only a study has; its other options are those of training.
+STUDY_OPTIONS = _CHECKED.keys() - {"epochs", "seed", "out_dir"}
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if one of the study's own options is not allowed."""
+    """Raises ConfigError if one of the study's own options, or of those of training that it checks
+    itself, is not allowed."""
     if "grid" in options:
         raise ConfigError(
             "experiment: given one with a grid, which has nothing to tune; needed is"
             " python -m analysis.retrain experiment=..."
         )
-    own = flatten(_own(options))
-    allowed = {**CHECKS, **_of_entry("searcher", SAMPLERS, own)}
-    allowed |= _of_entry("scheduler", EARLY_STOPPING, own)
+    own = checks.flatten({name: options[name] for name in _CHECKED if name in options})
+    allowed = dict(CHECKS)
+    for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
+        name = f"{group}.name"
+        allowed[name] = one_of(table)
+        entry = table[checks.check(name, own[name], allowed[name])]
+        allowed |= {f"{group}.{option.name}": option.check for option in entry.options}
     for name, value in own.items():
         if name not in allowed:
             raise ConfigError(f"{name}: unknown option{nearest(name, allowed)}")
         checks.check(name, value, allowed[name])
     searcher, scheduler = options["searcher"], options["scheduler"]
-    needed = SAMPLERS[searcher["name"]].needs
-    if needed and importlib.util.find_spec(needed) is None:
-        raise refusal("searcher", searcher["name"], f"another without the package {needed}")
-    if SAMPLERS[searcher["name"]].grid and searcher["balanced"]:
+    sampler = SAMPLERS[searcher["name"]]
+    if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
+        raise refusal("searcher", searcher["name"], f"another without the package {sampler.needs}")
+    if sampler.grid and searcher["balanced"]:
         raise refusal("searcher.balanced", True, "false with searcher=grid")
     if searcher.get("group") and not searcher["multivariate"]:
         raise refusal("searcher.group", True, "false without searcher.multivariate")
@@ -100,17 +88,3 @@ def check(options: Mapping[str, Any]) -> None:
         raise refusal("test_at_end", True, "false: a search must not see the test set")
     if options["resume"] and options["extend"]:
         raise refusal("extend", True, "false with resume=true")
-
-
-def _own(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that only a study has, and the training options that it checks itself."""
-    names = (*STUDY_OPTIONS, *STUDY_GROUPS, "epochs", "seed", "out_dir")
-    return {name: options[name] for name in names if name in options}
-
-
-def _of_entry(group: str, table: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Check]:
-    """The checks of the entry of `table` that `options` name."""
-    names = one_of(table)
-    entry = checks.check(f"{group}.name", options[f"{group}.name"], names)
-    own = {f"{group}.{option.name}": option.check for option in table[entry].options}
-    return {f"{group}.name": names, **own}
