@@ -5,7 +5,9 @@ Invalid input is refused here, in one line, before anything is written.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
 # Training options that may differ from the trial's: where it runs, and from which files.
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
+NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
+    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
+    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
+}
 
 
 class Configuration(NamedTuple):
@@ -33,7 +39,7 @@ class Configuration(NamedTuple):
     options: dict[str, Any]  # of training, resolved
     command: str  # trains it, without the seed
     rule: str
-    searched: Mapping[str, str]  # for display
+    searched: dict[str, str]  # for display
     trial: int | None = None  # the selected trial, if any
     of_run: str | None = None  # the trial's run
 
@@ -45,7 +51,8 @@ class Configuration(NamedTuple):
     @property
     def id(self) -> str:
         """A hash of its options, the same for all seeds."""
-        return runs.configuration_id(flatten(self.options))
+        flat = flatten(self.options)
+        return digest({name: flat[name] for name in flat if name not in NOT_CONFIGURED})
 
     @property
     def words(self) -> str:
@@ -62,6 +69,11 @@ class Configuration(NamedTuple):
         """Whether feedback weights are averaged: true, false, or none without feedback."""
         averaged = self.options["trainer"].get("average_fb_weights")
         return "none" if averaged is None else str(averaged).lower()
+
+
+def digest(plain: Mapping[str, Any]) -> str:
+    """A short hash."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:  # it imports jax
 RUN = Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial")
 COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone="run")
 # Of the machine, not of the training.
-MACHINE_METRICS = (
+MACHINE_METRICS = {
     *("epoch_seconds", "epoch_seconds_sd", "compilations", "compilation_seconds"),
     "peak_memory_mb",
-)
+}
 SHOWN = 10  # differences
 
 Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
@@ -43,14 +43,9 @@ Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
 class Trial(NamedTuple):
     """A trial, as read from its run."""
 
-    study: str
-    number: str
-    rule: str
-    state: str
-    reason: str | None  # why it failed
-    epochs: int  # reported
+    tags: dict[str, str]  # no `reason` unless it failed, no `device` if in its first epoch
     seeds: tuple[int, ...]  # a lane each
-    device: str | None  # its kind, as jax names it; None if it failed in its first epoch
+    epochs: int  # reported
     options: dict[str, Any]
     provenance: dict[str, Any]
     metrics: Metrics
@@ -71,14 +66,15 @@ def main(arguments: Sequence[str]) -> int:
     options = COMMAND.parse(arguments)
     trial = read(options["run"], stores.address(options["tracking.uri"]))
     seeds = f"seed{'s' * (len(trial.seeds) > 1)} {', '.join(map(str, trial.seeds))}"
+    tags = trial.tags
     print(
-        f"study {trial.study}, trial {trial.number}: {trial.rule}, {trial.state},"
+        f"study {tags['study']}, trial {tags['trial']}: {tags['rule']}, {tags['trial_state']},"
         f" {_count(trial.epochs, 'epoch')}, {seeds}",
         flush=True,
     )
     # As in the trial's worker: the number of threads may change the bits.
-    on_cpu = trial.device in (None, "cpu")
-    worker = environment.of_worker(trial.provenance["threads"], gpus=0 if on_cpu else 1)
+    gpus = int(tags.get("device", "cpu") != "cpu")
+    worker = environment.of_worker(trial.provenance["threads"], gpus)
     with environment.variables(worker):
         return _replay(trial)
 
@@ -95,14 +91,9 @@ def read(run_id: str, uri: str) -> Trial:
         raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(ENDED)}")
     with stores.refusing(f"{run_id}: cannot read its artifacts"):
         return Trial(
-            study=tags["study"],
-            number=tags["trial"],
-            rule=tags["rule"],
-            state=tags["trial_state"],
-            reason=tags.get("reason"),
-            epochs=int(tags["epochs"]),
+            tags=tags,
             seeds=stores.seeds_of(run),
-            device=tags.get("device"),
+            epochs=int(tags["epochs"]),
             options=yaml.safe_load(stores.text(store, run_id, "config.yaml")),
             provenance=json.loads(stores.text(store, run_id, "provenance.json")),
             metrics={
@@ -127,8 +118,9 @@ def _replay(trial: Trial) -> int:
     device = jax.devices()[0].device_kind
     now = provenance.collect(options, trial.provenance["threads"])
     changes = provenance.differences(trial.provenance, now)
-    if device != (trial.device or device):
-        changes.append(f"device {trial.device}, now {device}")
+    before = trial.tags.get("device", device)
+    if device != before:
+        changes.append(f"device {before}, now {device}")
     for change in changes:
         print(f"warning: {change}", flush=True)
     metrics, reason = train_again(trial, options)
@@ -139,14 +131,11 @@ def _replay(trial: Trial) -> int:
     ):
         if names:
             print(f"warning: not compared, as {lacking}: {', '.join(names)}")
-    epochs = _count(trial.epochs, "epoch")
+    epochs, reason_then = _count(trial.epochs, "epoch"), trial.tags.get("reason")
+    end = lambda why: f"failed ({why})" if why else f"went on after {epochs}"
     problems = []
-    if reason != trial.reason:
-        ends = [
-            f"failed ({why})" if why else f"went on after {epochs}"
-            for why in (trial.reason, reason)
-        ]
-        problems.append(f"different: then it {ends[0]}, now it {ends[1]}")
+    if reason != reason_then:
+        problems.append(f"different: then it {end(reason_then)}, now it {end(reason)}")
     if trial.epochs and not comparison.names:
         problems.append("different: the run and training now have no metric in common")
     problems += _table(comparison.differing)
@@ -174,7 +163,7 @@ def train_again(trial: Trial, config: RunConfig) -> tuple[Metrics, str | None]:
             state, lanes = training.run_epoch(config, data, state)
             values = over_seeds({name: lane.tolist() for name, lane in lanes.items()})
             metrics |= {(epoch, name): value for name, value in values.items()}
-        if trial.state == FAILED:
+        if trial.tags["trial_state"] == FAILED:
             training.run_epoch(config, data, state)
     except training.Diverged as error:
         return metrics, f"Diverged: {error}"
@@ -183,8 +172,8 @@ def train_again(trial: Trial, config: RunConfig) -> tuple[Metrics, str | None]:
 
 def compare(then: Metrics, now: Metrics) -> Comparison:
     """Compares the metrics that both have, except MACHINE_METRICS; NaN equals NaN."""
-    names_then = {name for _, name in then} - {*MACHINE_METRICS}
-    names_now = {name for _, name in now} - {*MACHINE_METRICS}
+    names_then = {name for _, name in then} - MACHINE_METRICS
+    names_now = {name for _, name in now} - MACHINE_METRICS
     both = names_then & names_now
     pairs = [(*key, then.get(key), now.get(key)) for key in sorted({*then, *now})]
     differing = [pair for pair in pairs if pair[1] in both and not _equal(*pair[2:])]

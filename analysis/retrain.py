@@ -11,7 +11,6 @@ same command again: finished seeds are skipped, so the parts of a grid add up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shlex
@@ -117,10 +116,7 @@ def job(
         first = config.parse(planned[0].options)
         manifest = Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
     origin = {OF_STUDY: manifest.id if study is None else study.id}
-    asked = [
-        _asked(number, one, left, threads, origin)
-        for number, (one, left) in enumerate(missing(planned, seeds, records), len(records))
-    ]
+    asked = lacking(planned, seeds, records, threads, origin)
     return Job(
         name=name,
         out_dir=out_dir,
@@ -151,25 +147,30 @@ def check_code(records: Mapping[int, Record]) -> None:
 
 
 def code_hash(code: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(code["files"], sort_keys=True).encode()).hexdigest()[:16]
+    return configurations.digest(code["files"])
 
 
-def missing(
-    planned: Sequence[Configuration], seeds: Sequence[int], records: Mapping[int, Record]
-) -> list[tuple[Configuration, list[int]]]:
-    """The configurations that lack seeds, with these seeds: new ones, and those of trials that
-    could not end."""
+def lacking(
+    planned: Sequence[Configuration],
+    seeds: Sequence[int],
+    records: Mapping[int, Record],
+    threads: int,
+    origin: Mapping[str, str],
+) -> list[Asked]:
+    """A trial for each configuration that lacks seeds: new ones, or those of a trial that could not
+    end."""
     known = {
         (_key(record), seed)
         for record in records.values()
         if not _could_not_end(record)
         for seed in record.config["seeds"]
     }
-    by_key = {one.key: one for one in planned}
-    lacking = (
-        (one, [seed for seed in seeds if (key, seed) not in known]) for key, one in by_key.items()
-    )
-    return [(one, left) for one, left in lacking if left]
+    asked = []
+    for key, one in {one.key: one for one in planned}.items():
+        left = [seed for seed in seeds if (key, seed) not in known]
+        if left:
+            asked.append(_asked(len(records) + len(asked), one, left, threads, origin))
+    return asked
 
 
 def _key(record: Record) -> str:
@@ -201,14 +202,14 @@ def _asked(
     trial = TrialConfig(
         number=number,
         rule=one.rule,
-        searched=dict(one.searched),
+        searched=one.searched,
         command=one.command,
         options={**one.options, "test_at_end": True, "seed": seeds[0]},
         seeds=seeds,
         epochs=one.options["epochs"],
         final=True,
     )
-    point = Point(params=dict(one.searched), distributions={}, system_attrs={})
+    point = Point(params=one.searched, distributions={}, system_attrs={})
     return Asked(number, trial, point, tags, {"provenance.json": json.dumps(its, indent=1)})
 
 

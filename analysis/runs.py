@@ -6,8 +6,6 @@ are counted, with the reason.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,11 +26,7 @@ OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the tab
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
-CONFIGURATION = "configuration"  # tag of a retrained seed: `configuration_id`
-NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
-    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
-    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
-}
+CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its configuration
 
 
 class Table(NamedTuple):
@@ -142,12 +136,6 @@ def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | N
     feedback = ", averaged feedback" if averaged else ""
     number = "" if trial is None or math.isnan(trial) else f" (trial {trial:.0f})"
     return f"{rule}{feedback}, {depth} hidden layer{'s' * (depth != 1)}, {dataset}{number}"
-
-
-def configuration_id(flat: Mapping[str, Any]) -> str:
-    """A hash of resolved training options (by dotted names), the same for all seeds."""
-    own = {name: value for name, value in flat.items() if name not in NOT_CONFIGURED}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -85,19 +85,14 @@ def connect(uri: str) -> Store:
     """Connects to a store, and never creates one. Raises Refused if it does not answer."""
     with refusing(f"tracking.uri: cannot read {uri}"):
         if uri.startswith("sqlite:///"):
-            _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+            # MLflow would make a store of any file. (Not opened read-only, so that a transaction
+            # that a kill interrupted can be rolled back.)
+            file = Path(uri.removeprefix("sqlite:///")).absolute().as_uri()
+            with closing(sqlite3.connect(f"{file}?mode=rw", uri=True)) as connection:
+                connection.execute("SELECT 1 FROM runs LIMIT 1")
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     return Store(uri, client)
-
-
-def _check_sqlite(file: Path) -> None:
-    """Raises sqlite3.Error unless `file` is a store: MLflow would turn it into one.
-
-    Not opened read-only, so that a transaction that a kill interrupted can be rolled back.
-    """
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as connection:
-        connection.execute("SELECT 1 FROM runs LIMIT 1")
 
 
 def text(store: Store, run_id: str, artifact: str) -> str:
