@@ -159,11 +159,9 @@ def position(parameter: Mapping[str, Any]) -> float:
     """The position of a numeric parameter of `parameters_of` in its range, from 0 (low edge) to 1
     (high edge), on the scale of the search."""
     low, high, value = (parameter[name] for name in ("low", "high", "value"))
-    if low == high:
-        return 0.5
     if parameter["log"]:
         low, high, value = map(math.log, (low, high, value))
-    return (value - low) / (high - low)
+    return 0.5 if low == high else (value - low) / (high - low)
 
 
 @mlflow_settings.requests()
