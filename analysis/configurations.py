@@ -5,7 +5,9 @@ Invalid input is refused here, in one line, before anything is written.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
 # Training options that may differ from the trial's: where it runs, and from which files.
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
+NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
+    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
+    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
+}
 
 
 class Configuration(NamedTuple):
@@ -33,7 +39,7 @@ class Configuration(NamedTuple):
     options: dict[str, Any]  # of training, resolved
     command: str  # trains it, without the seed
     rule: str
-    searched: Mapping[str, str]  # for display
+    searched: dict[str, str]  # for display
     trial: int | None = None  # the selected trial, if any
     of_run: str | None = None  # the trial's run
 
@@ -45,7 +51,8 @@ class Configuration(NamedTuple):
     @property
     def id(self) -> str:
         """A hash of its options, the same for all seeds."""
-        return runs.configuration_id(flatten(self.options))
+        flat = flatten(self.options)
+        return digest({name: flat[name] for name in flat if name not in NOT_CONFIGURED})
 
     @property
     def words(self) -> str:
@@ -64,23 +71,28 @@ class Configuration(NamedTuple):
         return "none" if averaged is None else str(averaged).lower()
 
 
+def digest(plain: Mapping[str, Any]) -> str:
+    """A short hash."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The retraining's options. Raises ConfigError."""
     settings, _ = hydra_config.compose(CONFIG, overrides)
     checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
-    for name in ("seeds", "out_dir", "cluster", "tracking", "checkpoints"):
-        for option, value in flatten({name: settings[name]}).items():
-            if option not in checked:
-                raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
-            check(option, value, checked[option])
+    own = ("seeds", "out_dir", "cluster", "tracking", "checkpoints")
+    for option, value in flatten({name: settings[name] for name in own}).items():
+        if option not in checked:
+            raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
+        check(option, value, checked[option])
     return settings
 
 
 def _are_seeds(value: Any) -> bool:
-    if isinstance(value, list):
-        seeds = [INDEX[0](seed) and seed < 2**31 for seed in value]
-        return bool(value) and all(seeds) and len(set(value)) == len(value)
-    return COUNT[0](value)
+    if not isinstance(value, list):
+        return COUNT[0](value)
+    whole = all(INDEX[0](seed) and seed < 2**31 for seed in value)
+    return whole and 0 < len(value) == len(set(value))
 
 
 def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int]:
@@ -101,8 +113,8 @@ def used_seeds(store: Store, experiment: str) -> dict[int, str]:
     studies from which the selected one may have learned."""
     return {
         seed: f"trial {run.data.tags['trial']} of {run.data.tags['study']}"
-        for run in stores.searched_trials(store, experiment)
-        for seed in runs.seeds_of(run)
+        for run in stores.trials(store, experiment)
+        for seed in stores.seeds_of(run)
     }
 
 
@@ -124,18 +136,15 @@ def of_selection(
 
     Raises Refused if `file` is not a selection, or if a trial is not complete.
     """
-    wrong = [name for name in sorted(names) if name.partition(".")[0] not in (*OWN, *ELSEWHERE)]
-    wrong = [name for name in wrong if name not in ELSEWHERE]
-    if wrong:
-        raise Refused(f"{wrong[0]}: selected configurations are trained as they were tried")
+    for name in sorted(names):
+        if name not in ELSEWHERE and name.partition(".")[0] not in (*OWN, *ELSEWHERE):
+            raise Refused(f"{name}: selected configurations are trained as they were tried")
     try:
-        text = file.read_text()
-    except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror})") from error
-    try:
-        selection = yaml.safe_load(text)
+        selection = yaml.safe_load(file.read_text())
         uri, study_run = selection["tracking_uri"], selection["study_run"]
         run_ids = [entry["run_id"] for entry in selection["selected"]]
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise Refused(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
@@ -161,10 +170,8 @@ def _of_trial(
             f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"
             f" ({runs.COMPLETE})"
         )
-    try:
+    with stores.refusing(f"{run_id}: cannot read its artifacts"):
         options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
-    except Exception as error:  # MLflow's stores of artifacts raise their own kinds
-        raise Refused(f"{run_id}: cannot read its artifacts ({one_line(error)})") from error
     options.update({name: settings[name] for name in ("device", "gpu_id")})
     if settings["dataset"]["path"] is not None:
         options["dataset"]["path"] = settings["dataset"]["path"]
@@ -185,18 +192,18 @@ def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[st
         raise Refused(
             f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
         )
-    chosen, rest = {axis: [str(name) for name in names] for axis, names in grid.items()}, []
+    allowed = {axis: [*map(str, names)] for axis, names in grid.items()}
+    chosen, rest = dict(allowed), []
     for text in overrides:
         axis, _, names = text.partition("=")
         if axis not in grid:
             rest.append(text)
             continue
-        wanted = names.split(",")
-        for name in wanted:
-            if name not in chosen[axis] and name not in map(str, grid[axis]):
-                allowed = ", ".join(map(str, grid[axis]))
-                raise Refused(f"{axis}: given {name}, allowed is one or more of {allowed}")
-        chosen[axis] = wanted
+        chosen[axis] = names.split(",")
+        for name in chosen[axis]:
+            if name not in allowed[axis]:
+                every = ", ".join(allowed[axis])
+                raise Refused(f"{axis}: given {name}, allowed is one or more of {every}")
     return chosen, rest
 
 
@@ -205,16 +212,15 @@ def of_grid(
 ) -> list[Configuration]:
     """Every combination of the names chosen on the `axes` of the experiment's grid."""
     grid = {axis: {str(n): o for n, o in names.items()} for axis, names in settings["grid"].items()}
+    default, _ = hydra_config.compose(hydra_config.TRAINING, ())
+    not_in_command = {name: default[name] for name in ("seed", "out_dir", "resume")}
     planned = []
     for names in itertools.product(*axes.values()):
         cell = dict(zip(axes, names, strict=True))
         own = [override for axis, name in cell.items() for override in grid[axis][name]]
         composed, choices = hydra_config.compose(CONFIG, [*overrides, *own])
         options = {name: value for name, value in composed.items() if name not in OWN}
-        # out_dir is not part of the command.
-        options["out_dir"] = hydra_config.compose(hydra_config.TRAINING, ())[0]["out_dir"]
-        options["seed"], options["resume"] = 0, None
-        choices = {g: c for g, c in choices.items() if g.partition("/")[0] not in OWN}
+        options |= not_in_command
         command = hydra_config.command(options, choices)
         planned.append(Configuration(options, command, studies.rule_name(choices), cell))
     return planned

@@ -14,6 +14,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NamedTuple
 
 from disinhib import cli
@@ -67,10 +68,8 @@ def stages(study: Study, run_id: str, uri: str, seeds: Sequence[str]) -> list[St
 
 def _main_of(module: str) -> Callable[[list[str]], int]:
     # Imported here, because the report's libraries take seconds, and a refusal should take none.
-    from importlib import import_module, util
-
-    is_package = getattr(util.find_spec(module), "submodule_search_locations", None) is not None
-    return import_module(f"{module}.__main__" if is_package else module).main
+    imported = import_module(module)
+    return getattr(imported, "main", None) or import_module(f"{module}.__main__").main
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from analysis import store as stores
 from analysis.store import Refused
 from disinhib import cli
 from disinhib.checks import TEXT, Option
-from disinhib.errors import InputError, one_line
+from disinhib.errors import InputError
 from disinhib.tuning import environment, mlflow_settings, provenance
-from disinhib.tuning.event_log import ENDED, over_seeds
+from disinhib.tuning.event_log import ENDED, FAILED, over_seeds
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
@@ -31,10 +31,10 @@ if TYPE_CHECKING:  # it imports jax
 RUN = Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial")
 COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone="run")
 # Of the machine, not of the training.
-MACHINE_METRICS = (
+MACHINE_METRICS = {
     *("epoch_seconds", "epoch_seconds_sd", "compilations", "compilation_seconds"),
     "peak_memory_mb",
-)
+}
 SHOWN = 10  # differences
 
 Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
@@ -43,24 +43,12 @@ Metrics = dict[tuple[int, str], float]  # by epoch (from 1) and name
 class Trial(NamedTuple):
     """A trial, as read from its run."""
 
-    study: str
-    number: str
-    rule: str
-    state: str
-    reason: str | None  # why it failed
-    epochs: int  # reported
+    tags: dict[str, str]  # no `reason` unless it failed, no `device` if in its first epoch
     seeds: tuple[int, ...]  # a lane each
-    device: str | None  # its kind, as jax names it; None if it failed in its first epoch
+    epochs: int  # reported
     options: dict[str, Any]
     provenance: dict[str, Any]
     metrics: Metrics
-
-
-class Outcome(NamedTuple):
-    """The result of training again."""
-
-    metrics: Metrics
-    reason: str | None
 
 
 class Comparison(NamedTuple):
@@ -78,50 +66,17 @@ def main(arguments: Sequence[str]) -> int:
     options = COMMAND.parse(arguments)
     trial = read(options["run"], stores.address(options["tracking.uri"]))
     seeds = f"seed{'s' * (len(trial.seeds) > 1)} {', '.join(map(str, trial.seeds))}"
+    tags = trial.tags
     print(
-        f"study {trial.study}, trial {trial.number}: {trial.rule}, {trial.state},"
+        f"study {tags['study']}, trial {tags['trial']}: {tags['rule']}, {tags['trial_state']},"
         f" {_count(trial.epochs, 'epoch')}, {seeds}",
         flush=True,
     )
     # As in the trial's worker: the number of threads may change the bits.
-    on_cpu = trial.device in (None, "cpu")
-    worker = environment.of_worker(trial.provenance["threads"], gpus=0 if on_cpu else 1)
+    gpus = int(tags.get("device", "cpu") != "cpu")
+    worker = environment.of_worker(trial.provenance["threads"], gpus)
     with environment.variables(worker):
         return _replay(trial)
-
-
-def _replay(trial: Trial) -> int:
-    """In the environment of the trial's worker."""
-    threads = trial.provenance["threads"]
-    config, device = _prepared(trial)
-    now = provenance.collect(config, threads)
-    changes = provenance.differences(trial.provenance, now)
-    if device != (trial.device or device):
-        changes.append(f"device {trial.device}, now {device}")
-    for change in changes:
-        print(f"warning: {change}", flush=True)
-    outcome = train_again(trial, config)
-    comparison = compare(trial.metrics, outcome.metrics)
-    for names, lacking in (
-        (comparison.only_then, "training reports no such metric"),
-        (comparison.only_now, "the run has no such metric"),
-    ):
-        if names:
-            print(f"warning: not compared, as {lacking}: {', '.join(names)}")
-    problems = _problems(trial, outcome, comparison)
-    if not problems:
-        compared = [_count(trial.epochs, "epoch")]
-        if trial.epochs:
-            compared += [_count(len(comparison.names), "metric"), "bit-equal"]
-        if trial.reason is not None:
-            compared.append(f"then {trial.reason}")
-        print(f"the same: {', '.join(compared)}")
-        return 0
-    print("\n".join(problems))
-    cpu, cpu_now = trial.provenance["machine"]["cpu"], now["machine"]["cpu"]
-    if cpu != cpu_now:  # XLA compiles for the processor
-        print(f"(then on {cpu}, now on {cpu_now}: another processor may give other bits)")
-    return 1
 
 
 def read(run_id: str, uri: str) -> Trial:
@@ -134,48 +89,70 @@ def read(run_id: str, uri: str) -> Trial:
             raise Refused(f"{run_id}: not a trial of a study, or not ended (it has no tag {name})")
     if tags["trial_state"] not in ENDED:
         raise Refused(f"{run_id}: is {tags['trial_state']}, needed is one of {', '.join(ENDED)}")
-    try:
-        options = yaml.safe_load(stores.text(store, run_id, "config.yaml"))
-        about = json.loads(stores.text(store, run_id, "provenance.json"))
-        metrics = {
-            (metric.step, name): metric.value
-            for name in run.data.metrics
-            for metric in stores.history(store, run_id, name)
-        }
-    except Exception as error:  # drivers, sockets, MLflow and its stores of artifacts
-        raise Refused(f"{run_id}: cannot read its artifacts ({one_line(error)})") from error
-    return Trial(
-        study=tags["study"],
-        number=tags["trial"],
-        rule=tags["rule"],
-        state=tags["trial_state"],
-        reason=tags.get("reason"),
-        epochs=int(tags["epochs"]),
-        seeds=tuple(map(int, tags["seeds"].split(","))),
-        device=tags.get("device"),
-        options=options,
-        provenance=about,
-        metrics=metrics,
-    )
+    with stores.refusing(f"{run_id}: cannot read its artifacts"):
+        return Trial(
+            tags=tags,
+            seeds=stores.seeds_of(run),
+            epochs=int(tags["epochs"]),
+            options=yaml.safe_load(stores.text(store, run_id, "config.yaml")),
+            provenance=json.loads(stores.text(store, run_id, "provenance.json")),
+            metrics={
+                (metric.step, name): metric.value
+                for name in run.data.metrics
+                for metric in stores.history(store, run_id, name)
+            },
+        )
 
 
-def _prepared(trial: Trial) -> tuple[RunConfig, str]:
-    """(the run's configuration with its data loaded, the kind of device). Raises Refused."""
+def _replay(trial: Trial) -> int:
+    """In the environment of the trial's worker. Raises Refused if the trial cannot run here."""
     import jax
 
-    from disinhib import training
-    from disinhib.config import parse
+    from disinhib import config, training
 
     try:
-        config = parse(trial.options)
-        training.prepare(config)
+        options = config.parse(trial.options)
+        training.prepare(options)
     except InputError as error:
         raise Refused(f"the trial cannot run here: {error}") from error
-    return config, jax.devices()[0].device_kind
+    device = jax.devices()[0].device_kind
+    now = provenance.collect(options, trial.provenance["threads"])
+    changes = provenance.differences(trial.provenance, now)
+    before = trial.tags.get("device", device)
+    if device != before:
+        changes.append(f"device {before}, now {device}")
+    for change in changes:
+        print(f"warning: {change}", flush=True)
+    metrics, reason = train_again(trial, options)
+    comparison = compare(trial.metrics, metrics)
+    for names, lacking in (
+        (comparison.only_then, "training reports no such metric"),
+        (comparison.only_now, "the run has no such metric"),
+    ):
+        if names:
+            print(f"warning: not compared, as {lacking}: {', '.join(names)}")
+    epochs, reason_then = _count(trial.epochs, "epoch"), trial.tags.get("reason")
+    end = lambda why: f"failed ({why})" if why else f"went on after {epochs}"
+    problems = []
+    if reason != reason_then:
+        problems.append(f"different: then it {end(reason_then)}, now it {end(reason)}")
+    if trial.epochs and not comparison.names:
+        problems.append("different: the run and training now have no metric in common")
+    problems += _table(comparison.differing)
+    if not problems:
+        compared = f", {_count(len(comparison.names), 'metric')}, bit-equal" if trial.epochs else ""
+        print(f"the same: {epochs}{compared}" + (f", then {reason}" if reason else ""))
+        return 0
+    print("\n".join(problems))
+    cpu, cpu_now = trial.provenance["machine"]["cpu"], now["machine"]["cpu"]
+    if cpu != cpu_now:  # XLA compiles for the processor
+        print(f"(then on {cpu}, now on {cpu_now}: another processor may give other bits)")
+    return 1
 
 
-def train_again(trial: Trial, config: RunConfig) -> Outcome:
-    """Trains the epochs that the trial reported, and for a failed trial also the next one."""
+def train_again(trial: Trial, config: RunConfig) -> tuple[Metrics, str | None]:
+    """Trains the epochs that the trial reported, and for a failed trial also the next one: their
+    metrics, and why it failed."""
     from disinhib import training
 
     data = training.prepare(config)
@@ -184,27 +161,22 @@ def train_again(trial: Trial, config: RunConfig) -> Outcome:
         state = training.initial_state(config, trial.seeds)
         for epoch in range(1, trial.epochs + 1):
             state, lanes = training.run_epoch(config, data, state)
-            metrics |= {
-                (epoch, name): value
-                for name, value in over_seeds({n: v.tolist() for n, v in lanes.items()}).items()
-            }
-        if trial.state == "failed":
+            values = over_seeds({name: lane.tolist() for name, lane in lanes.items()})
+            metrics |= {(epoch, name): value for name, value in values.items()}
+        if trial.tags["trial_state"] == FAILED:
             training.run_epoch(config, data, state)
     except training.Diverged as error:
-        return Outcome(metrics, f"Diverged: {error}")
-    return Outcome(metrics, None)
+        return metrics, f"Diverged: {error}"
+    return metrics, None
 
 
 def compare(then: Metrics, now: Metrics) -> Comparison:
     """Compares the metrics that both have, except MACHINE_METRICS; NaN equals NaN."""
-    names_then = {name for _, name in then} - {*MACHINE_METRICS}
-    names_now = {name for _, name in now} - {*MACHINE_METRICS}
+    names_then = {name for _, name in then} - MACHINE_METRICS
+    names_now = {name for _, name in now} - MACHINE_METRICS
     both = names_then & names_now
-    differing = [
-        (epoch, name, then.get((epoch, name)), now.get((epoch, name)))
-        for epoch, name in sorted({*then, *now})
-        if name in both and not _equal(then.get((epoch, name)), now.get((epoch, name)))
-    ]
+    pairs = [(*key, then.get(key), now.get(key)) for key in sorted({*then, *now})]
+    differing = [pair for pair in pairs if pair[1] in both and not _equal(*pair[2:])]
     return Comparison(
         sorted(both), differing, sorted(names_then - names_now), sorted(names_now - names_then)
     )
@@ -216,40 +188,22 @@ def _equal(one: float | None, other: float | None) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def _problems(trial: Trial, outcome: Outcome, comparison: Comparison) -> list[str]:
-    """The differences between the outcome and the trial, in lines."""
-    lines = []
-    if outcome.reason != trial.reason:
-        lines.append(
-            f"different: then it {_end(trial.reason, trial)}, now it {_end(outcome.reason, trial)}"
-        )
-    if trial.epochs and not comparison.names:
-        lines.append("different: the run and training now have no metric in common")
-    if comparison.differing:
-        lines += _table(comparison)
-    return lines
-
-
-def _end(reason: str | None, trial: Trial) -> str:
-    return f"failed ({reason})" if reason else f"went on after {_count(trial.epochs, 'epoch')}"
-
-
-def _table(comparison: Comparison) -> list[str]:
-    differing = comparison.differing
+def _table(differing: Sequence[tuple[int, str, float | None, float | None]]) -> list[str]:
+    """The first values that differ, and by how much all do, in lines; none if none does."""
+    if not differing:
+        return []
     relative = [
         abs(now - then) / max(abs(then), abs(now))
         for _, _, then, now in differing
         if then is not None and now is not None
     ]
     largest = f", by {max(relative):.3g} at most (relative)" if relative else ""
-    width = max(len(name) for _, name, _, _ in differing[:SHOWN])
+    shown = differing[:SHOWN]
+    width = max(len(name) for _, name, _, _ in shown)
     return [
         f"different: {_count(len(differing), 'value')}{largest}",
         f"epoch  {'metric':{width}}  {'then':24}now",
-        *(
-            f"{epoch:5}  {name:{width}}  {then!s:24}{now}"
-            for epoch, name, then, now in differing[:SHOWN]
-        ),
+        *(f"{epoch:5}  {name:{width}}  {then!s:24}{now}" for epoch, name, then, now in shown),
         *(["..."] if len(differing) > SHOWN else []),
     ]
 

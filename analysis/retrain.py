@@ -11,12 +11,11 @@ same command again: finished seeds are skipped, so the parts of a grid add up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shlex
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from analysis.configurations import Configuration
 from analysis.store import Refused, StudyRun
 from disinhib import cli, config, hydra_config, training
 from disinhib.checks import refusal
-from disinhib.tuning import engine, mlflow_settings, mlflow_store, provenance
+from disinhib.tuning import engine, mlflow_settings, provenance
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -41,7 +40,9 @@ from disinhib.tuning.event_log import (
     TrialConfig,
     replay,
 )
+from disinhib.tuning.loop import from_list
 from disinhib.tuning.manifest import Manifest, read
+from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
 from disinhib.tuning.resume import FILE
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
@@ -53,11 +54,10 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, 1 if a configuration could not be trained, 130 if interrupted."""
     files, overrides = cli.split(arguments, __doc__ or "")
     names = {text.partition("=")[0] for text in overrides}
-    has_file, has_grid = len(files) == 1, "experiment" in names
-    if len(files) > 1 or has_file == has_grid:
+    if len(files) + ("experiment" in names) != 1:
         raise Refused(f"given {' '.join(arguments) or 'nothing'}, needed is {USAGE}")
     command = shlex.join(["python", "-m", "analysis.retrain", *arguments])
-    if has_file:
+    if files:
         settings = configurations.checked_settings(overrides)
         store, study, planned = configurations.of_selection(Path(files[0]), settings, names)
         experiment = store.client.get_experiment(study.run.info.experiment_id).name
@@ -102,127 +102,42 @@ def job(
     name, out_dir = settings["study"], Path(settings["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
     threads = settings["cluster"]["cpus_per_trial"]
-    first = config.parse(planned[0].options)
     folder = out_dir / name
     resume = (folder / FILE).exists()
-    manifest = (
-        read(folder, name)
-        if resume
-        else Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
-    )
-    if manifest.space is not None:
-        raise refusal("study", name, f"another name: {folder} is a search")
-    origin = manifest.id if study is None else study.id
-    about = _about(planned, threads, origin)
-    source = Planned(planned, seeds, about)
+    records: dict[int, Record] = {}
     if resume:
+        manifest = read(folder, name)
+        if manifest.space is not None:
+            raise refusal("study", name, f"another name: {folder} is a search")
         with closing(EventLog(folder)) as log:
-            check_code(replay(log.events()), about(planned[0])[0]["code_sha256"])
-    options = {**settings, "metric": runs.DEFAULT_METRIC}
+            records = replay(log.events())
+        check_code(records)
+    else:
+        first = config.parse(planned[0].options)
+        manifest = Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
+    origin = {OF_STUDY: manifest.id if study is None else study.id}
+    asked = lacking(planned, seeds, records, threads, origin)
     return Job(
         name=name,
         out_dir=out_dir,
         resume=resume,
         manifest=manifest,
-        kept={"options": options},
+        kept={"options": {**settings, "metric": runs.DEFAULT_METRIC}},
         command=command,
         metric=runs.DEFAULT_METRIC,
-        source=source,
-        trials=source.trials,
+        source=from_list(asked),
+        trials=lambda _: len(records) + len(asked),
         cluster=settings["cluster"],
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
-        tags={} if study is None else {mlflow_store.OF_STUDY: study.id},
+        tags={} if study is None else origin,
     )
 
 
-About = Callable[[Configuration], tuple[dict[str, str], dict[str, str]]]
-
-
-def _about(planned: Sequence[Configuration], threads: int, study_id: str) -> About:
-    """(tags, files) of a configuration's runs in MLflow."""
-    collected = {one.key: provenance.collect(config.parse(one.options), threads) for one in planned}
-
-    def about(one: Configuration) -> tuple[dict[str, str], dict[str, str]]:
-        its = collected[one.key]
-        tags = {
-            mlflow_store.OF_STUDY: study_id,
-            **({} if one.trial is None else {mlflow_store.OF_TRIAL: str(one.trial)}),
-            **({} if one.of_run is None else {mlflow_store.OF_RUN: one.of_run}),
-            runs.CONFIGURATION: one.id,
-            "dataset": one.options["dataset"]["name"],
-            "depth": str(one.depth),
-            "averaged": one.averaged,
-            "budget": str(one.options["epochs"]),
-            "code_sha256": code_hash(its["code"]),
-            "code_version": its["code"]["version"] or "unknown",
-            "data_sha256": its["data"]["sha256"],
-        }
-        return tags, {"provenance.json": json.dumps(its, indent=1)}
-
-    return about
-
-
-class Planned:
-    """The source of a retraining's trials: a trial for each configuration that lacks seeds.
-
-    Trials that had failed before this command are tried again; those that fail now are not."""
-
-    def __init__(self, configurations: Sequence[Configuration], seeds: Sequence[int], about: About):
-        self.configurations, self.seeds, self.about = configurations, seeds, about
-        self.failed_before: set[int] | None = None
-
-    def trials(self, records: Mapping[int, Record]) -> int:
-        """Number of trials, finished ones included."""
-        return len(records) + len(self.missing(records))
-
-    def missing(self, records: Mapping[int, Record]) -> list[tuple[Configuration, list[int]]]:
-        """The configurations that lack seeds, with these seeds."""
-        if self.failed_before is None:
-            self.failed_before = {n for n, record in records.items() if _could_not_end(record)}
-        known = {
-            (_key(record), seed)
-            for record in records.values()
-            if record.number not in self.failed_before
-            for seed in record.config["seeds"]
-        }
-        left = (
-            (one, [seed for seed in self.seeds if (one.key, seed) not in known])
-            for one in self.configurations
-        )
-        return [(one, seeds) for one, seeds in left if seeds]
-
-    def __call__(self, records: Mapping[int, Record]) -> list[Asked]:
-        """The next trial, for the study loop."""
-        for one, seeds in self.missing(records):
-            tags, files = self.about(one)
-            trial = TrialConfig(
-                number=len(records),
-                rule=one.rule,
-                searched=dict(one.searched),
-                command=one.command,
-                options={**one.options, "test_at_end": True, "seed": seeds[0]},
-                seeds=seeds,
-                epochs=one.options["epochs"],
-                final=True,
-            )
-            point = Point(params=dict(one.searched), distributions={}, system_attrs={})
-            return [Asked(trial["number"], trial, point, tags, files)]
-        return []
-
-
-def _key(record: Record) -> str:
-    return record.tags.get(mlflow_store.OF_RUN) or record.tags[runs.CONFIGURATION]
-
-
-def _could_not_end(record: Record) -> bool:
-    """Whether it raised or lost its workers. (That seeds diverge is a result.)"""
-    return record.state == FAILED and len(record.diverged) < len(record.config["seeds"])
-
-
-def check_code(records: Mapping[int, Record], code: str) -> None:
+def check_code(records: Mapping[int, Record]) -> None:
     """Warns of trials that other code has finished. Raises ConfigError if other code has begun a
     trial that is unfinished."""
+    code = code_hash(provenance.code(provenance.ROOT))
     for record in records.values():
         if record.tags["code_sha256"] != code:
             if not record.ended:
@@ -232,7 +147,70 @@ def check_code(records: Mapping[int, Record], code: str) -> None:
 
 
 def code_hash(code: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(code["files"], sort_keys=True).encode()).hexdigest()[:16]
+    return configurations.digest(code["files"])
+
+
+def lacking(
+    planned: Sequence[Configuration],
+    seeds: Sequence[int],
+    records: Mapping[int, Record],
+    threads: int,
+    origin: Mapping[str, str],
+) -> list[Asked]:
+    """A trial for each configuration that lacks seeds: new ones, or those of a trial that could not
+    end."""
+    known = {
+        (_key(record), seed)
+        for record in records.values()
+        if not _could_not_end(record)
+        for seed in record.config["seeds"]
+    }
+    asked = []
+    for key, one in {one.key: one for one in planned}.items():
+        left = [seed for seed in seeds if (key, seed) not in known]
+        if left:
+            asked.append(_asked(len(records) + len(asked), one, left, threads, origin))
+    return asked
+
+
+def _key(record: Record) -> str:
+    return record.tags.get(OF_RUN) or record.tags[runs.CONFIGURATION]
+
+
+def _could_not_end(record: Record) -> bool:
+    """Whether it raised or lost its workers. (That seeds diverge is a result.)"""
+    return record.state == FAILED and len(record.diverged) < len(record.config["seeds"])
+
+
+def _asked(
+    number: int, one: Configuration, seeds: list[int], threads: int, origin: Mapping[str, str]
+) -> Asked:
+    """The trial that trains a configuration over `seeds`. `origin` names the study in MLflow."""
+    its = provenance.collect(config.parse(one.options), threads)
+    tags = {
+        **origin,
+        **({OF_TRIAL: str(one.trial), OF_RUN: one.of_run} if one.of_run else {}),
+        runs.CONFIGURATION: one.id,
+        "dataset": one.options["dataset"]["name"],
+        "depth": str(one.depth),
+        "averaged": one.averaged,
+        "budget": str(one.options["epochs"]),
+        "code_sha256": code_hash(its["code"]),
+        "code_version": its["code"]["version"] or "unknown",
+        "data_sha256": its["data"]["sha256"],
+    }
+    trial = TrialConfig(
+        number=number,
+        rule=one.rule,
+        searched=one.searched,
+        command=one.command,
+        options={**one.options, "test_at_end": True, "seed": seeds[0]},
+        seeds=seeds,
+        epochs=one.options["epochs"],
+        final=True,
+    )
+    point = Point(params=one.searched, distributions={}, system_attrs={})
+    return Asked(number, trial, point, tags, {"provenance.json": json.dumps(its, indent=1)})
 
 
 def summary(
@@ -243,23 +221,30 @@ def summary(
         last = {e.event.trial: e.event for e in log.events() if isinstance(e.event, EpochDone)}
     lines, done = [], 0
     for one in planned:
-        ends, tests, reasons, failures = 0, [], [], []
-        for record in finished.records:
-            if _key(record) != one.key or not record.ended or _could_not_end(record):
-                failures += [record.reason] * (_key(record) == one.key and _could_not_end(record))
-                continue
-            for lane, end in enumerate(record.seed_ends(record.state, record.reason)):
-                if end["seed"] in seeds:
-                    ends += 1
-                    if end["state"] == COMPLETE:
-                        tests.append(last[record.number].metrics["test_accuracy"][lane])
-                    reasons += [f"seed {end['seed']} {end['reason']}"] * bool(end["reason"])
-                    reasons += [f"seed {end['seed']} flagged: {end['flag']}"] * bool(end["flag"])
-        done += ends
+        ended = [record for record in finished.records if record.ended and _key(record) == one.key]
+        ends = [
+            (record.number, lane, end)
+            for record in ended
+            if not _could_not_end(record)
+            for lane, end in enumerate(record.seed_ends(record.state, record.reason))
+            if end["seed"] in seeds
+        ]
+        tests = [
+            last[number].metrics["test_accuracy"][lane]
+            for number, lane, end in ends
+            if end["state"] == COMPLETE
+        ]
+        notes = [
+            f"seed {end['seed']} {end['reason'] or 'flagged: ' + end['flag']}"
+            for *_, end in ends
+            if end["reason"] or end["flag"]
+        ]
+        if len(ends) < len(seeds):  # else it went well in the end
+            notes += [record.reason or "" for record in ended if _could_not_end(record)]
         accuracy = [f"test accuracy {sum(tests) / len(tests):.2f} %"] if tests else []
-        reasons += failures if ends < len(seeds) else []  # else it went well in the end
-        parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *filter(None, reasons)]
+        parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *notes]
         lines.append(f"{one.words}: {', '.join(parts)}")
+        done += len(ends)
     return lines, done
 
 

@@ -6,8 +6,6 @@ are counted, with the reason.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from mlflow.entities import Run
 
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
@@ -23,19 +20,13 @@ from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
-from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
+from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL
 
 OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
-CONFIGURATION = (
-    "configuration"  # tag of a retrained seed: a hash, the same for all seeds of a configuration
-)
-NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
-    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
-    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
-}
+CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its configuration
 
 
 class Table(NamedTuple):
@@ -54,10 +45,8 @@ def trials(store: Store, study: StudyRun) -> Table:
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
-    for run in stores.children(store, study):
-        tags = run.data.tags
-        if "trial" not in tags or OF_STUDY in tags:
-            continue
+    for run in stores.trials(store, study.run.info.experiment_id, study.run.info.run_id):
+        tags, info = run.data.tags, run.info
         name = f"trial {tags['trial']}"
         state = tags.get("trial_state")
         if state not in ENDED:
@@ -74,15 +63,15 @@ def trials(store: Store, study: StudyRun) -> Table:
         rows.append(
             {
                 "trial": int(tags["trial"]),
-                "run_id": run.info.run_id,
+                "run_id": info.run_id,
                 "rule": tags["rule"],
                 "state": state,
                 "reason": tags.get("reason"),
                 "epochs": epochs,
                 "budget": budget,
                 "score": score,
-                "seeds": seeds_of(run),
-                "seconds": seconds(run),
+                "seeds": stores.seeds_of(run),
+                "seconds": ((info.end_time or math.nan) - info.start_time) / 1000,
                 "command": tags["command"],
                 "saw_test": any(name.startswith("test_") for name in run.data.metrics),
                 **{SEARCHED + name: value for name, value in run.data.params.items()},
@@ -106,30 +95,21 @@ def retrained(store: Store, study: StudyRun) -> Table:
     rows, dropped = [], []
     for run in stores.retrained(store, study):
         tags = run.data.tags
-        name = f"{tags['rule']}, seed {tags['seed']}"
         if tags.get("trial_state") not in ENDED:
-            dropped.append(f"{name}: its retraining has not ended")
+            dropped.append(f"{tags['rule']}, seed {tags['seed']}: its retraining has not ended")
             continue
         rows.append(
             {
                 "run_id": run.info.run_id,
                 "trial": int(tags[OF_TRIAL]) if OF_TRIAL in tags else math.nan,
                 "of_run": tags.get(OF_RUN),
-                "configuration": tags[CONFIGURATION],
-                "rule": tags["rule"],
-                "dataset": tags["dataset"],
-                "depth": int(tags["depth"]),
+                **{name: tags[name] for name in (CONFIGURATION, "rule", "dataset", "command")},
+                **{name: int(tags[name]) for name in ("depth", "seed", "epochs", "budget")},
                 "averaged": tags["averaged"] == "true",
                 "feedback": tags["averaged"] != "none",
-                "seed": int(tags["seed"]),
                 "state": tags["trial_state"],
-                "reason": tags.get("reason"),
-                "epochs": int(tags["epochs"]),
-                "budget": int(tags["budget"]),
-                "command": tags["command"],
                 "flag": tags.get("flag", ""),
-                "host": tags.get("host"),
-                "device": tags.get("device"),
+                **{name: tags.get(name) for name in ("reason", "host", "device")},
                 "code": tags.get("code_sha256"),
                 "data": tags.get("data_sha256"),
                 **run.data.metrics,
@@ -151,17 +131,6 @@ def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.D
     )
 
 
-def seeds_of(run: Run) -> tuple[int, ...]:
-    """The seeds of a trial."""
-    return tuple(map(int, run.data.tags["seeds"].split(",")))
-
-
-def seconds(run: Run) -> float:
-    """Duration of a run; NaN if it has not ended."""
-    end = run.info.end_time
-    return math.nan if end is None else (end - run.info.start_time) / 1000
-
-
 def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | None) -> str:
     """A configuration in words; `trial` is None or NaN if no trial was selected."""
     feedback = ", averaged feedback" if averaged else ""
@@ -169,21 +138,14 @@ def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | N
     return f"{rule}{feedback}, {depth} hidden layer{'s' * (depth != 1)}, {dataset}{number}"
 
 
-def configuration_id(flat: Mapping[str, Any]) -> str:
-    """A hash of resolved training options (by dotted names), the same for all seeds."""
-    own = {name: value for name, value in flat.items() if name not in NOT_CONFIGURED}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def parameters_of(space: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The parameters of `space` (definition) that a trial has, by name, each with its range or
     choices and its `value`."""
-    parameters = {}
-    for name, described in space["parameters"].items():
-        text = row.get(SEARCHED + name)
-        if isinstance(text, str):
-            parameters[name] = {**described, "value": _value(described, text)}
-    return parameters
+    return {
+        name: {**described, "value": _value(described, row[SEARCHED + name])}
+        for name, described in space["parameters"].items()
+        if isinstance(row.get(SEARCHED + name), str)
+    }
 
 
 def _value(described: Mapping[str, Any], text: str) -> Any:
@@ -197,11 +159,9 @@ def position(parameter: Mapping[str, Any]) -> float:
     """The position of a numeric parameter of `parameters_of` in its range, from 0 (low edge) to 1
     (high edge), on the scale of the search."""
     low, high, value = (parameter[name] for name in ("low", "high", "value"))
-    if low == high:
-        return 0.5
     if parameter["log"]:
         low, high, value = map(math.log, (low, high, value))
-    return (value - low) / (high - low)
+    return 0.5 if low == high else (value - low) / (high - low)
 
 
 @mlflow_settings.requests()
@@ -220,10 +180,10 @@ def main(arguments: list[str]) -> int:
         for why in unfinished:
             print(f"left out: {why}")
     if options["out"] is None:
-        shown = rows.drop(columns=["command", "run_id", "reason", "saw_test", "seeds"],
-                          errors="ignore")  # fmt: skip
-        short = {name: name.removeprefix(SEARCHED) for name in shown.columns}
-        print(shown.rename(columns=short).to_string(index=False, max_colwidth=24))
+        hidden = ["command", "run_id", "reason", "saw_test", "seeds"]
+        shown = rows.drop(columns=hidden, errors="ignore")
+        shown = shown.rename(columns=lambda name: name.removeprefix(SEARCHED))
+        print(shown.to_string(index=False, max_colwidth=24))
     else:
         write(Path(options["out"]), rows.to_csv(index=False))
         print(f"written: {options['out']}")

@@ -51,13 +51,15 @@ NEIGHBOURS = 8  # nearest trials of the same rule, around a selected one
 TOO_MANY_FAILED = 0.25  # share of the neighbours
 UNEQUAL = 1.25  # ratio of the largest and the smallest number of epochs of a group
 
+Row = Mapping[Any, Any]  # of `runs.trials`
+
 
 class Choice(NamedTuple):
     """A selected trial."""
 
     group: dict[str, str]
     rank: int  # in its group, from 1
-    row: Mapping[str, Any]  # of `runs.trials`
+    row: Row
     tied: list[int]  # other complete trials of the group with exactly this score
     runners_up: list[tuple[int, float]]  # trial, by how much it is worse; only with the last rank
 
@@ -69,24 +71,17 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -
     """
     chosen = []
     for group, rows in groups(trials, per):
-        complete = [row for row in rows.to_dict("records") if row["state"] == COMPLETE]
+        complete = [row for row in rows if row["state"] == COMPLETE]
         ranked = sorted(complete, key=lambda row: (-metric.sign * row["score"], row["trial"]))
         for rank, row in enumerate(ranked[:top], start=1):
             tied = [o["trial"] for o in ranked if o["score"] == row["score"] and o is not row]
             behind = ranked[top : top + RUNNERS_UP] if rank == min(top, len(ranked)) else []
-            chosen.append(
-                Choice(
-                    group,
-                    rank,
-                    row,
-                    tied,
-                    [(other["trial"], abs(other["score"] - row["score"])) for other in behind],
-                )
-            )
+            gaps = [(other["trial"], abs(other["score"] - row["score"])) for other in behind]
+            chosen.append(Choice(group, rank, row, tied, gaps))
     return chosen
 
 
-def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], pd.DataFrame]]:
+def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], list[Row]]]:
     """The trials by the values of `per`, in the order in which they were first tried."""
     parameters = [name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)]
     columns: dict[str, list[str]] = {}
@@ -98,15 +93,11 @@ def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str
             known = {option_of(parameter) for parameter in parameters}
             allowed = ", ".join(sorted(known | {TRAINER}))
             raise Refused(f"per: given {name}, allowed is one of {allowed}{nearest(name, known)}")
-    rows_of: dict[tuple[str, ...], list[int]] = {}
-    for index, row in enumerate(trials.to_dict("records")):
+    by_values: dict[tuple[str, ...], list[Row]] = {}
+    for row in trials.to_dict("records"):
         values = ([row[n] for n in names if isinstance(row[n], str)] for names in columns.values())
-        rows_of.setdefault(tuple(value[0] if value else "none" for value in values), []).append(
-            index
-        )
-    return [
-        (dict(zip(columns, key, strict=True)), trials.iloc[rows]) for key, rows in rows_of.items()
-    ]
+        by_values.setdefault(tuple((*value, "none")[0] for value in values), []).append(row)
+    return [(dict(zip(columns, key, strict=True)), rows) for key, rows in by_values.items()]
 
 
 def warnings(
@@ -116,14 +107,17 @@ def warnings(
     space: Mapping[str, Any] | None,
 ) -> list[str]:
     """Reasons to doubt a selection, a line each."""
+    rows = trials.to_dict("records")
     lines = []
-    for choice in chosen:
-        lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, trials, space)]
-    lines += _unequal_budgets(trials, per)
-    for group, rows in groups(trials, per):
-        if COMPLETE not in set(rows["state"]):
-            lines.append(f"{_words(group)}: no trial ran its whole budget, none is selected")
-    saw_test = [str(row["trial"]) for row in trials.to_dict("records") if row["saw_test"]]
+    if space is not None:
+        for choice in chosen:
+            lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, rows, space)]
+    of_groups = [(_words(group), of_group) for group, of_group in groups(trials, per)]
+    lines += _unequal_budgets(of_groups)
+    for name, of_group in of_groups:
+        if all(row["state"] != COMPLETE for row in of_group):
+            lines.append(f"{name}: no trial ran its whole budget, none is selected")
+    saw_test = [str(row["trial"]) for row in rows if row["saw_test"]]
     if saw_test:
         lines.append(
             f"trial{'s' * (len(saw_test) > 1)} {', '.join(saw_test)} evaluated the test set during"
@@ -132,32 +126,39 @@ def warnings(
     return lines
 
 
-def _on_the_edge(choice: Choice, space: Mapping[str, Any] | None) -> list[str]:
+def _on_the_edge(choice: Choice, space: Mapping[str, Any]) -> list[str]:
     lines = []
-    for name, parameter in _numbers(space, choice.row).items():
+    for name, parameter in runs.parameters_of(space, choice.row).items():
+        if parameter["kind"] == "categorical":
+            continue
         position = runs.position(parameter)
         if min(position, 1 - position) <= EDGE:
             end = "lower" if position < 0.5 else "upper"
             lines.append(
-                f"{_named(choice)}: {name}={parameter['value']:.4g} lies at the {end} edge of its"
-                f" range ({parameter['low']:g} to {parameter['high']:g})"
+                f"{_named(choice)}: {option_of(name)}={parameter['value']:.4g} lies at the {end}"
+                f" edge of its range ({parameter['low']:g} to {parameter['high']:g})"
             )
     return lines
 
 
-def _failed_nearby(
-    choice: Choice, trials: pd.DataFrame, space: Mapping[str, Any] | None
-) -> list[str]:
+def _failed_nearby(choice: Choice, rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     """A warning if many of the nearest trials of the same rule failed: fresh seeds may fail too."""
-    if space is None:
-        return []
-    parameters = runs.parameters_of(space, choice.row)
-    others = [
-        row
-        for row in trials.to_dict("records")
-        if row["rule"] == choice.row["rule"] and row["trial"] != choice.row["trial"]
-    ]
-    distance = lambda row: _distance(parameters, runs.parameters_of(space, row))
+    own = runs.parameters_of(space, choice.row)
+
+    def square(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+        if one["kind"] == "categorical":
+            return one["value"] != other["value"]
+        return (runs.position(one) - runs.position(other)) ** 2
+
+    def distance(row: Row) -> float:
+        """Euclidean and squared, every range of length 1. A different choice, or a parameter that
+        only one of the two has, counts as a whole range."""
+        its = runs.parameters_of(space, row)
+        alone = len(own.keys() ^ its.keys())
+        return alone + sum(square(own[name], its[name]) for name in own.keys() & its.keys())
+
+    trial, rule = choice.row["trial"], choice.row["rule"]
+    others = [row for row in rows if row["rule"] == rule and row["trial"] != trial]
     near = sorted(others, key=distance)[:NEIGHBOURS]
     failed = sum(row["state"] == FAILED for row in near)
     if not failed or failed < TOO_MANY_FAILED * len(near):
@@ -165,29 +166,10 @@ def _failed_nearby(
     return [f"{_named(choice)}: {failed} of the {len(near)} trials nearest to it failed"]
 
 
-def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Euclidean distance of two trials' parameters, scaled so that every range has length 1. A
-    different choice, or a parameter that only one of them has, counts as a whole range."""
-    total = 0.0
-    for name in {*one, *other}:
-        if name not in one or name not in other:
-            total += 1
-        elif one[name]["kind"] == "categorical":
-            total += one[name]["value"] != other[name]["value"]
-        else:
-            total += (runs.position(one[name]) - runs.position(other[name])) ** 2
-    return total**0.5
-
-
-def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
-    budgets = [
-        (_words(group), len(rows), spent(rows.to_dict("records")))
-        for group, rows in groups(trials, per)
-    ]
-    if len(budgets) < 2:
-        return []
+def _unequal_budgets(groups: Sequence[tuple[str, list[Row]]]) -> list[str]:
+    budgets = [(name, len(rows), spent(rows)) for name, rows in groups]
     counts, epochs = {count for _, count, _ in budgets}, [spent for *_, spent in budgets]
-    if len(counts) == 1 and max(epochs) <= UNEQUAL * min(epochs):
+    if not budgets or (len(counts) == 1 and max(epochs) <= UNEQUAL * min(epochs)):
         return []
     words = ", ".join(f"{name} {count} trials of {spent} epochs" for name, count, spent in budgets)
     return [f"the groups had unequal budgets: {words}"]
@@ -196,16 +178,6 @@ def _unequal_budgets(trials: pd.DataFrame, per: Sequence[str]) -> list[str]:
 def spent(trials: Iterable[Mapping[str, Any]]) -> int:
     """Epochs trained in all these trials, over all seeds."""
     return sum(row["epochs"] * len(row["seeds"]) for row in trials)
-
-
-def _numbers(space: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numeric parameters of a trial, by option."""
-    parameters = {} if space is None else runs.parameters_of(space, row)
-    return {
-        name.partition(".")[2] or name: parameter
-        for name, parameter in parameters.items()
-        if parameter["kind"] != "categorical"
-    }
 
 
 def _named(choice: Choice) -> str:
@@ -223,8 +195,8 @@ def content(
     uri: str,
     chosen: Sequence[Choice],
     metric: str,
-    per: Sequence[str],
-    warned: Sequence[str],
+    per: list[str],
+    warned: list[str],
 ) -> dict[str, Any]:
     """The content of `selected.yaml`."""
     return {
@@ -233,12 +205,12 @@ def content(
         "tracking_uri": masked(uri),
         "metric": metric,
         "rule": RULE.format(metric=metric),
-        "per": list(per),
+        "per": per,
         "selected": [
             {
                 "trial": choice.row["trial"],
                 "run_id": choice.row["run_id"],
-                "group": dict(choice.group),
+                "group": dict(choice.group),  # or YAML would write the second as an alias
                 "rank": choice.rank,
                 "score": choice.row["score"],
                 "tied_with": choice.tied,
@@ -246,15 +218,14 @@ def content(
             }
             for choice in chosen
         ],
-        "warnings": list(warned),
+        "warnings": warned,
     }
 
 
 @mlflow_settings.requests()
 def main(arguments: list[str]) -> int:
     options = COMMAND.parse(arguments)
-    uri = stores.address(options["tracking.uri"])
-    store = stores.connect(uri)
+    store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
     metric = options["metric"] or study.options["metric"]
     if metric not in SELECTION:
@@ -269,7 +240,8 @@ def main(arguments: list[str]) -> int:
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)
-    text = yaml.safe_dump(content(study, uri, choices, metric, per, warning_lines), sort_keys=False)
+    selected = content(study, store.uri, choices, metric, per, warning_lines)
+    text = yaml.safe_dump(selected, sort_keys=False)
     runs.write(Path(options["selected"]), text, "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for reason in dropped:

@@ -3,14 +3,14 @@
 Means over seeds with bootstrap intervals, differences of two such means, and the best score to
 expect of k trials. The bootstrap is seeded: the same values, in any order, give the same interval.
 
-Non-finite values are refused everywhere: a caller that leaves out a diverged seed has to say so
-beside the mean.
+Non-finite values are refused everywhere (ValueError): a caller that leaves out a diverged seed has
+to say so beside the mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Count, mean, standard deviation and interval. Raises ValueError if a value is not finite."""
+    """Count, mean, standard deviation and interval."""
     sample = _sample(values)
     n = len(sample)
     # About the smallest value, as in _mean: exactly 0 of equal values.
@@ -75,13 +75,13 @@ def bootstrap_interval(
     probability 2^(1 - n): of 3 values it covers the mean with 75 % at most. `low_coverage` is the
     warning for small n.
 
-    Equal values give the interval [v, v], fewer than 2 none (NaN). Raises ValueError if a value is
-    not finite or the level not a probability.
+    Equal values give the interval [v, v], fewer than 2 none (NaN). Raises ValueError if the level
+    is not a probability.
 
     Hesterberg (2015), What Teachers Should Know About the Bootstrap, The American Statistician
     69(4), 371-386.
     """
-    return _interval([_sample(values)], _mean_along, level, seed, resamples)
+    return _interval([_sample(values)], seed, level, resamples)
 
 
 def low_coverage(n: int) -> str | None:
@@ -110,14 +110,11 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], seed: int 
     """The mean of a - b over the seeds that both have, and its `bootstrap_interval`.
 
     What a seed decides for both (the initial weights, the order of the batches) cancels. It does
-    not decide the split of the data, which is by position: all seeds share it. Raises ValueError if
-    a value is not finite.
+    not decide the split of the data, which is by position: all seeds share it.
     """
-    _sample(a.values())  # to refuse the non-finite ones among those without a partner too
-    _sample(b.values())
-    sample = _sample([a[key] - b[key] for key in a.keys() & b.keys()])
-    interval = _interval([sample], _mean_along, LEVEL, seed, RESAMPLES)
-    return Difference(_mean(sample), interval, len(sample), paired=True)
+    _sample([*a.values(), *b.values()])  # refuses those without a partner, too
+    sample = _sample(a[key] - b[key] for key in a.keys() & b.keys())
+    return Difference(_mean(sample), _interval([sample], seed), len(sample), paired=True)
 
 
 def unpaired_difference(
@@ -126,13 +123,11 @@ def unpaired_difference(
     """The mean of a minus that of b, whatever their seeds; each sample is resampled on its own.
 
     The percentile interval of that difference, expanded to Welch's t interval as the one of a mean
-    is to Student's (see `_tail`). None (NaN) if a sample has fewer than 2 values. Raises ValueError
-    if a value is not finite.
+    is to Student's (see `_tail`). None (NaN) if a sample has fewer than 2 values.
     """
     samples = [_sample(a.values()), _sample(b.values())]
-    interval = _interval(samples, _difference_along, LEVEL, seed, RESAMPLES)
     mean = _mean(samples[0]) - _mean(samples[1])
-    return Difference(mean, interval, min(map(len, samples)), paired=False)
+    return Difference(mean, _interval(samples, seed), min(map(len, samples)), paired=False)
 
 
 def expected_maximum(scores: Sequence[float]) -> np.ndarray:
@@ -142,7 +137,7 @@ def expected_maximum(scores: Sequence[float]) -> np.ndarray:
     unbiased estimator of the expected maximum of k independent draws. That of Dodge et al. (2019)
     draws with replacement and is too low. Unbiased is not precise: near k = n it hangs on the best
     few scores (Dodge et al. 2021, EMNLP Findings, find its variance the largest of three).
-    No scores give an empty array. Raises ValueError if a score is not finite.
+    No scores give an empty array.
 
     Tang et al. (2020), Showing Your Work Doesn't Always Work, ACL.
     """
@@ -174,20 +169,13 @@ def _mean(sample: np.ndarray) -> float:
     return float(sample[0] + np.mean(sample - sample[0])) if len(sample) else math.nan
 
 
-def _mean_along(sample: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(sample, axis=axis)
-
-
-def _difference_along(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(one, axis=axis) - np.mean(other, axis=axis)
+def _statistic(first: np.ndarray, *second: np.ndarray, axis: int) -> np.ndarray:
+    """The mean, minus that of the second sample, if there is one."""
+    return np.mean(first, axis=axis) - sum(np.mean(sample, axis=axis) for sample in second)
 
 
 def _interval(
-    samples: Sequence[np.ndarray],
-    statistic: Callable[..., np.ndarray],
-    level: float,
-    seed: int,
-    resamples: int,
+    samples: Sequence[np.ndarray], seed: int, level: float = LEVEL, resamples: int = RESAMPLES
 ) -> Interval:
     """The expanded percentile interval of a mean or of a difference of means."""
     if not 0 < level < 1:
@@ -197,12 +185,12 @@ def _interval(
     # About the smallest value, as in _mean: exactly 0 of equal values.
     variances = np.array([np.var(sample - sample[0], ddof=1) for sample in samples])
     if not variances.any():
-        value = float(statistic(*([_mean(sample)] for sample in samples), axis=0))
+        value = _mean(samples[0]) - sum(map(_mean, samples[1:]))
         return Interval(value, value)
     n = np.array([len(sample) for sample in samples])
     interval = stats.bootstrap(
         samples,
-        statistic,
+        _statistic,
         vectorized=True,
         method="percentile",
         confidence_level=1 - 2 * _tail(n, variances, level),

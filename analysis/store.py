@@ -10,8 +10,8 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from disinhib.tuning import mlflow_settings  # noqa: F401  # isort: skip (before
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Run, ViewType
+from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from disinhib.checks import OPTIONAL_TEXT, Option
@@ -35,7 +35,7 @@ TRACKING = Option(
     f"address of the MLflow store; null: $MLFLOW_TRACKING_URI, else {DEFAULT}",
 )
 STUDY = Option("study", None, OPTIONAL_TEXT, "the study's name or run id; null: the newest study")
-PAGE = 1000  # runs a request
+OLDEST_FIRST = ["attributes.start_time ASC"]
 
 
 class Refused(InputError):
@@ -54,9 +54,7 @@ class StudyRun(NamedTuple):
     id: str  # the study's own, in the tag `study_id`
     run: Run
     options: dict[str, Any]  # of the study, resolved
-    space: (
-        dict[str, Any] | None
-    )  # disinhib.tuning.space_tree.definition; None if nothing is searched
+    space: dict[str, Any] | None  # space_tree.definition; None if nothing is searched
     provenance: dict[str, Any]
 
 
@@ -71,29 +69,30 @@ def address(uri: str | None) -> str:
     return uri or f"sqlite:///{DEFAULT}"
 
 
+@contextmanager
+def refusing(problem: str) -> Iterator[None]:
+    """Raises Refused with `problem` for any error: drivers, sockets, MLflow and its stores of
+    artifacts each raise their own kinds."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{problem} ({one_line(error)})") from error
+
+
 def connect(uri: str) -> Store:
     """Connects to a store, and never creates one. Raises Refused if it does not answer."""
-    try:
+    with refusing(f"tracking.uri: cannot read {uri}"):
         if uri.startswith("sqlite:///"):
-            _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+            # MLflow would make a store of any file. (Not opened read-only, so that a transaction
+            # that a kill interrupted can be rolled back.)
+            file = Path(uri.removeprefix("sqlite:///")).absolute().as_uri()
+            with closing(sqlite3.connect(f"{file}?mode=rw", uri=True)) as connection:
+                connection.execute("SELECT 1 FROM runs LIMIT 1")
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
-        raise unreadable(uri, error) from error
     return Store(uri, client)
-
-
-def unreadable(uri: str, error: Exception) -> Refused:
-    return Refused(f"tracking.uri: cannot read {uri} ({one_line(error)})")
-
-
-def _check_sqlite(file: Path) -> None:
-    """Raises sqlite3.Error unless `file` is a store: MLflow would turn it into one.
-
-    Not opened read-only, so that a transaction that a kill interrupted can be rolled back.
-    """
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as connection:
-        connection.execute("SELECT 1 FROM runs LIMIT 1")
 
 
 def text(store: Store, run_id: str, artifact: str) -> str:
@@ -105,12 +104,13 @@ def text(store: Store, run_id: str, artifact: str) -> str:
 
 def run(store: Store, run_id: str) -> Run:
     """Raises Refused if there is none."""
-    try:
-        return store.client.get_run(run_id)
-    except Exception as error:  # as in `connect`
-        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-            raise Refused(f"{run_id}: no such run in {store.uri}") from error
-        raise unreadable(store.uri, error) from error
+    with refusing(f"tracking.uri: cannot read {store.uri}"):
+        try:
+            return store.client.get_run(run_id)
+        except Exception as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                raise Refused(f"{run_id}: no such run in {store.uri}") from error
+            raise
 
 
 def find_study(store: Store, name: str | None = None) -> StudyRun:
@@ -119,19 +119,17 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     Raises Refused if there is none, if there are several, or if an artifact is missing.
     """
     experiments = [e.experiment_id for e in store.client.search_experiments()]
+    studies = lambda where="": filter(_is_study, _search(store, experiments, where))
     if name is None:
-        every = _search(store, experiments, "", newest_first=True)
-        newest = next(filter(_is_study, every), None)
+        newest = next(studies(), None)
         if newest is None:
             raise Refused(f"study: there is none in {store.uri}")
         return _study_of(store, newest)
     quoted = name.replace("'", "")
-    matches = list(filter(_is_study, _search(store, experiments, f"run_name = '{quoted}'")))
-    matches = [match for match in matches if match.info.run_name == name]
+    matches = [run for run in studies(f"run_name = '{quoted}'") if run.info.run_name == name]
+    matches = matches or [*studies(f"run_id = '{quoted}'")]
     if not matches:
-        matches = list(filter(_is_study, _search(store, experiments, f"run_id = '{quoted}'")))
-    if not matches:
-        names = {r.info.run_name or "" for r in _search(store, experiments, "") if _is_study(r)}
+        names = {run.info.run_name or "" for run in studies()}
         there = f"one of {', '.join(sorted(names))}" if names else "none: there is no study"
         raise Refused(
             f"study: given {name}, allowed is {there} (in {store.uri}){nearest(name, names)}"
@@ -151,35 +149,38 @@ def _is_study(run: Run) -> bool:
 
 
 def _study_of(store: Store, run: Run) -> StudyRun:
-    try:
-        options = yaml.safe_load(text(store, run.info.run_id, "config.yaml"))
-        provenance = json.loads(text(store, run.info.run_id, "provenance.json"))
-        files = {file.path for file in store.client.list_artifacts(run.info.run_id)}
-        space = None
-        if "space.json" in files:
-            space = json.loads(text(store, run.info.run_id, "space.json"))
-    except Exception as error:  # as in `connect`, and what stores of artifacts raise
-        raise Refused(
-            f"study {run.info.run_name}: cannot read its artifacts ({one_line(error)})"
-        ) from error
-    tags = run.data.tags
-    return StudyRun(tags["study"], tags["study_id"], run, options, space, provenance)
+    run_id, tags = run.info.run_id, run.data.tags
+    with refusing(f"study {run.info.run_name}: cannot read its artifacts"):
+        files = {file.path for file in store.client.list_artifacts(run_id)}
+        return StudyRun(
+            tags["study"],
+            tags["study_id"],
+            run,
+            yaml.safe_load(text(store, run_id, "config.yaml")),
+            json.loads(text(store, run_id, "space.json")) if "space.json" in files else None,
+            json.loads(text(store, run_id, "provenance.json")),
+        )
 
 
-def children(store: Store, study: StudyRun) -> list[Run]:
-    """The child runs of the study's run, oldest first."""
-    return _oldest_first(store, study, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study.run.info.run_id}'")
+def trials(store: Store, experiment: str, parent: str | None = None) -> list[Run]:
+    """The trials of all searches in an MLflow experiment (its id), or only of the one whose run is
+    `parent`, oldest first."""
+    where = "tags.trial != ''"
+    if parent is not None:
+        where += f" AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
+    runs = _search(store, [experiment], where, OLDEST_FIRST)
+    return [run for run in runs if OF_STUDY not in run.data.tags]
 
 
 def retrained(store: Store, study: StudyRun) -> list[Run]:
     """The runs of the study's retrained seeds, oldest first."""
-    runs = _oldest_first(store, study, f"tags.`{OF_STUDY}` = '{study.id}'")
-    return [run for run in runs if MLFLOW_PARENT_RUN_ID in run.data.tags]
+    where = f"tags.`{OF_STUDY}` = '{study.id}' AND tags.trial != ''"
+    return [*_search(store, [study.run.info.experiment_id], where, OLDEST_FIRST)]
 
 
-def _oldest_first(store: Store, study: StudyRun, where: str) -> list[Run]:
-    runs = _search(store, [study.run.info.experiment_id], where)
-    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+def seeds_of(run: Run) -> tuple[int, ...]:
+    """The seeds of a trial."""
+    return tuple(map(int, run.data.tags["seeds"].split(",")))
 
 
 def history(store: Store, run_id: str, metric: str) -> list[Metric]:
@@ -189,21 +190,11 @@ def history(store: Store, run_id: str, metric: str) -> list[Metric]:
 
 
 def _search(
-    store: Store, experiments: Sequence[str], where: str, newest_first: bool = False
+    store: Store, experiments: list[str], where: str, order: list[str] | None = None
 ) -> Iterator[Run]:
-    order = ["attributes.start_time DESC"] if newest_first else None
-    token = None
-    while True:
-        page = store.client.search_runs(
-            list(experiments), where, ViewType.ACTIVE_ONLY, PAGE, order, token
-        )
+    """Runs, by default the newest first."""
+    token: str | None = ""
+    while token is not None:
+        page = store.client.search_runs(experiments, where, order_by=order, page_token=token)
         yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def searched_trials(store: Store, experiment: str) -> list[Run]:
-    """All trials of all searches in an MLflow experiment, by its id."""
-    trials = _search(store, [experiment], "tags.trial != ''")
-    return [run for run in trials if OF_STUDY not in run.data.tags]
+        token = page.token or None
