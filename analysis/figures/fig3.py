@@ -8,7 +8,6 @@ inset shows the interneuron's inverse activation and the lines that replace it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -111,8 +110,7 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-COMMAND = command.command("fig3", __doc__)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("fig3", __doc__), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)

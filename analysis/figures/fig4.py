@@ -7,8 +7,6 @@ and the least-control loss in time. fig4.csv has the losses, fig4-traces.csv the
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -94,8 +92,7 @@ def draw(tables: Tables) -> Figure:
 
 WORDS = "the learning rules as in the published code, or as in the paper's equations"
 FORM = Option("form", "published", one_of(FORMS), WORDS)
-COMMAND = command.command("fig4", __doc__, FORM)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("fig4", __doc__, FORM), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)
