@@ -140,15 +140,15 @@ def _columns(state: NetworkState, control) -> dict[str, np.ndarray]:
 def draw(tables: Tables) -> Figure:
     moving, rest = tables[""], tables["-equilibria"]
     layers = sorted({int(name.split("_")[2]) for name in moving if name.startswith("u_E_")})
-    rows = [(f"u_E_{layer}", f"u_I_{layer}") for layer in layers] + [("u_y", "c")]
-    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    groups = [f"u_{kind}_{layer}" for layer in layers for kind in "EI"] + ["u_y", "c"]
+    figure = Figure(figsize=(8, 1.9 * len(groups) / 2), layout="constrained")
+    figure.subplots(len(groups) // 2, 2)
     titles = {"u_y": "Readout", "c": "Control signal"}
-    for pair, grid in zip(rows, figure.subplots(len(rows), 2, squeeze=False), strict=True):
-        for group, axes in zip(pair, grid, strict=True):
-            kind = "Excitatory" if group.startswith("u_E") else "Inhibitory"
-            title = titles.get(group) or f"{kind} neurons, hidden layer {group[4:]}"
-            axes.set(title=title, ylabel="control" if group == "c" else "potential")
-            _draw_group(axes, group, moving, rest)
+    for axes, group in zip(figure.axes, groups, strict=True):
+        kind = "Excitatory" if group.startswith("u_E") else "Inhibitory"
+        title = titles.get(group) or f"{kind} neurons, hidden layer {group[4:]}"
+        axes.set(title=title, ylabel="control" if group == "c" else "potential")
+        _draw_group(axes, group, moving, rest)
     for axes in figure.axes[-2:]:
         axes.set_xlabel("time in s (open loop, then closed)")
     return figure
