@@ -78,16 +78,17 @@ def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figur
             raise InputError(f"out: given {folder}: {one_line(error)}") from error
 
 
-def main(
-    command: cli.Command,
-    numbers: Callable[..., Tables],
-    draw: Callable[[Tables], Figure],
-    arguments: Sequence[str],
-) -> None:
-    """Runs a figure's command; `numbers` takes all of its options but `out`."""
-    options = command.parse(arguments)
-    folder = check_folder(options.pop("out"))
-    save(folder, command.name.rpartition(".")[2], numbers(**options), draw)
+def main_of(
+    command: cli.Command, numbers: Callable[..., Tables], draw: Callable[[Tables], Figure]
+) -> Callable[[Sequence[str]], None]:
+    """The `main` of a figure's command; `numbers` takes all of its options but `out`."""
+
+    def main(arguments: Sequence[str]) -> None:
+        options = command.parse(arguments)
+        folder = check_folder(options.pop("out"))
+        save(folder, command.name.rpartition(".")[2], numbers(**options), draw)
+
+    return main
 
 
 def curves(table: pd.DataFrame, *columns: str) -> list[tuple[list[Any], pd.DataFrame]]:

@@ -8,8 +8,6 @@ inset shows the interneuron's inverse activation and the lines that replace it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +26,12 @@ TARGETS = (4.0, 3.0)
 CLAMPED = (0.01, 0.5, 1.0, 2.0)  # r_I
 INSET_U = 8.0  # largest u_I of the inset
 RANGES = {"A": 10.0, "B": 13.0, "C": 9.0}  # largest input of each panel
+TITLES = (
+    "Interneuron's inverse",
+    "A  With feedback",
+    "B  Without feedback",
+    "C  Inhibition clamped",
+)
 POINTS, QUICK_POINTS = 401, 41
 
 
@@ -37,31 +41,27 @@ def row(fits: Sequence[Fit], ranges: dict[str, float], points: int) -> pd.DataFr
 
     A (beside the exact rule) and C are of the first fit, the inset and B of all."""
     circuit = plasticity.PUBLISHED
-    inverse = plasticity.exact(circuit)
+    estimates = {None: plasticity.exact(circuit), **{fit: plasticity.linear(*fit) for fit in fits}}
     inputs = {panel: jnp.linspace(0, most, points) for panel, most in ranges.items()}
     u = jnp.linspace(0, INSET_U, points)
     r_i = circuit.phi_i.value(u)
-    curves: list[tuple[dict[str, Any], plasticity.Curve]] = []
+    frames = []
 
     def add(panel: str, fit: Fit | None, curve: plasticity.Curve, **where: float) -> None:
         theta, delta = fit or (np.nan, np.nan)
-        rule = "linear" if fit else "exact"
-        given = {"panel": panel, "rule": rule, "theta": theta, "delta": delta}
-        curves.append(({**given, "target": np.nan, "r_I": np.nan, **where}, curve))
+        rule = {"rule": "linear" if fit else "exact", "theta": theta, "delta": delta}
+        where = {"target": np.nan, "r_I": np.nan, **where}
+        frames.append(pd.DataFrame({"panel": panel, **rule, **where, **curve._asdict()}))
 
-    for fit in (None, *fits):
-        estimate = plasticity.linear(*fit) if fit else inverse
+    for fit, estimate in estimates.items():
         add("inset", fit, plasticity.Curve(u, r_i, estimate(r_i)))
         add("B", fit, plasticity.with_feedback(estimate, inputs["B"], None))
     for target in TARGETS:
         for fit in (None, fits[0]):
-            estimate = plasticity.linear(*fit) if fit else inverse
-            curve = plasticity.with_feedback(estimate, inputs["A"], target)
+            curve = plasticity.with_feedback(estimates[fit], inputs["A"], target)
             add("A", fit, curve, target=target)
     for held in CLAMPED:
-        curve = plasticity.clamped(plasticity.linear(*fits[0]), inputs["C"], held)
-        add("C", fits[0], curve, r_I=held)
-    frames = [pd.DataFrame({**given, **curve._asdict()}) for given, curve in curves]
+        add("C", fits[0], plasticity.clamped(estimates[fits[0]], inputs["C"], held), r_I=held)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -69,47 +69,35 @@ def draw_row(axes: Sequence[Axes], table: pd.DataFrame, titles: bool = True) -> 
     """The inset and panels A, B and C of one `row`."""
     inset, a, b, c = axes
     panels = dict(list(table.groupby("panel")))
-    colours = (GREEN, BLUE)
 
-    fitted = command.curves(panels["inset"], "theta", "delta")
-    for number, ((theta, delta), curve) in enumerate(fitted):
-        fit = f"{theta:g} + {delta:g} $r_I$"
-        colour = colours[number - 1] if number else BLACK
-        inset.plot(curve["rate"], curve["change"], label=fit if number else "exact", color=colour)
-    inset.set(xlabel="inhibitory rate $r_I$", ylabel="estimate of $u_I$")
-    inset.legend()
-
+    for panel, name in ((inset, "inset"), (b, "B")):
+        fitted = command.curves(panels[name], "theta", "delta")
+        for colour, ((theta, delta), curve) in zip((BLACK, GREEN, BLUE), fitted, strict=False):
+            exact = np.isnan(theta)
+            if exact and panel is b:
+                continue  # it rests on the zero line
+            label = "exact" if exact else f"{theta:g} + {delta:g} $r_I$"
+            panel.plot(curve["rate"], curve["change"], color=colour, label=label)
     for (target, rule), curve in command.curves(panels["A"], "target", "rule"):
         colour = ORANGE if target == TARGETS[0] else VERMILION
-        solid = rule == "linear"
+        line = "-" if rule == "linear" else ":"
         label = f"target {target:g}, {rule}"
-        a.plot(curve["rate"], curve["change"], color=colour, ls="-" if solid else ":", label=label)
+        a.plot(curve["rate"], curve["change"], color=colour, ls=line, label=label)
     for target in TARGETS:
         a.axvline(target, color=command.GREY, linewidth=0.5, zorder=0)
-    command.clip(a, -25, 25, panels["A"]["change"])
-
-    # The exact rule rests here, on the zero line; its curve is the first.
-    _, *without = command.curves(panels["B"], "theta", "delta")
-    for colour, ((theta, delta), curve) in zip(colours, without, strict=False):
-        label = f"{theta:g} + {delta:g} $r_I$"
-        b.plot(curve["rate"], curve["change"], color=colour, label=label)
-    command.clip(b, -12, 12, panels["B"]["change"])
-
     for colour, ((held,), curve) in zip(SHADES, command.curves(panels["C"], "r_I"), strict=True):
         c.plot(curve["rate"], curve["change"], color=colour, label=f"$r_I$ = {held:g}")
-    command.clip(c, -25, 25, panels["C"]["change"])
 
-    for panel in (a, b, c):
+    inset.set(xlabel="inhibitory rate $r_I$", ylabel="estimate of $u_I$")
+    for panel, name, most in ((a, "A", 25), (b, "B", 12), (c, "C", 25)):
+        command.clip(panel, -most, most, panels[name]["change"])
         command.zero_line(panel)
         panel.set(xlabel="excitatory rate $r_E$", ylabel="weight change $\\Delta w$")
-    b.legend()
-    if titles:  # one legend for all rows
-        a.legend()
-        c.legend()
-        inset.set_title("Interneuron's inverse")
-        a.set_title("A  With feedback")
-        b.set_title("B  Without feedback")
-        c.set_title("C  Inhibition clamped")
+    for panel, title in zip(axes, TITLES, strict=True):
+        if titles:
+            panel.set_title(title)
+        if titles or panel in (inset, b):  # one legend of A and C for all rows
+            panel.legend()
 
 
 def numbers(quick: bool) -> Tables:
@@ -122,8 +110,7 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-COMMAND = command.command("fig3", __doc__)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("fig3", __doc__), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)

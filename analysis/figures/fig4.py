@@ -7,8 +7,6 @@ and the least-control loss in time. fig4.csv has the losses, fig4-traces.csv the
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,6 +24,11 @@ from disinhib.paper.student_teacher import EPOCH, FORMS, RULES
 EPOCHS, QUICK_EPOCHS = 60, 3
 SHOWN = RULES.index("approximate")  # the student whose output is drawn
 EVERY = 5  # samples of a trace are 5 ms apart
+LOSSES = {
+    "open_loop": "Open-loop loss",
+    "control": "Least-control loss $H$",
+    "closed_loop": "Closed-loop loss",
+}
 
 
 def numbers(quick: bool, form: str = "published") -> Tables:
@@ -37,25 +40,11 @@ def numbers(quick: bool, form: str = "published") -> Tables:
         course = student_teacher.experiment(
             epochs=epochs, form=form, report=lambda epoch, losses: progress.advance(bar)
         )
-    losses = [
-        pd.DataFrame(
-            {
-                "rule": rule,
-                "epoch": range(epochs),
-                "minutes": np.arange(epochs) * EPOCH / 60,
-                **{
-                    name: np.asarray(loss)[:, lane]
-                    for name, loss in course.losses._asdict().items()
-                },
-            }
-        )
-        for lane, rule in enumerate(RULES)
-    ]
+    epoch = np.tile(np.arange(epochs), len(RULES))
+    columns = {"rule": np.repeat(RULES, epochs), "epoch": epoch, "minutes": epoch * EPOCH / 60}
+    columns |= {name: np.asarray(loss).T.ravel() for name, loss in course.losses._asdict().items()}
     traces = [_traces("before", course, course.before), _traces("after", course, course.after)]
-    return {
-        "": pd.concat(losses, ignore_index=True),
-        "-traces": pd.concat(traces, ignore_index=True),
-    }
+    return {"": pd.DataFrame(columns), "-traces": pd.concat(traces, ignore_index=True)}
 
 
 def _traces(when: str, course: student_teacher.Course, sample) -> pd.DataFrame:
@@ -75,7 +64,7 @@ def _traces(when: str, course: student_teacher.Course, sample) -> pd.DataFrame:
 def draw(tables: Tables) -> Figure:
     losses, traces = tables[""], tables["-traces"]
     figure = Figure(figsize=(9, 4.6), layout="constrained")
-    panels = figure.subplot_mosaic([["before", "after", "inputs"], ["open", "control", "closed"]])
+    panels = figure.subplot_mosaic([["before", "after", "inputs"], [*LOSSES]])
     for when in ("before", "after"):
         axes, table = panels[when], traces[traces["when"] == when]
         for number, colour in ((1, GREEN), (2, BLUE)):
@@ -90,26 +79,20 @@ def draw(tables: Tables) -> Figure:
     for number, colour in ((1, GREY), (2, BLACK)):
         panels["inputs"].plot(after["seconds"], after[f"input_{number}"], color=colour)
     panels["inputs"].set(title="Two of the inputs", xlabel="time in s", ylabel="input")
-    titles = {
-        "open": ("open_loop", "Open-loop loss"),
-        "control": ("control", "Least-control loss $H$"),
-        "closed": ("closed_loop", "Closed-loop loss"),
-    }
-    for panel, (column, title) in titles.items():
+    for column, title in LOSSES.items():
         rules = command.curves(losses, "rule")
         for ((rule,), curve), colour in zip(rules, (VERMILION, BLUE), strict=True):
-            panels[panel].plot(curve["minutes"], curve[column], color=colour, label=rule)
-        panels[panel].set(yscale="log", title=title, xlabel="time in min")
-        panels[panel].yaxis.set_minor_formatter(NullFormatter())
+            panels[column].plot(curve["minutes"], curve[column], color=colour, label=rule)
+        panels[column].set(yscale="log", title=title, xlabel="time in min")
+        panels[column].yaxis.set_minor_formatter(NullFormatter())
     panels["control"].set_yticks([10, 20, 50], labels=["10", "20", "50"])
-    panels["open"].legend(title="learning rule")
+    panels["open_loop"].legend(title="learning rule")
     return figure
 
 
 WORDS = "the learning rules as in the published code, or as in the paper's equations"
 FORM = Option("form", "published", one_of(FORMS), WORDS)
-COMMAND = command.command("fig4", __doc__, FORM)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("fig4", __doc__, FORM), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)

@@ -6,8 +6,6 @@ towards a target, without feedback, and with inhibition clamped.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -77,8 +75,7 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-COMMAND = command.command("figS1", __doc__)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("figS1", __doc__), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)

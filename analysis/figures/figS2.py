@@ -6,8 +6,6 @@ inverse activation: good lines and bad ones.
 
 from __future__ import annotations
 
-from functools import partial
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -36,8 +34,7 @@ def draw(tables: Tables) -> Figure:
     return figure
 
 
-COMMAND = command.command("figS2", __doc__)
-main = partial(command.main, COMMAND, numbers, draw)
+main = command.main_of(command.command("figS2", __doc__), numbers, draw)
 
 if __name__ == "__main__":
     cli.run(main)

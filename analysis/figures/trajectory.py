@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,21 +47,19 @@ SAMPLE = Option("sample", 0, INDEX, "number of a sample in the validation set")
 COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone="run")
 
 
-class Trained(NamedTuple):
-    """A training run's configuration and one lane's parameters."""
-
-    config: RunConfig
-    parameters: Parameters
-
-
-def trained(path: Path) -> Trained:
-    """Raises InputError unless a trained network with dynamics is in the folder or the file."""
+def trained(path: Path) -> tuple[RunConfig, Parameters]:
+    """The configuration of a training run and one lane's parameters, from its folder or a model's
+    file. Raises InputError unless a trained network with dynamics is there."""
     try:
-        run = _from_folder(path) if path.is_dir() else _from_file(path)
+        if path.is_dir():
+            config, parameters = _from_folder(path)
+        else:
+            network, parameters = export.load(path)
+            config = parse(network.options)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error) if isinstance(error, InputError) else one_line(error)
         raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({reason})") from error
-    architecture = run.config.architecture
+    architecture = config.architecture
     if architecture.circuit == "non-dale":
         raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")
     if not RULES[architecture.rule].has_feedback:
@@ -71,29 +68,23 @@ def trained(path: Path) -> Trained:
             f"run: given {path}, trained by {architecture.rule}, which has no closed loop;"
             f" needed is one of {rules}"
         )
-    return run
+    return config, parameters
 
 
-def _from_folder(folder: Path) -> Trained:
+def _from_folder(folder: Path) -> tuple[RunConfig, Parameters]:
     options = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     if not isinstance(options, dict):
         raise InputError("config.yaml has no options")
     config = parse(options)
     state = checkpoint.load(folder / "checkpoint.msgpack", config).state
-    return Trained(config, jax.tree.map(lambda lanes: lanes[0], state.parameters))
+    return config, jax.tree.map(lambda lanes: lanes[0], state.parameters)
 
 
-def _from_file(file: Path) -> Trained:
-    network, parameters = export.load(file)
-    return Trained(parse(network.options), parameters)
-
-
-def numbers(run: Trained, sample: int, quick: bool) -> Tables:
+def numbers(config: RunConfig, parameters: Parameters, sample: int, quick: bool) -> Tables:
     """Of the validation set's `sample`: `loop` (open, closed), `seconds`, then a column for each
     neuron and output (u_E_1_17 is neuron 17 of the first hidden layer; neurons count from 0, layers
     from 1). Of the equilibria: `loop`, whether Newton's method `converged`, the sample's `label`,
     and the same columns. Raises InputError if there is no such sample."""
-    config, parameters = run
     images = training.prepare(config)
     count = len(images.validation.labels)
     if not 0 <= sample < count:
@@ -148,17 +139,16 @@ def _columns(state: NetworkState, control) -> dict[str, np.ndarray]:
 
 def draw(tables: Tables) -> Figure:
     moving, rest = tables[""], tables["-equilibria"]
-    groups = list(dict.fromkeys(name.rpartition("_")[0] for name in moving.columns[2:]))
-    layers = sorted({int(group[4:]) for group in groups if group.startswith("u_E_")})
-    rows = [(f"u_E_{layer}", f"u_I_{layer}") for layer in layers] + [("u_y", "c")]
-    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    layers = sorted({int(name.split("_")[2]) for name in moving if name.startswith("u_E_")})
+    groups = [f"u_{kind}_{layer}" for layer in layers for kind in "EI"] + ["u_y", "c"]
+    figure = Figure(figsize=(8, 1.9 * len(groups) / 2), layout="constrained")
+    figure.subplots(len(groups) // 2, 2)
     titles = {"u_y": "Readout", "c": "Control signal"}
-    for pair, grid in zip(rows, figure.subplots(len(rows), 2, squeeze=False), strict=True):
-        for group, axes in zip(pair, grid, strict=True):
-            kind = "Excitatory" if group.startswith("u_E") else "Inhibitory"
-            title = titles.get(group) or f"{kind} neurons, hidden layer {group[4:]}"
-            axes.set(title=title, ylabel="control" if group == "c" else "potential")
-            _draw_group(axes, group, moving, rest)
+    for axes, group in zip(figure.axes, groups, strict=True):
+        kind = "Excitatory" if group.startswith("u_E") else "Inhibitory"
+        title = titles.get(group) or f"{kind} neurons, hidden layer {group[4:]}"
+        axes.set(title=title, ylabel="control" if group == "c" else "potential")
+        _draw_group(axes, group, moving, rest)
     for axes in figure.axes[-2:]:
         axes.set_xlabel("time in s (open loop, then closed)")
     return figure
@@ -166,14 +156,14 @@ def draw(tables: Tables) -> Figure:
 
 def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame) -> None:
     names = [name for name in moving.columns if name.rpartition("_")[0] == group]
-    if group.startswith("u_E") or group.startswith("u_I"):
+    is_class = group in ("u_y", "c")
+    if not is_class:
         # The same neurons of both kinds: those whose excitatory potential feedback moves most.
         excitatory = [name.replace("u_I", "u_E") for name in names]
         moved = (rest[excitatory].iloc[1] - rest[excitatory].iloc[0]).abs()
         names = [names[index] for index in np.argsort(-moved.to_numpy())[:NEURONS]]
     for name in names:
         number = int(name.rpartition("_")[2])
-        is_class = group in ("u_y", "c")
         answers = is_class and number == rest["label"].iloc[0]
         label = f"class {number}, the label" if answers else None
         colour, width = (VERMILION, 1.8) if answers else (GREY if is_class else None, 1.2)
@@ -192,7 +182,8 @@ def main(arguments: Sequence[str]) -> None:
     options = COMMAND.parse(arguments)
     run = trained(Path(options["run"]))
     folder = command.check_folder(options["out"])
-    command.save(folder, "trajectory", numbers(run, options["sample"], options["quick"]), draw)
+    tables = numbers(*run, options["sample"], options["quick"])
+    command.save(folder, "trajectory", tables, draw)
 
 
 if __name__ == "__main__":

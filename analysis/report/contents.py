@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import pandas as pd
+from markupsafe import Markup
 
 from analysis import runs, selection, stats
 from analysis.report import tables
@@ -24,6 +25,18 @@ SEARCH_NOTE = (
     " trials. Pruned trials were stopped by the scheduler; failed trials diverged or raised an"
     " error. Only complete trials compete."
 )
+
+
+class Section(NamedTuple):
+    """A table as a reader sees it, and how to read it."""
+
+    title: str
+    table: pd.DataFrame  # of texts
+    note: str
+
+    @property
+    def html(self) -> Markup:
+        return Markup(self.table.to_html(index=False, border=0, escape=True, justify="unset"))
 
 
 class Report(NamedTuple):
@@ -54,22 +67,20 @@ def read(store: Store, study: StudyRun) -> Report:
         study,
         data,
         tables.results(retrained, trials, metric),
-        tables.search(trials, data.metric) if len(trials) else pd.DataFrame(),
+        tables.search(trials, data.metric),
         [*left_out, *_warnings(data)],
     )
 
 
 def _warnings(data: PlotData) -> list[str]:
-    lines = []
     seeds = data.retrained.to_dict("records")
-    if len(data.trials):
-        selected = {row["of_run"] for row in seeds}
-        choices = [
-            Choice({TRAINER: row["rule"]}, 1, row, [], [])
-            for row in data.trials.to_dict("records")
-            if row["run_id"] in selected
-        ]
-        lines += selection.warnings(data.trials, choices, [TRAINER], data.space)
+    selected = {row["of_run"] for row in seeds}
+    choices = [
+        Choice({TRAINER: row["rule"]}, 1, row, [], [])
+        for row in data.trials.to_dict("records")
+        if row["run_id"] in selected
+    ]
+    lines = selection.warnings(data.trials, choices, [TRAINER], data.space)
     for row in seeds:
         if row["state"] == FAILED:
             lines.append(f"{_label(row)}, seed {row['seed']} diverged: {row['reason']}")
@@ -85,14 +96,17 @@ def _label(row: Mapping[Any, Any]) -> str:
     return runs.called(row["rule"], row["averaged"], row["depth"], row["dataset"], row["trial"])
 
 
-def datasets(report: Report) -> list[tuple[str, pd.DataFrame, str]]:
-    """(data set, its table as texts, the note below it)."""
-    if report.results.empty:
-        return []
-    return [
-        (str(dataset), tables.shown(numbers), _note(numbers))
-        for dataset, numbers in report.results.groupby("dataset", sort=False)
-    ]
+def sections(report: Report) -> list[Section]:
+    """One for each data set, then that of the search."""
+    sections = []
+    if len(report.results):
+        for dataset, numbers in report.results.groupby("dataset", sort=False):
+            shown = tables.shown(numbers)
+            sections.append(Section(f"Test accuracy on {dataset}", shown, _note(numbers)))
+    if len(report.search):
+        shown = tables.shown_search(report.search)
+        sections.append(Section("What the search cost", shown, SEARCH_NOTE))
+    return sections
 
 
 def _note(numbers: pd.DataFrame) -> str:
@@ -132,7 +146,7 @@ def summary(report: Report) -> list[str]:
     lines = []
     rows = report.results.to_dict("records")
     for row in sorted(rows, key=lambda row: row["test_mean"] if row["n"] else 0, reverse=True):
-        label = _label({**row, "averaged": row["feedback"] == tables.FEEDBACK["true"]})
+        label = _label({**row, "averaged": row["feedback"] == tables.FEEDBACK[True]})
         if row["n"] == 0:
             lines.append(f"{label}: no seed completed its training.")
             continue

@@ -12,19 +12,16 @@ import plotly.offline
 from markupsafe import Markup
 
 from analysis.report import contents, panels
-from analysis.report.contents import SEARCH_NOTE, Report
-from analysis.report.tables import NOTHING, shown_search
+from analysis.report.contents import Report
+from analysis.report.tables import NOTHING
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def as_markdown(report: Report) -> str:
     parts = [f"# {report.study.name}\n"]
-    for dataset, table, note in contents.datasets(report):
-        parts += [f"## Test accuracy on {dataset}\n", markdown(table), note + "\n"]
-    if len(report.search):
-        table = markdown(shown_search(report.search))
-        parts += ["## What the search cost\n", table, SEARCH_NOTE + "\n"]
+    for title, table, note in contents.sections(report):
+        parts += [f"## {title}\n", markdown(table), note + "\n"]
     if report.warnings:
         parts += ["## Warnings\n", "".join(f"- {line}\n" for line in report.warnings)]
     return "\n".join(parts)
@@ -38,29 +35,21 @@ def as_csv(report: Report) -> str:
 
 def as_latex(report: Report) -> str:
     parts = [f"% {report.study.name}; needs \\usepackage{{booktabs}}\n"]
-    for dataset, table, note in contents.datasets(report):
-        parts.append(f"% Test accuracy on {dataset}. {note}\n{latex(table)}")
-    if len(report.search):
-        parts.append(f"% {SEARCH_NOTE}\n{latex(shown_search(report.search))}")
+    for title, table, note in contents.sections(report):
+        parts.append(f"% {title}. {note}\n{latex(table)}")
     return "\n".join(parts)
 
 
 def as_html(report: Report) -> str:
     """One page that needs no other file."""
-    tables = [
-        {"title": f"Test accuracy on {name}", "note": note, "html": html(table)}
-        for name, table, note in contents.datasets(report)
-    ]
-    search = None
-    if len(report.search):
-        table = html(shown_search(report.search))
-        search = {"title": "What the search cost", "note": SEARCH_NOTE, "html": table}
+    sections = contents.sections(report)
+    search = sections.pop() if len(report.search) else None
     return page(
         title=report.study.name,
         subtitle=contents.subtitle(report),
         rules=contents.rules(report),
         summary=contents.summary(report),
-        tables=tables,
+        tables=sections,
         search=search,
         warnings=report.warnings,
         panels=panels.panels(report.data),
@@ -93,18 +82,5 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame) -> str:
     """A tabular for the package booktabs."""
-    plain = table.map(_in_latex).rename(columns=_in_latex)
-    return plain.to_latex(index=False, escape=False)
-
-
-def _in_latex(text: str) -> str:
-    for sign, command in (
-        ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$"), ("−", "$-$"), (NOTHING, "--"),
-    ):  # fmt: skip
-        text = text.replace(sign, command)
-    return text
-
-
-def html(table: pd.DataFrame) -> Markup:
-    """A table element, whose texts are escaped."""
-    return Markup(table.to_html(index=False, border=0, escape=True, justify="unset"))
+    signs = str.maketrans({"±": r"$\pm$", "−": "$-$", NOTHING: "--"})
+    return table.to_latex(index=False, escape=True).translate(signs)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from analysis import stats
+from analysis.report.panels.plot_data import Row, grouped, records
 from analysis.selection import spent
 from disinhib.metrics import Metric
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 REFERENCE = "bp"  # what every rule is compared with
 TEST, VALID = "test_accuracy", "valid_accuracy"
-FEEDBACK = {"none": "none", "false": "per sample", "true": "averaged"}
+FEEDBACK = {False: "per sample", True: "averaged"}
 NOTHING = "–"
-NOT_COMPARED = stats.Difference(math.nan, stats.NO_INTERVAL, 0, False)
 
 
 def results(
@@ -36,11 +35,7 @@ def results(
     (that minus the mean of `metric` over the fresh seeds), search_trials and search_epochs (of the
     rule), key.
     """
-    if retrained.empty:
-        return pd.DataFrame()
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in retrained.to_dict("records"):
-        groups.setdefault(row["of_run"] or row["configuration"], []).append(row)
+    groups = grouped(records(retrained), lambda row: row["of_run"] or row["configuration"])
     tried = trials.to_dict("records")
     scores = {row["run_id"]: row["score"] for row in tried}
     rows = []
@@ -50,18 +45,16 @@ def results(
             stats.summary([*_by_seed(seeds, name).values()]) for name in (TEST, VALID, metric)
         )
         bp = _reference(groups, first)
-        versus = NOT_COMPARED
-        if bp is not None and bp is not seeds:
-            versus = stats.difference(_by_seed(seeds, TEST), _by_seed(bp, TEST))
+        compared = bool(bp) and bp is not seeds
+        versus = stats.difference(_by_seed(seeds, TEST), _by_seed(bp if compared else (), TEST))
         tuned = scores.get(first["of_run"], math.nan)
         same_rule = [row for row in tried if row["rule"] == first["rule"]]
-        feedback = str(first["averaged"]).lower() if first["feedback"] else "none"
         rows.append(
             {
                 "dataset": first["dataset"],
                 "rule": first["rule"],
                 "depth": first["depth"],
-                "feedback": FEEDBACK[feedback],
+                "feedback": FEEDBACK[first["averaged"]] if first["feedback"] else "none",
                 "trial": first["trial"],
                 "epochs": first["budget"],
                 "n": test.n,
@@ -76,7 +69,7 @@ def results(
                 "bp_mean": versus.mean,
                 "bp_low": versus.interval.low,
                 "bp_high": versus.interval.high,
-                "bp_paired": None if versus is NOT_COMPARED else versus.paired,
+                "bp_paired": versus.paired if compared else None,
                 "tuned": tuned,
                 "gap": tuned - score.mean,
                 "search_trials": len(same_rule),
@@ -88,16 +81,14 @@ def results(
     return pd.DataFrame(rows)
 
 
-def _by_seed(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+def _by_seed(rows: Sequence[Row], metric: str) -> dict[int, float]:
     """Of the seeds that ran their whole budget."""
     return {row["seed"]: row[metric] for row in rows if row["state"] == COMPLETE}
 
 
-def _reference(
-    groups: Mapping[str, list[dict[str, Any]]], row: Mapping[str, Any]
-) -> list[dict[str, Any]] | None:
+def _reference(groups: Mapping[str, Sequence[Row]], row: Row) -> Sequence[Row]:
     """The seeds of back-propagation that `row` is compared with; of several configurations the one
-    that is best on validation data."""
+    that is best on validation data. Empty if there are none."""
     candidates = [
         seeds
         for seeds in groups.values()
@@ -106,7 +97,7 @@ def _reference(
         and _by_seed(seeds, TEST)
     ]
     mean = lambda seeds: stats.summary([*_by_seed(seeds, VALID).values()]).mean
-    return max(candidates, key=mean, default=None)
+    return max(candidates, key=mean, default=())
 
 
 def search(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
@@ -114,17 +105,15 @@ def search(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     all seeds), hours (of all trials), best (score of a complete trial; NaN if none is)."""
     rows = []
     for rule, group in trials.groupby("rule", sort=False):
-        records = group.to_dict("records")
-        states = [row["state"] for row in records]
-        merits = [metric.sign * row["score"] for row in records if row["state"] == COMPLETE]
+        scores = metric.sign * group["score"][group["state"] == COMPLETE]
         rows.append(
             {
                 "rule": rule,
-                "trials": len(records),
-                **{state: states.count(state) for state in (COMPLETE, PRUNED, FAILED)},
-                "epochs": spent(records),
-                "hours": sum(row["seconds"] for row in records) / 3600,
-                "best": metric.sign * max(merits, default=math.nan),
+                "trials": len(group),
+                **{state: sum(group["state"] == state) for state in (COMPLETE, PRUNED, FAILED)},
+                "epochs": spent(group.to_dict("records")),
+                "hours": sum(group["seconds"]) / 3600,
+                "best": metric.sign * scores.max(),
             }
         )
     return pd.DataFrame(rows)
@@ -137,15 +126,15 @@ def shown(numbers: pd.DataFrame) -> pd.DataFrame:
         "rule": [row["rule"] for row in rows],
         "hidden layers": [str(row["depth"]) for row in rows],
         "feedback": [row["feedback"] for row in rows],
-        "trial": [_whole(row["trial"]) for row in rows],
+        "trial": [_number(row["trial"], ".0f") for row in rows],
         "epochs": [str(row["epochs"]) for row in rows],
         "test accuracy (n)": [f"{_spread(row, 'test')} ({row['n']})" for row in rows],
         "95 % interval": [_interval(row["test_low"], row["test_high"]) for row in rows],
         "validation": [_spread(row, "valid") for row in rows],
-        "test minus bp": [_signed(row["bp_mean"]) for row in rows],
-        "its 95 % interval": [_interval(row["bp_low"], row["bp_high"], _signed) for row in rows],
+        "test minus bp": [_number(row["bp_mean"], "+.2f") for row in rows],
+        "its 95 % interval": [_interval(row["bp_low"], row["bp_high"], "+.2f") for row in rows],
         "tuned": [_number(row["tuned"]) for row in rows],
-        "tuned minus retrained": [_signed(row["gap"]) for row in rows],
+        "tuned minus retrained": [_number(row["gap"], "+.2f") for row in rows],
         "diverged": [str(row["diverged"]) for row in rows],
         "flagged": [str(row["flagged"]) for row in rows],
     }
@@ -154,29 +143,20 @@ def shown(numbers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).drop(columns=empty)
 
 
-def _number(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, form: str = ".2f") -> str:
+    return NOTHING if math.isnan(value) else format(value, form).replace("-", "−")
 
 
-def _spread(row: Mapping[str, Any], what: str) -> str:
+def _spread(row: Row, what: str) -> str:
     return f"{_number(row[f'{what}_mean'])} ± {_number(row[f'{what}_sd'])}"
 
 
-def _signed(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:+.2f}".replace("-", "−")
-
-
-def _whole(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.0f}"
-
-
-def _interval(low: float, high: float, number=_number) -> str:
-    return NOTHING if math.isnan(low) else f"[{number(low)}, {number(high)}]"
+def _interval(low: float, high: float, form: str = ".2f") -> str:
+    return NOTHING if math.isnan(low) else f"[{_number(low, form)}, {_number(high, form)}]"
 
 
 def shown_search(numbers: pd.DataFrame) -> pd.DataFrame:
     """`search` as a reader sees it."""
     texts = numbers.astype(str)
-    texts["hours"] = [f"{hours:.2f}" for hours in numbers["hours"]]
-    texts["best"] = [_number(best) for best in numbers["best"]]
+    texts[["hours", "best"]] = numbers[["hours", "best"]].map(_number)
     return texts.rename(columns={"best": "best validation score"})

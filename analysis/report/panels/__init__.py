@@ -2,15 +2,7 @@
 an element of a page.
 
 Optuna's figures (`optuna.visualization`) are restyled where they are good, the others drawn with
-plotly. In each module, the numbers come before the drawing:
-
-- `plot_data`: the numbers behind the plots
-- `studies`: the trials of a rule as an Optuna study
-- `drawing`: colours, style, axes
-- `search`: history, budget
-- `importances`: importances
-- `parameters`: parallel, slices, failures
-- `retraining`: learning, ode
+plotly. In each module, the numbers come before the drawing.
 """
 
 from __future__ import annotations
@@ -134,11 +126,7 @@ def panels(data: PlotData) -> list[Panel]:
 def html(drawing: Drawing) -> str:
     """A figure element, without plotly.js, which the page has once."""
     chart = drawing.figure.to_html(
-        config=CONFIG,
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=drawing.id,
-        default_width="100%",
+        config=CONFIG, full_html=False, include_plotlyjs=False, div_id=drawing.id
     )
     caption = f"<figcaption>{markup.escape(drawing.caption)}</figcaption>" * bool(drawing.caption)
     return (

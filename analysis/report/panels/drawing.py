@@ -56,8 +56,9 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
     return figure.update_xaxes(**axes).update_yaxes(**axes, ticklabelstandoff=4)
 
 
-def numbered(figure: go.Figure, title: str, last: int) -> go.Figure:
-    """With a horizontal axis of whole numbers up to `last`."""
+def numbered(figure: go.Figure, title: str) -> go.Figure:
+    """With a horizontal axis of whole numbers."""
+    last = max(x for trace in figure.data for x in trace.x)
     dtick = 1 if last <= 12 else None
     return figure.update_xaxes(title_text=title, rangemode="tozero", dtick=dtick)
 

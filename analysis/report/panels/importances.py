@@ -10,6 +10,7 @@ import optuna
 from optuna import visualization
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
+from optuna.search_space import intersection_search_space
 from optuna.trial import FrozenTrial, create_trial
 
 from analysis.report.panels.drawing import PanelFigures, colours, counted, styled, wrapped_name
@@ -22,18 +23,14 @@ ENOUGH = 4  # complete trials of a rule, for importances
 ROUGH = 20
 
 
-def in_every(trials: Sequence[FrozenTrial]) -> list[str]:
-    """The parameters that all of these trials have."""
-    return sorted(set.intersection(*(set(t.params) for t in trials))) if trials else []
-
-
 def cannot_rank(trials: Sequence[FrozenTrial]) -> str | None:
     """Why importances cannot be estimated from these complete trials; None if they can."""
     if len(trials) < ENOUGH:
         return f"it has {counted(len(trials), 'complete trial')}, at least {ENOUGH} are needed"
     if len({trial.value for trial in trials}) == 1:
         return "all its complete trials have the same score"
-    varied = [n for n in in_every(trials) if len({str(t.params[n]) for t in trials}) > 1]
+    shared = intersection_search_space(trials)
+    varied = [name for name in shared if len({str(t.params[name]) for t in trials}) > 1]
     if len(varied) < 2:
         return f"its complete trials share only {counted(len(varied), 'parameter')} that varied"
     return None
@@ -42,16 +39,15 @@ def cannot_rank(trials: Sequence[FrozenTrial]) -> str | None:
 def on_search_scale(study: optuna.Study) -> optuna.Study:
     """The complete trials, with the logarithm of every parameter that was searched on a log scale:
     fANOVA weighs a range evenly, and would see little but its highest decade."""
-
-    def scaled(trial: FrozenTrial) -> FrozenTrial:
+    trials = []
+    for trial in complete_trials(study):
         kinds, values = dict(trial.distributions), dict(trial.params)
         for name, kind in trial.distributions.items():
             if isinstance(kind, FloatDistribution | IntDistribution) and kind.log:
                 low, high, values[name] = map(math.log, (kind.low, kind.high, values[name]))
                 kinds[name] = FloatDistribution(low, high)
-        return create_trial(value=trial.value, params=values, distributions=kinds)
-
-    return study_of(study.study_name, study.direction, map(scaled, complete_trials(study)))
+        trials.append(create_trial(value=trial.value, params=values, distributions=kinds))
+    return study_of(study.study_name, study.direction, trials)
 
 
 def draw_importances(data: PlotData) -> PanelFigures:
@@ -59,7 +55,7 @@ def draw_importances(data: PlotData) -> PanelFigures:
     notes = [f"With fewer than about {ROUGH} complete trials, this is a rough estimate."]
     for rule, study in studies(data).items():
         trials = complete_trials(study)
-        names = in_every(trials)
+        names = [*intersection_search_space(trials)]  # those that every trial has
         reason = cannot_rank(trials)
         if reason is not None:
             notes.append(f"{rule} is left out: {reason}.")
@@ -68,7 +64,6 @@ def draw_importances(data: PlotData) -> PanelFigures:
             on_search_scale(study),
             # Optuna's default, PED-ANOVA, compares the best tenth with the rest: of so few, two.
             evaluator=FanovaImportanceEvaluator(seed=0),
-            params=names,
         )
         bars = figure.data[0]
         bars.update(y=[wrapped_name(name, 24) for name in bars.y], hovertemplate=None)

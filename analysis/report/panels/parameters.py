@@ -16,7 +16,6 @@ from analysis.report.panels import drawing, plot_data
 from analysis.report.panels.drawing import GREY, PanelFigures
 from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped
 from analysis.report.panels.studies import complete_trials, studies
-from disinhib.metrics import Metric
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 LOOKS = {  # marks of slices
@@ -105,10 +104,17 @@ def draw_slices(data: PlotData) -> PanelFigures:
 
 
 def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figure:
-    """Not Optuna's, which show complete trials only, in one row of plots 300 pixels wide."""
+    """Not Optuna's, which show complete trials only, in one row of plots 300 pixels wide. A mark
+    for each trial; if its merit is below the fence, it is drawn there."""
     trials = [*{setting.trial["trial"]: setting.trial for setting in settings}.values()]
     edge = plot_data.fence([trial["merit"] for trial in trials])
     best = best_trial(trials)
+
+    def look(setting: Setting) -> str:
+        if setting.trial["trial"] == best:
+            return "best"
+        return setting.trial["state"] if setting.trial["merit"] >= edge else "worse than shown"
+
     panes = grouped(settings, lambda setting: setting.name)
     columns = min(2, len(panes))
     rows = math.ceil(len(panes) / columns)
@@ -120,53 +126,35 @@ def _slices(settings: Sequence[Setting], data: PlotData, colour: str) -> go.Figu
     shown = set()
     for i, (name, of_pane) in enumerate(sorted(panes.items())):
         cell: Row = {"row": i // columns + 1, "col": i % columns + 1}
-        for mark in _marks(of_pane, edge, best, data.metric, colour):
-            figure.add_trace(mark.update(showlegend=mark.name not in shown), **cell)
-            shown.add(mark.name)
         parameter = of_pane[0].parameter
+        is_choice = parameter["kind"] == "categorical"
+        by_look = grouped(of_pane, look)
+        for mark in [mark for mark in LOOKS if mark in by_look]:
+            values = [setting.parameter["value"] for setting in by_look[mark]]
+            tried = [setting.trial for setting in by_look[mark]]
+            figure.add_scatter(
+                x=[*map(str, values)] if is_choice else values,
+                y=[data.metric.sign * max(trial["merit"], edge) for trial in tried],
+                mode="markers",
+                marker={"color": colour, **LOOKS[mark]},
+                name=mark,
+                legendgroup=mark,
+                showlegend=mark not in shown,
+                text=[
+                    f"trial {trial['trial']}, {trial['state']} after"
+                    f" {drawing.counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
+                    for trial in tried
+                ],
+                hovertemplate="%{text} at %{x}",
+                **cell,
+            )
+            shown.add(mark)
         figure.update_xaxes(**_axis(parameter), **cell, title_text=drawing.wrapped_name(name, 26))
-        if parameter["kind"] != "categorical":
+        if not is_choice:
             drawing.dashed(figure, parameter["low"], parameter["high"], **cell)
     return figure.update_yaxes(matches="y").update_yaxes(
         title_text=drawing.axis_title(data.metric), title_font_size=11, col=1
     )
-
-
-def _marks(
-    settings: Sequence[Setting], edge: float, best: int | None, metric: Metric, colour: str
-) -> list[go.Scatter]:
-    """One mark for each trial; if its merit is below `edge`, it is drawn there."""
-
-    def look(setting: Setting) -> str:
-        trial = setting.trial
-        if trial["trial"] == best:
-            return "best"
-        return trial["state"] if trial["merit"] >= edge else "worse than shown"
-
-    by_look = grouped(settings, look)
-    return [
-        go.Scatter(
-            x=[_x(setting) for setting in by_look[name]],
-            y=[metric.sign * max(setting.trial["merit"], edge) for setting in by_look[name]],
-            mode="markers",
-            marker={"color": colour, **marker},
-            name=name,
-            legendgroup=name,
-            text=[
-                f"trial {trial['trial']}, {trial['state']} after"
-                f" {drawing.counted(trial['epochs'], 'epoch')}: {trial['score']:.4g}"
-                for _, _, _, trial in by_look[name]
-            ],
-            hovertemplate="%{text} at %{x}",
-        )
-        for name, marker in LOOKS.items()
-        if name in by_look
-    ]
-
-
-def _x(setting: Setting) -> Any:
-    value = setting.parameter["value"]
-    return str(value) if setting.parameter["kind"] == "categorical" else value
 
 
 def _axis(parameter: Row) -> Row:

@@ -14,7 +14,6 @@ from disinhib.metrics import Metric
 from disinhib.tuning.space_tree import RULE, option_of
 
 FAR = 3.0  # see `fence`
-EMPTY_SPACE = {"parameters": {}, "branches": []}
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -62,15 +61,13 @@ def trials_of(data: PlotData) -> dict[str, list[Row]]:
 
 def settings(data: PlotData) -> dict[str, list[Setting]]:
     """The settings of each rule's trials, without the choice of the rule itself."""
-    settings = {}
+    space, settings = data.space or {"parameters": {}}, {}
     for rule, rows in trials_of(data).items():
-        searched = [(row, runs.parameters_of(data.space or EMPTY_SPACE, row)) for row in rows]
-        names = short_names(
-            sorted({name for _, of_trial in searched for name in of_trial} - {RULE})
-        )
+        searched = [runs.parameters_of(space, row) for row in rows]
+        names = short_names(sorted(set[str]().union(*searched) - {RULE}))
         settings[rule] = [
             Setting(short, parameters[name], position_in_range(parameters[name]), row)
-            for row, parameters in searched
+            for row, parameters in zip(rows, searched, strict=True)
             for name, short in names.items()
             if name in parameters
         ]

@@ -60,15 +60,13 @@ def seeds(data: PlotData) -> list[Seed]:
 
 def learning_curves(data: PlotData, metric: str) -> list[Curve]:
     """The curves of the seeds that have any epoch of this metric."""
-    of_metric = [row for row in records(data.curves) if row["metric"] == metric]
-    by_run = grouped(of_metric, lambda row: row["run_id"])
-    curves = []
-    for seed in seeds(data):
-        points = sorted((row["epoch"], row["value"]) for row in by_run.get(seed.row["run_id"], ()))
-        if points:
-            epochs, values = zip(*points, strict=True)
-            curves.append(Curve(seed, epochs, values))
-    return curves
+    of_metric = data.curves[data.curves["metric"] == metric].sort_values("epoch")
+    by_run = dict(list(of_metric.groupby("run_id")))
+    return [
+        Curve(seed, tuple(by_run[run]["epoch"]), tuple(by_run[run]["value"]))
+        for seed in seeds(data)
+        if (run := seed.row["run_id"]) in by_run
+    ]
 
 
 def probes(data: PlotData, metric: str) -> list[tuple[Seed, float]]:
@@ -130,9 +128,7 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
                 hovertemplate="%{text}",
             )
             shown.add(FAILED)
-    return drawing.numbered(
-        drawing.styled(figure, 460), "epoch", max(curve.epochs[-1] for curve in curves)
-    )
+    return drawing.numbered(drawing.styled(figure, 460), "epoch")
 
 
 def draw_ode(data: PlotData) -> PanelFigures:
@@ -159,14 +155,10 @@ def _strip(values: Sequence[tuple[Seed, float]], colour: Mapping[str, str]) -> g
     # Reversed, as plotly counts upwards.
     lines = {seed.configuration: seed.label for seed, _ in reversed(values)}
     heights = {name: height for height, name in enumerate(lines)}
+    by_flag = grouped(values, lambda value: bool(drawing.hover_text(value[0].row.get("flag"))))
     figure = go.Figure()
     for name, flagged, symbol in (("a seed", False, "circle-open"), ("a flagged seed", True, "x")):
-        marks = [
-            (s, value)
-            for s, value in values
-            if bool(drawing.hover_text(s.row.get("flag"))) == flagged
-        ]
-        if marks:
+        if marks := by_flag.get(flagged):
             figure.add_scatter(
                 x=[value for _, value in marks],
                 y=[heights[seed.configuration] for seed, _ in marks],

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
-from optuna import visualization
 
 from analysis.report.panels.drawing import PanelFigures, axis_title, colours, numbered, styled
-from analysis.report.panels.plot_data import PlotData, fence, trials_of
-from analysis.report.panels.studies import complete_trials, studies
+from analysis.report.panels.plot_data import PlotData, Row, fence, trials_of
 from analysis.stats import expected_maximum
 from disinhib.tuning.event_log import COMPLETE, FAILED
 
@@ -44,77 +42,68 @@ def budgets(data: PlotData) -> list[Budget]:
 
 
 def draw_history(data: PlotData) -> PanelFigures:
-    complete = {rule: s for rule, s in studies(data).items() if complete_trials(s)}
-    if not complete:
-        return PanelFigures([])
-    drawn: Any = visualization.plot_optimization_history([*complete.values()]).data
-    palette, traces = colours(data), []
-    # Optuna draws three traces a study: scores, the best so far, and infeasible ones (none here).
-    for (rule, study), i in zip(complete.items(), range(0, len(drawn), 3), strict=True):
-        (dots, line), colour = drawn[i : i + 2], palette[rule]
-        dots.update(
-            x=[x + 1 for x in dots.x],
-            name=f"{rule}: a complete trial",
-            marker={"color": colour, "size": 7},
-            customdata=[trial.user_attrs["trial"] for trial in complete_trials(study)],
-            hovertemplate="trial %{customdata}: %{y:.4g}",
-        )
-        line.update(
-            x=[x + 1 for x in line.x],
-            y=[y if math.isfinite(y) else None for y in line.y],  # before any was complete
-            name=f"{rule}: best so far",
-            line={"color": colour, "width": 1.5, "shape": "hv"},
-        )
-        traces += [dots, line]
-    figure = styled(go.Figure(traces), 440)
-    numbered(figure, "trials of the rule", max(len(study.trials) for study in complete.values()))
-    scores = [[trial.value for trial in complete_trials(study)] for study in complete.values()]
+    figure, palette, scores = go.Figure(), colours(data), []
+    for rule, _, best in budgets(data):
+        rows = enumerate(trials_of(data)[rule], start=1)
+        complete = {k: row for k, row in rows if row["state"] == COMPLETE}
+        if complete:
+            scores.append([row["score"] for row in complete.values()])
+            figure.add_scatter(
+                x=[*complete],
+                y=scores[-1],
+                mode="markers",
+                marker={"color": palette[rule], "size": 7},
+                name=f"{rule}: a complete trial",
+                customdata=[row["trial"] for row in complete.values()],
+                hovertemplate="trial %{customdata}: %{y:.4g}",
+            )
+            line = {"color": palette[rule], "width": 1.5, "shape": "hv"}
+            _add_line(figure, best, f"{rule}: best so far", line)
     note = "Pruned and failed trials are counted on the horizontal axis, but have no dot."
-    return PanelFigures([("", figure)], f"{note} {scored(figure, data, scores)}".strip())
+    return _scored(figure, "trials of the rule", data, scores, note)
 
 
 def draw_budget(data: PlotData) -> PanelFigures:
-    every_rule = budgets(data)
-    if not every_rule:
-        return PanelFigures([])
     figure, palette, scores = go.Figure(), colours(data), []
-    for rule, expected, best in every_rule:
-        k, colour = list(range(1, len(expected) + 1)), palette[rule]
-        figure.add_scatter(
-            x=k, y=expected, mode="lines", line_color=colour, name=f"{rule}: expected best of k"
-        )
+    for rule, expected, best in budgets(data):
+        line = {"color": palette[rule]}
+        _add_line(figure, expected, f"{rule}: expected best of k", line)
         scores.append([*expected, *(score for score in best if not math.isnan(score))])
         if not math.isnan(best[-1]):
-            figure.add_scatter(
-                x=k,
-                y=[None if math.isnan(score) else score for score in best],
-                mode="lines",
-                line={"color": colour, "dash": "dot", "shape": "hv"},
-                name=f"{rule}: best of the first k",
-            )
-    styled(figure, 460)
-    numbered(figure, "number k of trials of the rule", max(len(b.expected) for b in every_rule))
+            line |= {"dash": "dot", "shape": "hv"}
+            _add_line(figure, best, f"{rule}: best of the first k", line)
     note = (
         "The expected best is the mean over all sets of k trials of the rule (unbiased); a pruned"
         " trial counts with the score at which it was stopped, a failed one with the worst score of"
         " its rule. It assumes independent trials, which does not hold if the searcher learns from"
         " them. The best of the first k counts complete trials only."
     )
-    return PanelFigures([("", figure)], f"{note} {scored(figure, data, scores)}".strip())
+    return _scored(figure, "number k of trials of the rule", data, scores, note)
 
 
-def scored(figure: go.Figure, data: PlotData, groups: Sequence[Sequence[float]]) -> str:
-    """Scales the vertical axis to the scores, a group for each rule; returns a note if some lie
+def _add_line(figure: go.Figure, scores: Sequence[float], name: str, line: Row) -> None:
+    """From the first trial on, with a gap at NaN."""
+    y = [None if math.isnan(score) else score for score in scores]
+    figure.add_scatter(x=list(range(1, len(y) + 1)), y=y, mode="lines", line=line, name=name)
+
+
+def _scored(
+    figure: go.Figure, title: str, data: PlotData, scores: Sequence[Sequence[float]], note: str
+) -> PanelFigures:
+    """With a vertical axis scaled to the scores, a list for each rule; the note says if some lie
     outside."""
-    figure.update_yaxes(title_text=axis_title(data.metric))
+    if not scores:
+        return PanelFigures([])
+    numbered(styled(figure, 460), title).update_yaxes(title_text=axis_title(data.metric))
     sign = data.metric.sign
-    merits = [[sign * score for score in group] for group in groups]
+    merits = [[sign * score for score in of_rule] for of_rule in scores]
     # The lowest of the rules' fences: every rule is in sight, however much worse than the others.
     edge = min(map(fence, merits))
-    if edge == min(map(min, merits)):
-        return ""
-    edge = sign * edge
-    low, high = sorted((edge, sign * max(map(max, merits))))
-    pad = 0.06 * (high - low) or 1
-    figure.update_yaxes(range=[low - pad, high + pad])
-    return f"Scores worse than {edge:.4g} lie outside the figure; zoom out to see them."
+    if edge > min(map(min, merits)):
+        low, high = sorted((sign * edge, sign * max(map(max, merits))))
+        pad = 0.06 * (high - low) or 1
+        figure.update_yaxes(range=[low - pad, high + pad])
+        note += (
+            f" Scores worse than {sign * edge:.4g} lie outside the figure; zoom out to see them."
+        )
+    return PanelFigures([("", figure)], note)

@@ -19,13 +19,12 @@ from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped, se
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
-DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 
 
 def studies(data: PlotData) -> dict[str, optuna.Study]:
     """A study in memory for each rule. Optuna numbers its trials anew; the user attribute `trial`
     is the number in the study."""
-    direction = DIRECTIONS[data.metric.mode]
+    direction = StudyDirection.MAXIMIZE if data.metric.sign > 0 else StudyDirection.MINIMIZE
     by_rule = settings(data)
     studies = {}
     for rule, rows in trials_of(data).items():
