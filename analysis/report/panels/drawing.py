@@ -58,8 +58,8 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
 
 def numbered(figure: go.Figure, title: str) -> go.Figure:
     """With a horizontal axis of whole numbers."""
-    last = max(x for trace in figure.data for x in trace.x)
-    dtick = 1 if last <= 12 else None
+    traces: Any = figure.data
+    dtick = 1 if max(x for trace in traces for x in trace.x) <= 12 else None
     return figure.update_xaxes(title_text=title, rangemode="tozero", dtick=dtick)
 
 

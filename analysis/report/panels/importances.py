@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -23,7 +22,7 @@ ENOUGH = 4  # complete trials of a rule, for importances
 ROUGH = 20
 
 
-def cannot_rank(trials: Sequence[FrozenTrial]) -> str | None:
+def cannot_rank(trials: list[FrozenTrial]) -> str | None:
     """Why importances cannot be estimated from these complete trials; None if they can."""
     if len(trials) < ENOUGH:
         return f"it has {counted(len(trials), 'complete trial')}, at least {ENOUGH} are needed"

@@ -60,8 +60,8 @@ def seeds(data: PlotData) -> list[Seed]:
 
 def learning_curves(data: PlotData, metric: str) -> list[Curve]:
     """The curves of the seeds that have any epoch of this metric."""
-    of_metric = data.curves[data.curves["metric"] == metric].sort_values("epoch")
-    by_run = dict(list(of_metric.groupby("run_id")))
+    curves = data.curves.sort_values("epoch")
+    by_run = dict(list(curves[curves["metric"] == metric].groupby("run_id")))
     return [
         Curve(seed, tuple(by_run[run]["epoch"]), tuple(by_run[run]["value"]))
         for seed in seeds(data)
