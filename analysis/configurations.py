@@ -122,9 +122,9 @@ def used_in_experiment(settings: Mapping[str, Any]) -> dict[int, str]:
     """The used seeds of the experiment for a grid, which is created if necessary."""
     out_dir = Path(settings["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
-    uri = mlflow_store.absolute(settings["tracking"]["uri"], out_dir)
+    uri = mlflow_store.address(settings["tracking"]["uri"], out_dir)
     experiment = mlflow_store.open_store(
-        uri, settings["tracking"]["experiment"], out_dir / "mlflow-artifacts"
+        uri, settings["tracking"]["experiment"], out_dir / mlflow_store.ARTIFACTS
     )
     return used_seeds(stores.connect(uri), experiment.id)
 

@@ -18,9 +18,11 @@ from importlib import import_module
 from typing import NamedTuple
 
 from disinhib import cli
+from disinhib.commands import tool
+from disinhib.errors import masked
 from disinhib.tuning import study as studies
+from disinhib.tuning.engine import Finished
 from disinhib.tuning.options import Study, compose
-from disinhib.tuning.provenance import masked
 
 SEEDS = "seeds=3"
 # Options of a study that also apply to its retraining.
@@ -43,22 +45,23 @@ def main(arguments: list[str]) -> int:
     if finished.undelivered or finished.run_id is None:
         print("error: MLflow lacks records of the study: nothing is selected", file=sys.stderr)
         return 1
-    for module, given in stages(study, finished.run_id, finished.tracking_uri, seeds or [SEEDS]):
-        print(masked(f"\n{shlex.join(['python', '-m', module, *given])}"), flush=True)
+    for module, given in stages(study, finished, seeds or [SEEDS]):
+        print(masked(f"\n{shlex.join([tool('python'), '-m', module, *given])}"), flush=True)
         if code := _main_of(module)(given):
             return code
     return 0
 
 
-def stages(study: Study, run_id: str, uri: str, seeds: Sequence[str]) -> list[Stage]:
-    """The stages after `study` has ended, whose run in MLflow at `uri` is `run_id`.
+def stages(study: Study, finished: Finished, seeds: Sequence[str]) -> list[Stage]:
+    """The stages after `study` has ended.
 
     (Studies in one store may have the same name if their `out_dir` differs.)
     """
-    selected, tracking = study.folder / "selected.yaml", f"tracking.uri={uri}"
+    job, run_id = finished.job, finished.run_id
+    selected, tracking = job.folder / "selected.yaml", f"tracking.uri={finished.tracking_uri}"
     where = [text for text in study.overrides if text.startswith(HANDED_ON)]
-    retraining = [str(selected), *seeds, f"out_dir={study.out_dir}", tracking, *where]
-    report = f"out={study.out_dir / f'report-{study.name}'}"
+    retraining = [str(selected), *seeds, f"out_dir={job.out_dir}", tracking, *where]
+    report = f"out={job.out_dir / f'report-{job.name}'}"
     return [
         Stage("analysis.selection", [f"study={run_id}", f"selected={selected}", tracking]),
         Stage("analysis.retrain", retraining),

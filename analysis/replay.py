@@ -19,7 +19,7 @@ import yaml
 
 from analysis import store as stores
 from analysis.store import Refused
-from disinhib import cli
+from disinhib import cli, numerics
 from disinhib.checks import TEXT, Option
 from disinhib.errors import InputError
 from disinhib.tuning import environment, mlflow_settings, provenance
@@ -75,6 +75,9 @@ def main(arguments: Sequence[str]) -> int:
     # As in the trial's worker: the number of threads may change the bits.
     gpus = int(tags.get("device", "cpu") != "cpu")
     worker = environment.of_worker(trial.provenance["threads"], gpus)
+    worker |= numerics.of_worker(trial.provenance.get("numerics", {}))
+    for line in numerics.ignored():
+        print(f"warning: {line}")
     with environment.variables(worker):
         return _replay(trial)
 
@@ -110,6 +113,7 @@ def _replay(trial: Trial) -> int:
 
     from disinhib import config, training
 
+    numerics.set_jax()
     try:
         options = config.parse(trial.options)
         training.prepare(options)

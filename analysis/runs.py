@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from mlflow.entities import Run
 
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
@@ -20,7 +21,7 @@ from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
-from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL
+from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL, TRIALS
 
 OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
@@ -45,7 +46,9 @@ def trials(store: Store, study: StudyRun) -> Table:
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
-    for run in stores.trials(store, study.run.info.experiment_id, study.run.info.run_id):
+    present = stores.trials(store, study.run.info.experiment_id, study.id)
+    dropped += [f"trial {number}: its run is missing" for number in missing(study, present)]
+    for run in present:
         tags, info = run.data.tags, run.info
         name = f"trial {tags['trial']}"
         state = tags.get("trial_state")
@@ -82,6 +85,25 @@ def trials(store: Store, study: StudyRun) -> Table:
     if twice:
         raise Refused(f"study {study.name}: trial {twice[0]} has more than one run in {store.uri}")
     return Table(pd.DataFrame(rows, columns=None if rows else ["trial", "rule", "state"]), dropped)
+
+
+def missing(study: StudyRun, present: Sequence[Run]) -> list[int]:
+    """Numbers of the trials that the study has begun, by its own record, and that are not among
+    the runs `present`."""
+    numbers = {int(run.data.tags["trial"]) for run in present}
+    begun = int(study.run.data.tags.get(TRIALS, 0))
+    return [number for number in range(begun) if number not in numbers]
+
+
+def refuse_missing(store: Store, study: StudyRun) -> None:
+    """Raises Refused if a trial's run is missing: it may have been the best."""
+    present = stores.trials(store, study.run.info.experiment_id, study.id)
+    if numbers := missing(study, present):
+        raise Refused(
+            f"study {study.name}: the runs of trials {', '.join(map(str, numbers))} are missing in"
+            f" {store.uri}; restore them, or resume the study, which writes them again (python"
+            f" tune_main.py study={study.name} resume=true)"
+        )
 
 
 def retrained(store: Store, study: StudyRun) -> Table:
@@ -169,6 +191,7 @@ def main(arguments: list[str]) -> int:
     options = COMMAND.parse(arguments)
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
+    print(stores.said(store, study))
     rows, dropped = trials(store, study)
     counts = ", ".join(f"{n} {state}" for state, n in Counter(rows["state"]).items())
     print(f"study {study.name}: {len(rows)} trials ({counts or 'none'}), {len(dropped)} left out")

@@ -7,6 +7,7 @@ of its range, if trials nearby failed, or if the groups had unequal budgets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,10 @@ from analysis.runs import SEARCHED
 from analysis.store import Refused, StudyRun
 from disinhib import cli
 from disinhib.checks import COUNT, TEXT, Option
-from disinhib.errors import nearest
+from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Metric
-from disinhib.tuning import mlflow_settings
+from disinhib.tuning import mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import COMPLETE, FAILED
-from disinhib.tuning.provenance import masked
 from disinhib.tuning.space_tree import option_of, parameters_for
 
 RULE = (
@@ -47,6 +47,8 @@ OPTIONS = (
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
 RUNNERS_UP = 3  # shown
 EDGE = 0.05  # share of a range, on its scale: a value as close to an end is at the edge
+FEW_COMPLETE = 2  # complete trials of a group
+RARE = 3  # trials that had a choice
 NEIGHBOURS = 8  # nearest trials of the same rule, around a selected one
 TOO_MANY_FAILED = 0.25  # share of the neighbours
 UNEQUAL = 1.25  # ratio of the largest and the smallest number of epochs of a group
@@ -114,9 +116,17 @@ def warnings(
             lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, rows, space)]
     of_groups = [(_words(group), of_group) for group, of_group in groups(trials, per)]
     lines += _unequal_budgets(of_groups)
+    if space is not None:
+        lines += _rarely_tried(rows, space)
     for name, of_group in of_groups:
-        if all(row["state"] != COMPLETE for row in of_group):
+        complete = sum(row["state"] == COMPLETE for row in of_group)
+        if complete == 0:
             lines.append(f"{name}: no trial ran its whole budget, none is selected")
+        elif complete < FEW_COMPLETE:
+            lines.append(
+                f"{name}: {complete} of {len(of_group)} trials ran the whole budget, too few for"
+                " the best of them to mean anything"
+            )
     saw_test = [str(row["trial"]) for row in rows if row["saw_test"]]
     if saw_test:
         lines.append(
@@ -164,6 +174,22 @@ def _failed_nearby(choice: Choice, rows: Sequence[Row], space: Mapping[str, Any]
     if not failed or failed < TOO_MANY_FAILED * len(near):
         return []
     return [f"{_named(choice)}: {failed} of the {len(near)} trials nearest to it failed"]
+
+
+def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
+    """A warning for each choice of a category that hardly any trial had."""
+    tried: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, parameter in runs.parameters_of(space, row).items():
+            if parameter["kind"] == "categorical":
+                counts = tried.setdefault(name, Counter(map(str, parameter["choices"])))
+                counts[str(parameter["value"])] += 1
+    return [
+        f"{name}={choice} was tried in {count - 1} trials only"
+        for name, counts in tried.items()
+        for choice, count in counts.items()
+        if count - 1 < RARE  # each choice counts once by itself
+    ]
 
 
 def _unequal_budgets(groups: Sequence[tuple[str, list[Row]]]) -> list[str]:
@@ -227,6 +253,8 @@ def main(arguments: list[str]) -> int:
     options = COMMAND.parse(arguments)
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
+    print(stores.said(store, study), flush=True)
+    runs.refuse_missing(store, study)
     metric = options["metric"] or study.options["metric"]
     if metric not in SELECTION:
         raise Refused(
@@ -240,9 +268,10 @@ def main(arguments: list[str]) -> int:
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)
-    selected = content(study, store.uri, choices, metric, per, warning_lines)
-    text = yaml.safe_dump(selected, sort_keys=False)
-    runs.write(Path(options["selected"]), text, "selected")
+    file = Path(options["selected"])
+    uri = mlflow_store.from_file(store.uri, file)
+    selected = content(study, uri, choices, metric, per, warning_lines)
+    runs.write(file, yaml.safe_dump(selected, sort_keys=False), "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for reason in dropped:
         print(f"left out: {reason}")

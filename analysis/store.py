@@ -23,7 +23,8 @@ from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from disinhib.checks import OPTIONAL_TEXT, Option
-from disinhib.errors import InputError, nearest, one_line
+from disinhib.errors import InputError, masked, nearest, one_line
+from disinhib.tuning import mlflow_store
 from disinhib.tuning.mlflow_store import OF_STUDY
 
 DEFAULT = Path("out/mlflow.db")
@@ -60,13 +61,12 @@ class StudyRun(NamedTuple):
 
 def address(uri: str | None) -> str:
     """The store's: `uri`, else the environment's, else that of the default output folder."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri and not DEFAULT.exists():
+    if not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not DEFAULT.exists():
         raise Refused(
             f"tracking.uri: missing, needed is the address of an MLflow store, as neither"
             f" $MLFLOW_TRACKING_URI nor {DEFAULT} is there"
         )
-    return uri or f"sqlite:///{DEFAULT}"
+    return mlflow_store.address(uri, DEFAULT.parent)
 
 
 @contextmanager
@@ -83,20 +83,26 @@ def refusing(problem: str) -> Iterator[None]:
 
 def connect(uri: str) -> Store:
     """Connects to a store, and never creates one. Raises Refused if it does not answer."""
-    with refusing(f"tracking.uri: cannot read {uri}"):
-        if uri.startswith("sqlite:///"):
+    try:
+        if (file := mlflow_store.sqlite_file(uri)) is not None:
             # MLflow would make a store of any file. (Not opened read-only, so that a transaction
             # that a kill interrupted can be rolled back.)
-            file = Path(uri.removeprefix("sqlite:///")).absolute().as_uri()
-            with closing(sqlite3.connect(f"{file}?mode=rw", uri=True)) as connection:
+            with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as connection:
                 connection.execute("SELECT 1 FROM runs LIMIT 1")
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        with mlflow_store.first_contact(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:  # as in `refusing`
+        problem = f"tracking.uri: cannot read {uri} ({mlflow_store.why(uri, error)})"
+        raise Refused(problem) from error
     return Store(uri, client)
 
 
 def text(store: Store, run_id: str, artifact: str) -> str:
     """The text of an artifact. Raises the errors of MLflow and its artifact stores."""
+    run = store.client.get_run(run_id)
+    if (own := mlflow_store.local_artifacts(store.uri, run)) is not None:
+        return (own / artifact).read_text("utf-8")
     with tempfile.TemporaryDirectory() as folder:
         file = store.client.download_artifacts(run_id, artifact, folder)
         return Path(file).read_text("utf-8")
@@ -122,6 +128,7 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     studies = lambda where="": filter(_is_study, _search(store, experiments, where))
     if name is None:
         newest = next(studies(), None)
+        _refuse_orphans(store, experiments, "")
         if newest is None:
             raise Refused(f"study: there is none in {store.uri}")
         return _study_of(store, newest)
@@ -129,6 +136,7 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     matches = [run for run in studies(f"run_name = '{quoted}'") if run.info.run_name == name]
     matches = matches or [*studies(f"run_id = '{quoted}'")]
     if not matches:
+        _refuse_orphans(store, experiments, f" AND tags.study = '{quoted}'")
         names = {run.info.run_name or "" for run in studies()}
         there = f"one of {', '.join(sorted(names))}" if names else "none: there is no study"
         raise Refused(
@@ -142,6 +150,20 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     return _study_of(store, matches[0])
 
 
+def _refuse_orphans(store: Store, experiments: list[str], where: str) -> None:
+    """Raises Refused if the newest trial's study has no run of its own: it was deleted."""
+    trial = next(_search(store, experiments, f"tags.trial != ''{where}"), None)
+    if trial is None:
+        return
+    name, id = trial.data.tags["study"], trial.data.tags["study_id"]
+    of_study = _search(store, experiments, f"tags.study_id = '{id}'")
+    if not any("trial" not in run.data.tags for run in of_study):
+        raise Refused(
+            f"study: the run of {name} itself was deleted in {store.uri}, not its trials; restore"
+            f" it, or resume the study (python tune_main.py study={name} resume=true)"
+        )
+
+
 def _is_study(run: Run) -> bool:
     """Whether this is a study's own run, but not that of a retraining."""
     tags = run.data.tags
@@ -151,7 +173,9 @@ def _is_study(run: Run) -> bool:
 def _study_of(store: Store, run: Run) -> StudyRun:
     run_id, tags = run.info.run_id, run.data.tags
     with refusing(f"study {run.info.run_name}: cannot read its artifacts"):
-        files = {file.path for file in store.client.list_artifacts(run_id)}
+        own = mlflow_store.local_artifacts(store.uri, run)
+        listed = store.client.list_artifacts(run_id) if own is None else []
+        files = {f.path for f in listed} | {f.name for f in (own.iterdir() if own else ())}
         return StudyRun(
             tags["study"],
             tags["study_id"],
@@ -162,12 +186,12 @@ def _study_of(store: Store, run: Run) -> StudyRun:
         )
 
 
-def trials(store: Store, experiment: str, parent: str | None = None) -> list[Run]:
-    """The trials of all searches in an MLflow experiment (its id), or only of the one whose run is
-    `parent`, oldest first."""
+def trials(store: Store, experiment: str, study_id: str | None = None) -> list[Run]:
+    """The trials of all searches in an MLflow experiment (its id), or only of the one with this
+    `study_id`, oldest first."""
     where = "tags.trial != ''"
-    if parent is not None:
-        where += f" AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
+    if study_id is not None:
+        where += f" AND tags.study_id = '{study_id}'"
     runs = _search(store, [experiment], where, OLDEST_FIRST)
     return [run for run in runs if OF_STUDY not in run.data.tags]
 
@@ -176,6 +200,18 @@ def retrained(store: Store, study: StudyRun) -> list[Run]:
     """The runs of the study's retrained seeds, oldest first."""
     where = f"tags.`{OF_STUDY}` = '{study.id}' AND tags.trial != ''"
     return [*_search(store, [study.run.info.experiment_id], where, OLDEST_FIRST)]
+
+
+def said(store: Store, study: StudyRun) -> str:
+    """What is read, in one line, which every command prints first."""
+    options = study.options
+    sizes = options.get("model", {}).get("vf", {}).get("sizes_hidden")
+    what = [
+        options["dataset"]["name"],
+        f"budget {options['epochs']} epochs",
+        *([f"hidden layers {sizes}"] if sizes else []),
+    ]
+    return f"study {study.name} ({', '.join(what)}) in {masked(store.uri)}"
 
 
 def seeds_of(run: Run) -> tuple[int, ...]:

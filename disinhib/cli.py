@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from disinhib import process
 from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
-from disinhib.errors import ConfigError, InputError, nearest, one_line
+from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
 
 REQUIRED: Any = object()  # the default of an option that must be given
 
@@ -159,7 +159,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print(text)
         code = 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         code = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -26,13 +26,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def masked(text: str) -> str:
+    """`text` without the passwords and tokens of the addresses in it."""
+    text = re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
+    return re.sub(r"([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
+
+
 def one_line(error: BaseException) -> str:
     """A library's error in one line: `OperationalError: no such table: runs`. Whole, because the
     remedy often stands at its end; of a very long one, both ends."""
     text = " ".join(_NOISE.sub("", str(error)).split())
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    return masked(f"{type(error).__name__}: {text}".rstrip(": "))
 
 
 def reason_of(error: BaseException) -> str:

@@ -43,6 +43,8 @@ PLACES = (
     *("tracking.uri", "tracking.experiment", "searcher.storage"),
 )
 
+PLAIN = r"[A-Za-z_/.~][A-Za-z0-9_/.:@+-]*"  # texts that need no quotes
+
 Options = dict[str, Any]
 Choices = dict[str, str]
 
@@ -258,6 +260,11 @@ def _written(value: Any) -> str:
         text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + "\\'" * bool(m[2]), value)
         return f"'{text}'"
     return repr(value)
+
+
+def override(name: str, value: str) -> str:
+    """`name=value` for a command that a user may paste, with quotes only where Hydra needs them."""
+    return f"{name}={value if re.fullmatch(PLAIN, value) else _written(value)}"
 
 
 def option_of(override: str) -> str:

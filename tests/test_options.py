@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from disinhib.errors import ConfigError, InputError
+from disinhib.errors import ConfigError, InputError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import options, provenance, space_tree, study
 from search_spaces import SPACES
@@ -183,7 +183,7 @@ def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
 
 
 def test_passwords_in_addresses_are_masked():
-    masked = provenance.masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
+    masked = masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
     assert masked == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
 
 

@@ -16,9 +16,8 @@ from analysis.report import contents, forms
 from analysis.store import Refused
 from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
-from disinhib.errors import one_line
-from disinhib.tuning import mlflow_settings
-from disinhib.tuning.provenance import masked
+from disinhib.errors import masked, one_line
+from disinhib.tuning import mlflow_settings, mlflow_store
 
 OUT = Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME")
 COMMAND = cli.Command("analysis.report", __doc__, (stores.STUDY, stores.TRACKING, OUT))
@@ -31,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     options = COMMAND.parse(arguments)
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
+    print(stores.said(store, study), flush=True)
     folder = Path(options["out"] or f"out/report-{study.name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     print(forms.as_markdown(report))
     print(f"written: {', '.join(map(str, files))}")
     try:
+        if (database := mlflow_store.sqlite_file(store.uri)) is not None:
+            mlflow_store.keep_artifacts_beside(database)
         for file in files:
             store.client.log_artifact(study.run.info.run_id, str(file), ARTIFACTS)
     except Exception as error:  # MLflow's stores of artifacts raise their own kinds

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import socket
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disinhib.checks import refusal
-from disinhib.errors import ConfigError
+from disinhib.errors import ConfigError, one_line
 from disinhib.tuning import environment, provenance
 
 SWITCHES = {
@@ -27,6 +31,8 @@ SWITCHES = {
 }
 # And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
 # and what another Ray starts without it could not speak to it.)
+CGROUPS = Path("/sys/fs/cgroup")
+LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
@@ -41,9 +47,10 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
-    with environment.variables(SWITCHES, also=SET_BY_RAY), _without_summary():
-        _connect(options["address"], environment.of_worker(cpus, gpus))
+    folder = {} if options["address"] else {"RAY_TMPDIR": temporary_folder()}
+    with environment.variables({**SWITCHES, **folder}, also=SET_BY_RAY), _without_summary():
         try:
+            _connect(options["address"], environment.of_worker(cpus, gpus))
             for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
                 most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
                 if asked > most:
@@ -58,25 +65,92 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _own_handler(signal.SIGTERM):
         # jax warns of forks; Ray's forks are all followed by an exec.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
             host, _, port = (address or "").removeprefix("ray://").rpartition(":")
             if host and port.isdigit():  # Ray would wait for minutes if nothing listens there
                 socket.create_connection((host, int(port)), timeout=5).close()
+            # "local", as None would join whatever cluster was last started on this machine, even
+            # if it is no longer there.
+            local: dict[str, Any] = {
+                "address": "local",
+                "num_cpus": cores(),
+                "include_dashboard": False,
+            }
             ray.init(
-                # None would join whatever cluster was last started on this machine, even if it is
-                # no longer there.
-                address=address or "local",
+                **({"address": address} if address else local),
                 runtime_env={"env_vars": dict(worker_environment)},
-                include_dashboard=False if address is None else None,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
-        except OSError as error:  # ConnectionError is one
+        except Exception as error:  # Ray raises many kinds
+            if address is None:
+                logs = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs")
+                words = f"Ray did not start on this machine ({one_line(error)}); its logs: {logs}"
+                raise ConfigError(words) from error
+            if not isinstance(error, OSError):  # ConnectionError is one
+                raise
             allowed = "auto or HOST:PORT of a running Ray cluster, or null"
             raise refusal("cluster.address", address, allowed) from error
+
+
+@contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Keeps the process' handler of a signal: Ray's own would end the process at once."""
+    handler = signal.getsignal(number)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
+
+
+def cores() -> int:
+    """The cores that this process may use: its affinity (taskset, SLURM), its cgroup's quota
+    (containers, SLURM), and what SLURM has allotted on this node."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
+    limits += [_quota(file) for file in _quota_files()]
+    slurm = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    limits += [int(slurm)] if slurm.isdigit() else []
+    return max(1, min(limit for limit in limits if limit))
+
+
+def _quota_files() -> list[Path]:
+    """Of this process' cgroup (version 2) and those above it."""
+    try:
+        name = Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].splitlines()[0]
+    except (OSError, IndexError):  # no Linux, or version 1
+        return []
+    groups = [CGROUPS / name, *(CGROUPS / name).parents]
+    return [group / "cpu.max" for group in groups if group.is_relative_to(CGROUPS)]
+
+
+def _quota(file: Path) -> int | None:
+    """In whole cores; None if there is no limit."""
+    try:
+        most, period = file.read_text().split()
+        return None if most == "max" else max(1, int(most) // int(period))
+    except (OSError, ValueError):
+        return None
+
+
+def temporary_folder() -> str:
+    """Where Ray keeps its sockets and logs: $RAY_TMPDIR, else the first of $TMPDIR and /tmp that
+    can be written and whose name leaves room for a socket's, at most 107 bytes in all.
+
+    Raises ConfigError if $RAY_TMPDIR, or all, will not do.
+    """
+    asked = os.environ.get("RAY_TMPDIR")
+    folders = [asked] if asked else [*filter(None, [os.environ.get("TMPDIR")]), "/tmp"]
+    for folder in folders:
+        if len(os.fsencode(os.path.abspath(folder))) <= LONGEST_FOLDER:
+            try:
+                with tempfile.TemporaryDirectory(dir=folder):
+                    return os.path.abspath(folder)
+            except OSError:
+                pass
+    allowed = f"an absolute folder that can be written, of at most {LONGEST_FOLDER} bytes"
+    raise ConfigError(f"RAY_TMPDIR: given {folders[-1]}, needed for Ray's sockets is {allowed}")
 
 
 @contextmanager

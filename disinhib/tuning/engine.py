@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib.errors import ConfigError
+from disinhib import numerics
+from disinhib.errors import ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, manifest, progress, provenance, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
@@ -29,8 +30,6 @@ from disinhib.tuning.manifest import MANIFEST, Manifest
 from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
-
-ARTIFACTS = "mlflow-artifacts"  # in out_dir
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Job:
     storage: str | None = None  # its database; None: a file in the study's folder
     tags: Mapping[str, str] = field(default_factory=dict)  # further tags of its run in MLflow
     keep_best: int = 0  # complete trials of each rule that keep their final state
+    numbered: bool = False  # the user gave it no name: it takes a number if the name is taken
 
     @property
     def folder(self) -> Path:
@@ -88,7 +88,8 @@ def run(
     callbacks: Sequence[tune.Callback] = (),
 ) -> Finished:
     """Runs the trials of `job` that have not ended, shows them on `console`, and records them in
-    the event log, in MLflow and in Optuna's store. Ray calls `callbacks` first.
+    the event log, in MLflow and in Optuna's store. Ray calls `callbacks` first. An interrupt ends
+    the study as it is, once it has a folder.
 
     Raises ConfigError, before any trial, if a store, the cluster or the folder cannot be used;
     StudyStopped if the study cannot continue.
@@ -100,33 +101,38 @@ def run(
             log = stack.enter_context(closing(EventLog(job.folder)))
         _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
-        opened = _open_stores(job)
         if not job.resume:
-            manifest.write(job.folder, job.manifest, job.kept)
+            name = manifest.write(job.folder, job.manifest, job.kept, job.numbered)
+            job = replace(job, name=name)
             log = stack.enter_context(closing(EventLog(job.folder)))
         records = replay(log.events())
         shown = progress.Progress(console, job.trials(records), job.metric)
-        shown.say(f"study {job.name} in {job.folder}")
-        if job.manifest.past:
-            shown.say(f"warm start: {len(job.manifest.past)} trials of earlier studies")
-        outboxes = [Outbox(log, store, shown.say) for store in opened]
+        outboxes: list[Outbox] = []
         try:
+            outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job)]
+            where = f", recorded in {masked(outboxes[0].store.address)}" if outboxes else ""
+            shown.say(f"study {job.name} in {job.folder}{where}")
+            if job.manifest.past:
+                shown.say(f"warm start: {len(job.manifest.past)} trials of earlier studies")
+            for line in numerics.ignored():
+                shown.say(f"warning: {line}")
             code = job.manifest.provenance["code"]["files"]
             cluster.check_machines(job.folder / MANIFEST, job.manifest.id, code)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
+            shown.before = progress.tally(records.values()).ended
+            if job.resume:
+                _say_resumed(shown, records, behind)
+                shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
+            for outbox in outboxes:
+                outbox.start()
+            with shown:
+                _run_loop(job, log, records, trainable, callbacks, shown)
         except ConfigError:
             if not job.resume:  # the name becomes free again
                 shutil.rmtree(job.folder)
             raise
-        shown.before = progress.tally(records.values()).ended
-        if job.resume:
-            _say_resumed(shown, records, behind)
-            shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
-        for outbox in outboxes:
-            outbox.start()
-        try:
-            with shown:
-                _run_loop(job, log, records, trainable, callbacks, shown)
+        except KeyboardInterrupt:  # Tune itself ends in good order, when it runs
+            pass
         finally:
             ended = all(record.ended for record in records.values())
             whole = ended and len(records) == job.trials(records)
@@ -138,7 +144,7 @@ def run(
         for record in records.values():
             if not record.ended:
                 record.state = KILLED
-    mlflow = opened[0] if opened else None
+    mlflow = outboxes[0].store if outboxes else None
     return Finished(
         job,
         [records[number] for number in sorted(records)],
@@ -160,8 +166,9 @@ def _check_stores(job: Job, stack: ExitStack) -> None:
     stack.enter_context(mlflow_settings.requests())
     if job.storage is not None:
         optuna_store.refuse_taken(job.storage, job.name, job.resume)
-    uri = mlflow_store.absolute(job.tracking["uri"], job.out_dir)
-    mlflow_store.check_store(uri, job.tracking["experiment"], job.out_dir / ARTIFACTS)
+    uri = mlflow_store.address(job.tracking["uri"], job.out_dir)
+    artifacts = job.out_dir / mlflow_store.ARTIFACTS
+    mlflow_store.check_store(uri, job.tracking["experiment"], artifacts)
 
 
 def _open_stores(job: Job) -> list[Store]:
@@ -170,10 +177,11 @@ def _open_stores(job: Job) -> list[Store]:
         return []
     from disinhib.tuning import mlflow_store, optuna_store
 
-    uri = mlflow_store.absolute(job.tracking["uri"], job.out_dir)
-    experiment = mlflow_store.open_store(uri, job.tracking["experiment"], job.out_dir / ARTIFACTS)
+    uri = mlflow_store.address(job.tracking["uri"], job.out_dir)
+    artifacts = job.out_dir / mlflow_store.ARTIFACTS
+    experiment = mlflow_store.open_store(uri, job.tracking["experiment"], artifacts)
     files = job.manifest.files()
-    options = provenance.masked(yaml.safe_dump(dict(job.kept["options"])))
+    options = masked(yaml.safe_dump(dict(job.kept["options"])))
     stores: list[Store] = [
         mlflow_store.MlflowStore(
             experiment,

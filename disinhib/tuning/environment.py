@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from disinhib import numerics
+
 
 @contextmanager
 def variables(variables: Mapping[str, str], also: Iterable[str] = ()) -> Iterator[None]:
@@ -32,5 +34,6 @@ def of_worker(cpus: float, gpus: float) -> dict[str, str]:
     return {
         **dict.fromkeys(pools, threads),
         **({} if gpus else {"JAX_PLATFORMS": "cpu"}),
+        **numerics.of_worker(numerics.recorded()),
         **{name: os.environ[name] for name in ("DISINHIB_DATA",) if name in os.environ},
     }

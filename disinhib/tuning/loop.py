@@ -64,7 +64,16 @@ class Failed:
     reason: str
 
 
-Outcome = Started | Epoch | Failed
+@dataclass(frozen=True)
+class Hindered:
+    """The trial's machine is at fault, not its configuration: the study stops until that is
+    mended, and the trial goes on when it is resumed."""
+
+    trial: int
+    reason: str  # names the machine
+
+
+Outcome = Started | Epoch | Failed | Hindered
 Loop = Generator[bool, Outcome, None]
 
 
@@ -112,6 +121,8 @@ def study_loop(
         if not running:
             return
         outcome = yield ended
+        if isinstance(outcome, Hindered):
+            raise StudyStopped(outcome.reason)
         record = records[outcome.trial]
         if not record.ended:
             if isinstance(outcome, Started):

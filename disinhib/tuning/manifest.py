@@ -17,12 +17,12 @@ import yaml
 
 from disinhib import config
 from disinhib.checks import flatten, refusal
-from disinhib.errors import ConfigError
+from disinhib.errors import ConfigError, masked
 from disinhib.tuning import provenance, retention, space_tree, suggest
 from disinhib.tuning.event_log import Asked, EventLog, Record, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
-from disinhib.tuning.resume import FILE
+from disinhib.tuning.resume import FILE, free_name
 from search_spaces import SPACES
 
 MANIFEST = "manifest.json"  # in the study's folder
@@ -45,7 +45,7 @@ class Manifest:
         space = {} if self.space is None else {"space_sha256": space_tree.fingerprint(self.space)}
         commit = {} if code["commit"] is None else {"mlflow.source.git.commit": code["commit"]}
         return {
-            "command": provenance.masked(command),
+            "command": masked(command),
             "code_version": code["version"],
             "code_dirty": "unknown" if code["commit"] is None else str(bool(code["diff"])).lower(),
             "data_sha256": self.provenance["data"]["sha256"],
@@ -121,29 +121,41 @@ def read(folder: Path, name: str) -> Manifest:
         ) from error
 
 
-def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any]) -> None:
-    """Makes the study's folder, with its manifest and its options `kept`, whole or not at all."""
+def write(
+    folder: Path, manifest: Manifest, kept: Mapping[str, Any], numbered: bool = False
+) -> str:
+    """Makes the study's folder, with its manifest and its options `kept`, whole or not at all.
+    Returns its name, which is the next free one if another study has taken it and `numbered`.
+
+    Nobody else can read the options, as an address in them may hold a password.
+    """
+    first = folder.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
         whole = Path(part, "study")
         retention.folder(whole, manifest.id).mkdir(parents=True)
         texts = {FILE: yaml.safe_dump(dict(kept)), MANIFEST: json.dumps(asdict(manifest))}
         for file, text in texts.items():
-            with (whole / file).open("w") as opened:
+            with open(os.open(whole / file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as opened:
                 opened.write(text)
                 opened.flush()
                 os.fsync(opened.fileno())
         EventLog(whole).close()
-        try:
-            whole.rename(folder)
-        except OSError as error:  # another study took the name in the meantime
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            allowed = "a new name: it has just been taken"
-            raise refusal("study", folder.name, allowed) from error
+        while True:
+            try:
+                whole.rename(folder)
+                break
+            except OSError as error:  # another study took the name in the meantime
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                if not numbered:
+                    allowed = "a new name: it has just been taken"
+                    raise refusal("study", folder.name, allowed) from error
+                folder = folder.with_name(free_name(None, first, folder.parent))
     parent = os.open(folder.parent, os.O_RDONLY)
     os.fsync(parent)  # the name, too
     os.close(parent)
+    return folder.name
 
 
 def of_resumed(study: Study) -> Manifest:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,9 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
+
+from requests.utils import get_environ_proxies
+from sqlalchemy import create_engine
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
@@ -41,6 +45,8 @@ from disinhib.tuning.event_log import (
     over_seeds,
 )
 
+ARTIFACTS = "mlflow-artifacts"  # a folder
+TRIALS = "trials"  # tag of the study's own run: how many it has begun
 FIRST_CONTACT = "5"  # s; somebody waits at the terminal
 RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
 MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
@@ -63,23 +69,65 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def absolute(uri: str | None, folder: Path) -> str:
-    """The tracking URI: by default SQLite in `folder`; makes a relative SQLite path absolute."""
-    if uri is None:
-        return f"sqlite:///{folder / 'mlflow.db'}"
+def address(uri: str | None, folder: Path) -> str:
+    """The address of the store: the option `uri`, else $MLFLOW_TRACKING_URI, else SQLite in
+    `folder`. The path of an SQLite file becomes absolute.
+
+    Raises ConfigError for a path that MLflow cannot open.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    file = sqlite_file(uri)
+    if file is None:
+        return uri
+    if {*"%?#"} & {*str(file)}:
+        allowed = "a file whose path has no %, ? or #, in which MLflow can keep its database"
+        raise refusal("tracking.uri", uri, allowed)
+    return f"sqlite:///{file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a store in SQLite; None for any other store."""
     scheme, _, path = uri.partition(":///")
-    return f"sqlite:///{Path(path).absolute()}" if scheme == "sqlite" else uri
+    return Path(os.path.abspath(path)) if scheme == "sqlite" else None
+
+
+def from_file(uri: str, file: Path) -> str:
+    """`uri` for a file that is moved together with the store: SQLite relative to it."""
+    database = sqlite_file(uri)
+    return uri if database is None else f"sqlite:///{os.path.relpath(database, file.parent)}"
+
+
+def why(uri: str, error: Exception) -> str:
+    """Why a store does not answer, in one line, with what may help."""
+    text = one_line(error)
+    if " 401" in text or " 403" in text or "Unauthorized" in text:
+        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if proxies := get_environ_proxies(uri) if uri.startswith("http") else {}:
+        text += f"; by way of the proxy {proxies[uri.partition(':')[0]]} (see NO_PROXY)"
+    return masked(text)
+
+
+@contextmanager
+def first_contact(uri: str) -> Iterator[None]:
+    """Somebody waits: within it, requests are given up soon. Raises the error of a database that
+    cannot be used, for which MLflow would try for minutes."""
+    if uri.startswith(("postgresql", "mysql")):
+        engine = create_engine(uri, connect_args={"connect_timeout": int(FIRST_CONTACT)})
+        engine.connect().close()
+        engine.dispose()
+    with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT=FIRST_CONTACT):
+        yield
 
 
 def check_store(uri: str, experiment: str, artifacts: Path) -> None:
     """Raises ConfigError as `open_store` would. Of a store in SQLite that is not there yet it only
     sees that there is a place for it, and makes nothing."""
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or file.exists():
+    file = sqlite_file(uri)
+    if file is None or file.exists():
         open_store(uri, experiment, artifacts)
         return
     try:
-        existing = next(folder for folder in file.absolute().parents if folder.exists())
+        existing = next(folder for folder in file.parents if folder.exists())
         with tempfile.TemporaryDirectory(dir=existing):
             pass
     except OSError as error:
@@ -91,20 +139,24 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
     """Connects, and creates missing tables and a missing experiment.
 
     Done once, in one process: several that open a fresh SQLite store race in its migration.
-    `artifacts` is the folder for files if the store is local; a server has its own.
+    `artifacts` is the folder for files if the store is a database; SQLite has them beside its
+    file, and a server has its own.
 
     Raises ConfigError if there is no such store or it does not answer.
     """
+    file = sqlite_file(uri)
     try:
-        if uri.startswith("sqlite:///"):
-            _make_sqlite(Path(uri.removeprefix("sqlite:///")))
-        with mlflow_settings.requests(MLFLOW_HTTP_REQUEST_TIMEOUT=FIRST_CONTACT):
+        if file is not None:
+            _make_sqlite(file)
+            artifacts = file.with_name(ARTIFACTS)
+            keep_artifacts_beside(file)
+        with first_contact(uri):
             client = _client(uri)
             there = client.get_experiment_by_name(experiment)
             location = None if "http" in uri.split("://")[0] else artifacts.as_uri()
             id = there.experiment_id if there else client.create_experiment(experiment, location)
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
-        allowed = f"the address of an MLflow store that answers ({one_line(error)})"
+        allowed = f"the address of an MLflow store that answers ({why(uri, error)})"
         raise refusal("tracking.uri", uri, allowed) from error
     if there is not None and there.lifecycle_stage == "deleted":
         allowed = "one that is not deleted (mlflow gc, or mlflow experiments restore)"
@@ -122,6 +174,40 @@ def _make_sqlite(file: Path) -> None:
             MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments()
             with suppress(FileExistsError):  # another study made it in the meantime
                 os.link(whole, file)
+
+
+def keep_artifacts_beside(file: Path) -> None:
+    """Corrects the addresses of artifacts in an output folder that was moved or copied, in which
+    they still are beside the database `file`. (MLflow has no call for that.)"""
+    folder = file.with_name(ARTIFACTS)
+    if not folder.is_dir():
+        return
+    with closing(sqlite3.connect(file)) as connection, connection:
+        locations = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+        for (old,) in locations:
+            path = old.removeprefix("file://")
+            if not path.startswith("/") or Path(path).name != ARTIFACTS or old == folder.as_uri():
+                continue
+            moved = {"old": old, "new": folder.as_uri()}
+            connection.execute(
+                "UPDATE experiments SET artifact_location = :new WHERE artifact_location = :old",
+                moved,
+            )
+            connection.execute(
+                "UPDATE runs SET artifact_uri = :new || substr(artifact_uri, length(:old) + 1)"
+                " WHERE substr(artifact_uri, 1, length(:old) + 1) = :old || '/'",
+                moved,
+            )
+
+
+def local_artifacts(uri: str, run: Run) -> Path | None:
+    """The folder of a run's artifacts beside the SQLite file of its store, wherever MLflow thinks
+    they are; None if there is no such folder."""
+    file, place = sqlite_file(uri), run.info.artifact_uri or ""
+    if file is None or f"/{ARTIFACTS}/" not in place:
+        return None
+    folder = file.with_name(ARTIFACTS) / place.rpartition(f"/{ARTIFACTS}/")[2]
+    return folder if folder.is_dir() else None
 
 
 RunKey = tuple[int, int | None]  # a trial's number and, in a retraining, the seed
@@ -166,6 +252,9 @@ class MlflowStore:
                 self.client.delete_run(run.info.run_id)
         parent = by_key.pop(None, None)
         self.study_run = parent.info.run_id if parent else self._create(self.study, {})
+        for run in by_key.values():  # the study's own run may have been deleted and made again
+            if run.data.tags.get(MLFLOW_PARENT_RUN_ID) != self.study_run:
+                self.client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, self.study_run)
         self._put(self.study_run, self.files)
         if parent:
             self.client.update_run(self.study_run, "RUNNING")
@@ -189,6 +278,9 @@ class MlflowStore:
                     self._begin(logged.event, logged.time)
             for lane, seed in enumerate(_seeds(self.configs[number])):
                 self._deliver(number, lane, seed, own)
+        # Every reader can tell whether a trial's run is missing.
+        assert self.study_run is not None  # it exists before anything is delivered
+        self.client.set_tag(self.study_run, TRIALS, str(max(self.configs) + 1))
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         for record in (record for record in records.values() if not record.ended):
@@ -197,7 +289,7 @@ class MlflowStore:
                 run = self.runs[record.number, seed]
                 self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
                 self.client.set_terminated(run, RUN_STATUS[KILLED])
-        assert self.study_run is not None  # it exists before anything is delivered
+        assert self.study_run is not None
         self.client.set_terminated(self.study_run, RUN_STATUS[COMPLETE if whole else KILLED])
 
     def _deliver(self, number: int, lane: int, seed: int | None, events: Sequence[Logged]) -> None:

@@ -6,6 +6,7 @@ The driver composes every trial's options itself, so that a trial is one command
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any
 
 from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
-from disinhib.errors import ConfigError, nearest
+from disinhib.errors import ConfigError, masked, nearest
+from disinhib.hydra_config import option_of
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
 from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
@@ -80,6 +82,7 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or options that differ from its own.
     """
+    overrides = [_anchored(override) for override in overrides]
     settings, earlier = _settings(overrides), None
     if settings["resume"] or settings["extend"]:
         earlier = resume.read_kept(settings)
@@ -89,19 +92,39 @@ def compose(overrides: Sequence[str]) -> Study:
     chosen = next(space_tree.branches(SPACES[settings["space"]])).overrides
     with _blaming(settings["space"]):
         _composed((), chosen)
-    options, _ = _composed(overrides, chosen)
+    options, choices = _composed(overrides, chosen)
     check(options)
+    if earlier is None and options["tracking"]["uri"] is None:
+        # Kept with the study, so that it is resumed there; a password stays in the environment.
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        options["tracking"]["uri"] = uri if uri and masked(uri) == uri else None
+    elif earlier is not None and not any(option_of(o) == "tracking.uri" for o in overrides):
+        options["tracking"]["uri"] = earlier["options"]["tracking"]["uri"]
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
     name = options["study"]
     if not options["resume"]:
+        experiment = choices.get("experiment", "None").replace("/", "-")
         default = f"{options['space']}-{options['dataset']['name']}"
+        default = default if experiment == "None" else experiment
         name = resume.free_name(name, default, out_dir)
     elif earlier is not None:
         resume.refuse_changes(earlier["options"], options)
     plain = {f.name: options[f.name] for f in fields(Study) if f.name in options}
     own = {"name": name, "out_dir": out_dir, "overrides": tuple(overrides), "options": options}
     return Study(**{**plain, **own})
+
+
+def _anchored(override: str) -> str:
+    """An override whose relative place, which is relative to the folder of this command, is made
+    absolute, so that it means the same when the study is resumed from another folder."""
+    name, _, text = override.partition("=")
+    place = text.strip("'\"")
+    if name == "dataset.path" and place.lower() not in ("", "null"):
+        return f"{name}={Path(place).expanduser().absolute()}"
+    if name in ("tracking.uri", "searcher.storage") and place.startswith("sqlite:///"):
+        return f"{name}=sqlite:///{Path(place.removeprefix('sqlite:///')).absolute()}"
+    return override
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:

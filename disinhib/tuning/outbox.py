@@ -88,7 +88,7 @@ class Outbox:
             if behind and before is None:
                 self.say(f"{self.store.name}: waiting for it to take {behind} records")
             before = behind
-        if self._behind() or self.thread.is_alive():
+        if self._behind() or self.thread.is_alive() or not self.loaded:
             return self._behind() + 1
         try:
             self.store.close(records, whole)

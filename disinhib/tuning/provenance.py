@@ -1,5 +1,5 @@
-"""The provenance of a run: code, packages, data and threads, which are needed to run it again, and
-the machine.
+"""The provenance of a run: code, packages, data, threads and variables of XLA, which are needed to
+run it again, and the machine.
 
 Plain values (JSON). Does not import jax: a replay reads the provenance first, to set the number of
 XLA's threads.
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disinhib import data
+from disinhib import data, numerics
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
@@ -53,6 +53,7 @@ def collect(config: RunConfig, threads: int) -> dict[str, Any]:
             "sha256": _data_hash(config.dataset, config.dataset_path, config.valid_split),
         },
         "threads": threads,
+        "numerics": numerics.recorded(),
     }
 
 
@@ -73,6 +74,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         version, version_now = versions.get(name), versions_now.get(name)
         if version != version_now:
             lines.append(f"{name} {version or 'none'}, now {version_now or 'none'}")
+    was, becomes = before.get("numerics", {}), now.get("numerics", {})
+    lines += [
+        f"{name}={was.get(name, 'not set')}, now {becomes.get(name, 'not set')}"
+        for name in sorted({*was, *becomes})
+        if was.get(name) != becomes.get(name)
+    ]
     name, name_now = before["data"]["name"], now["data"]["name"]
     if name != name_now:
         lines.append(f"data {name}, now {name_now}")
@@ -109,11 +116,6 @@ def _decisive(root: Path) -> dict[str, Path]:
         for pattern, place in places.items()
         for file in place.glob(pattern)
     }
-
-
-def masked(text: str) -> str:
-    """`text` without the passwords of the addresses in it."""
-    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def _commit(root: Path) -> str | None:

@@ -8,8 +8,11 @@ own record is a copy, of the trials that ran since the study was last started.
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,9 @@ from ray.tune.search import Searcher
 
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import TrialConfig
-from disinhib.tuning.loop import Epoch, Failed, Loop, Outcome, Started
+from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Outcome, Started
 from disinhib.tuning.ray_workaround import deaths_counted_once
-from disinhib.tuning.worker import FAILURE, REPORT, Policy
+from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, Policy
 
 FOLDER = "ray"  # in the study's folder
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker, and no more
@@ -55,6 +58,7 @@ class RayBackend(tune.Callback):
     def run(self, loop: Loop, at_once: int, callbacks: Sequence[tune.Callback] = ()) -> None:
         """Runs `loop` to its end, or until Ctrl-C. Raises the errors of the loop."""
         self.loop = loop
+        self.handler = signal.getsignal(signal.SIGUSR1)
         self.tell(None)
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
@@ -81,7 +85,7 @@ class RayBackend(tune.Callback):
         pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
         if not self.over:
             try:
-                with environment.variables(pending), deaths_counted_once():
+                with environment.variables(pending), deaths_counted_once(), _handlers_restored():
                     tuner.fit()
             except Exception:
                 if self.error is None:  # Ray wraps errors of its callbacks
@@ -100,6 +104,11 @@ class RayBackend(tune.Callback):
         except Exception as error:  # kept, because Ray blames the trial for errors in some hooks
             self.error, self.over = error, True
         return True
+
+    def setup(self, **_: Any) -> None:
+        # Tune has taken this signal for itself; with ours, the exit code tells which it was.
+        if callable(self.handler):
+            signal.signal(signal.SIGUSR1, self.handler)
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         self.tell(Started(trial.config["number"]))
@@ -147,13 +156,28 @@ class RayScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
         number = trial.config["number"]
-        if FAILURE in result:
-            # The worker raises it in its next step; running the trial again would not help.
-            trial.max_failures = 0
-            self.backend.tell(Failed(number, result[FAILURE]))
-            return TrialScheduler.CONTINUE
+        for key, outcome in ((FAILURE, Failed), (MACHINE, Hindered)):
+            if key in result:
+                # The worker raises it in its next step; running the trial again would not help.
+                trial.max_failures = 0
+                self.backend.tell(outcome(number, result[key]))
+                return TrialScheduler.CONTINUE
         report = json.loads(result[REPORT])
         if report.pop("over_cap", False):
             self.backend.on_over_cap()
         ended = self.backend.tell(Epoch(trial=number, **report))
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """Tune leaves its own handlers behind, which would swallow the next Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # Tune sets none then
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

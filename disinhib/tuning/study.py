@@ -15,9 +15,10 @@ from ray import tune
 from rich.console import Console
 from rich.text import Text
 
-from disinhib import hydra_config
+from disinhib import hydra_config, process
 from disinhib.checks import in_hydra
 from disinhib.commands import tool, tune_words
+from disinhib.errors import masked
 from disinhib.tuning import engine, manifest, plan, progress
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
@@ -62,15 +63,15 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
     try:
         finished = run(study, console)
     except Exception as error:
-        obstacle = _full_disk(error)
+        obstacle = _obstacle(error)
         if obstacle is None:
             raise
-        command = resume_command(study)
-        print(f"error: {obstacle}: make room, then resume: {command}", file=sys.stderr)
+        command = resume_command(study, study.name)
+        print(f"error: {obstacle}: mend it, then resume: {command}", file=sys.stderr)
         return 1, None
     summary(finished, study, console)
     if not finished.whole:
-        return 130, finished
+        return process.interrupted()[0], finished
     return 0 if progress.best(finished.records) else 1, finished
 
 
@@ -97,6 +98,7 @@ def job(study: Study) -> Job:
         manifest=begun,
         kept=kept(study),
         command=shlex.join(["python", "tune_main.py", *study.overrides]),
+        numbered=study.options["study"] is None,
         metric=study.metric,
         source=from_search(manifest.proposer(study, begun), study.trials, study.batch),
         stops=study.stops,
@@ -110,8 +112,9 @@ def job(study: Study) -> Job:
     )
 
 
-def _full_disk(error: BaseException | None) -> str | None:
-    """The system's message if the study stopped because the disk is full, else None."""
+def _obstacle(error: BaseException | None) -> str | None:
+    """What is in the way if the study can be resumed when that is mended: a full disk, or a fault
+    of a machine; else None."""
     while error is not None:
         if isinstance(error, StudyStopped):
             return str(error)
@@ -121,9 +124,11 @@ def _full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-def resume_command(study: Study) -> str:
-    out = [] if study.options["out_dir"] == "out" else [f"out_dir={study.options['out_dir']}"]
-    return shlex.join(tune_words(f"study={study.name}", *out, "resume=true"))
+def resume_command(study: Study, name: str) -> str:
+    """To be typed where the study was started."""
+    out_dir = study.options["out_dir"]
+    out = [] if out_dir == "out" else [hydra_config.override("out_dir", out_dir)]
+    return shlex.join(tune_words(hydra_config.override("study", name), *out, "resume=true"))
 
 
 def summary(finished: Finished, study: Study, console: Console) -> None:
@@ -133,17 +138,17 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
     counts = progress.tally(records)._asdict().items()
     states = ", ".join(f"{n} {state}" for state, n in counts if n)
     clock = progress.clock(finished.seconds)
-    say(f"\nstudy {study.name}: {len(records)} trials in {clock}: {states}")
+    say(f"\nstudy {finished.job.name}: {len(records)} trials in {clock}: {states}")
     console.print(progress.leaderboard(records, study.metric))
     for line in progress.failures(records):
         say(line)
     for name, count in finished.undelivered.items():
         say(f"{name} lacks {count} records: resume the study when it answers")
-    uri = shlex.quote(finished.tracking_uri)
+    uri = shlex.quote(masked(finished.tracking_uri))
     ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
     say(f"\nall trials:  {ui}{address}")
     if finished.undelivered or not finished.whole:
-        say(f"resume:      {resume_command(study)}")
+        say(f"resume:      {resume_command(study, finished.job.name)}")
     if top := progress.best(records):
         say(f"best trial:  {tool('python')} {top.config['command'].removeprefix('python ')}")

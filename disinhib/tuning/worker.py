@@ -24,12 +24,12 @@ from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
-from disinhib.errors import reason_of
+from disinhib.errors import one_line, reason_of
 from disinhib.tuning.event_log import TrialConfig, over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file, sizes
 
-# Keys of a result: the report of an epoch, as JSON, or why training failed.
-REPORT, FAILURE = "report", "failure"
+# Keys of a result: the report of an epoch, as JSON, why training failed, or why the machine did.
+REPORT, FAILURE, MACHINE = "report", "failure", "machine"
 
 
 class Policy(TypedDict):
@@ -64,8 +64,8 @@ class TrainingTrial(tune.Trainable):
     def step(self) -> dict:
         """Trains one epoch, or repeats the report of an epoch in the checkpoint.
 
-        An error of training is reported first and raised in the next step, so that the driver can
-        tell it from the death of a worker.
+        An error is reported first and raised in the next step, so that the driver can tell it
+        from the death of a worker.
         """
         if self._failure is not None:
             raise self._failure
@@ -73,7 +73,9 @@ class TrainingTrial(tune.Trainable):
             return self._step()
         except Exception as error:
             self._failure = error
-            return {FAILURE: reason_of(error)}
+            if self._begun and not of_machine(error):
+                return {FAILURE: reason_of(error)}
+            return {MACHINE: f"{platform.node()}: {one_line(error)}"}
 
     def _step(self) -> dict:
         if not self._begun:
@@ -96,21 +98,24 @@ class TrainingTrial(tune.Trainable):
 
     def _begin(self) -> None:
         """Loads the data, and the trial's checkpoint if it has one; reuses data and compiled
-        programs of earlier trials."""
-        from disinhib import checkpoint, compilation_cache, config, memory, training
+        programs of earlier trials. What fails here is the machine's fault: the driver has checked
+        the options and has seen the data."""
+        from disinhib import checkpoint, compilation_cache, config, memory, numerics, training
 
+        numerics.set_jax()
         compilation_cache.share()  # here, because it needs the device, which may be missing
         self._memory = memory.start()
         self._compiled = len(self._compilations)  # the first epoch includes the start
         self._run = config.parse(self._trial["options"])
         self._data = training.prepare(self._run)
         self._reports: list[dict[str, Any]] = []
-        self._told, self._saved, self._begun = 0, time.monotonic(), True
+        self._told, self._saved = 0, time.monotonic()
         file = checkpoint_file(self._policy["folder"], self._trial["number"])
         if file.exists():
             self._state, self._reports = checkpoint.load(file, self._run)
         else:
             self._state = training.initial_state(self._run, self._trial["seeds"])
+        self._begun = True
 
     def _epoch(self) -> dict[str, Any]:
         """The report of one epoch. In a search, raises training.Diverged if one seed diverges: its
@@ -199,6 +204,16 @@ class TrainingTrial(tune.Trainable):
             return {"over_cap": True}
         self._saved = time.monotonic()
         return {}
+
+
+def of_machine(error: Exception) -> bool:
+    """Whether an error in the midst of training is the machine's: a file, a device that is gone.
+    Memory that does not suffice is not, as a smaller network would fit."""
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return isinstance(error, OSError | ImportError)
 
 
 def count_compilations() -> list[float]:
