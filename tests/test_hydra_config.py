@@ -154,7 +154,10 @@ BAD = [
     (["dataset=fmnist", "dataset.path=/no/such/folder"], "/no/such/folder"),
     (["dataset.valid_split=1.5"], "dataset.valid_split: given 1.5"),
     (["resume=no-such-run"], "resume: given no-such-run, allowed is the folder of a run"),
-    (["seed=["], "seed=[: not understood"),
+    (["seed=["], "seed=[: not understood, allowed is option=value (Hydra's grammar)\n"),
+    (["dataset.path=~/a"], """; with such characters, "dataset.path='~/a'"\n"""),
+    (["dataset.path=/tmp/dünn"], """; with such characters, "dataset.path='/tmp/dünn'"\n"""),
+    (["dataset.path=a=b"], """; with such characters, "dataset.path='a=b'"\n"""),
     (["epochs"], "epochs: not understood, allowed is option=value"),
 ]
 

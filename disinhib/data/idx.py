@@ -12,9 +12,12 @@ import logging
 import math
 import os
 import re
+import stat
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +27,26 @@ from disinhib.data.base import DataError, Dataset, Split, split
 
 log = logging.getLogger(__name__)
 
-# Each may also carry the suffix .gz.
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+# The four files as their authors, torchvision and Debian call them, and as Kaggle does. Each may
+# have one of ENDINGS, and may lie in a folder that has one of its names (`_candidates`).
+NAMES = {
+    "train-images-idx3-ubyte": "train-images.idx3-ubyte",
+    "train-labels-idx1-ubyte": "train-labels.idx1-ubyte",
+    "t10k-images-idx3-ubyte": "t10k-images.idx3-ubyte",
+    "t10k-labels-idx1-ubyte": "t10k-labels.idx1-ubyte",
+}
+ENDINGS = ("", ".gz", ".GZ")
+FILES = tuple(NAMES)
 SYSTEM = Path("/usr/share/datasets")  # where Debian's packages dataset-* put theirs
 
-_OWNERS: dict[str, str] = {}  # of which data set a hash is
+ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tar(\.\w+)?)$", re.IGNORECASE)
+ALIKE = re.compile("mnist|ubyte|idx|train|t10k", re.IGNORECASE)  # names that a message gives first
+
+_OWNERS: dict[str, tuple[str, str]] = {}  # of which data set and file a hash is
+
+
+class AnotherSets(DataError):
+    """A file with the right name that is another data set's."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,10 @@ class IdxFiles:
     """The load of a data set: FILES, known by their hashes.
 
     They are looked for in `path` and nowhere else if it is given, else in $DISINHIB_DATA, the user
-    cache and /usr/share/datasets, and then downloaded into the cache; `path` and $DISINHIB_DATA may
-    hold the files or a sub-folder of the canonical name.
+    cache and /usr/share/datasets, and then downloaded into the cache. In each of these places, of
+    the files with a right name (NAMES) in a right folder (`folders`), the first with the right hash
+    is taken. A place where all are wrong is refused; but unless it is `path`, another data set's
+    files are passed over.
 
     Raises ValueError without a SHA-256 of each file: no file would be known to be the right one.
     """
@@ -50,6 +65,7 @@ class IdxFiles:
     folder: str  # canonical name, also of its sub-folder wherever files are looked for
     sha256: tuple[str, ...]  # of FILES, decompressed
     mirrors: tuple[str, ...] = ()  # tried in this order
+    others: tuple[str, ...] = ()  # further names of its sub-folder
 
     def __post_init__(self) -> None:
         if len(self.sha256) != len(FILES) or not all(
@@ -58,12 +74,18 @@ class IdxFiles:
             raise ValueError(
                 f"{self.folder}: needs the SHA-256 of each of {', '.join(FILES)}, got {self.sha256}"
             )
-        _OWNERS.update(dict.fromkeys(self.sha256, self.folder))
+        for file, digest in zip(FILES, self.sha256, strict=True):
+            _OWNERS[digest] = self.folder, file
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where the files may lie in a place, its own sub-folders first: `raw` is torchvision's."""
+        return (self.folder, *self.others, "", "raw")
 
     def __call__(self, path: str | None) -> tuple[Split, Split]:
         train_images, train_labels, test_images, test_labels = (
-            parse_idx(_content(self, file, sha256, path), 3 if "images" in file else 1, file)
-            for file, sha256 in zip(FILES, self.sha256, strict=True)
+            parse_idx(content, 3 if "images" in file else 1, file)
+            for file, content in zip(FILES, _contents(self, path), strict=True)
         )
         return split(train_images, train_labels), split(test_images, test_labels)
 
@@ -92,55 +114,185 @@ def parse_idx(content: bytes, ndim: int, source: str = "content") -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _content(files: IdxFiles, file: str, sha256: str, path: str | None) -> bytes:
-    """Decompressed bytes of the first such file on the search path, else of its download."""
+def _contents(files: IdxFiles, path: str | None) -> list[bytes]:
+    """Decompressed bytes of each of FILES, found on this machine or downloaded."""
     places = _places(files, path)
-    for candidate in (place / f"{file}{suffix}" for place in places for suffix in ("", ".gz")):
-        if os.path.isfile(candidate):  # unlike Path.is_file, False in a folder we may not enter
-            return _read(candidate, sha256)
-    if path is not None:
-        raise DataError(
-            f"dataset.path must hold {file} or {file}.gz, itself or in {files.folder}/ (got"
-            f" {path!r}); leave it null to search $DISINHIB_DATA and the cache and to download"
-        )
-    return _download(files, file, sha256)
+    # Whoever has no permission to enter the cache (in a container, say) can do without it.
+    searched = [place for place in places if os.access(place, os.X_OK)]
+    contents = [
+        _found(files, searched, file, sha256, alone=path is not None)
+        for file, sha256 in zip(FILES, files.sha256, strict=True)
+    ]
+    missing = [file for file, content in zip(FILES, contents, strict=True) if content is None]
+    if missing and path is not None:
+        words = "all four files" if len(missing) == len(FILES) else ", ".join(missing)
+        problem = f"missing {words}; {_listing(files, places[0])}"
+        raise _refusal(files, "dataset.path", path, problem)
+    return [
+        _download(files, file, sha256, places) if content is None else content
+        for file, sha256, content in zip(FILES, files.sha256, contents, strict=True)
+    ]
 
 
 def _places(files: IdxFiles, path: str | None) -> list[Path]:
-    root = os.environ.get("DISINHIB_DATA") if path is None else path
-    # The sub-folder first: the files of both data sets have the same names.
-    given = [Path(root, files.folder).expanduser(), Path(root).expanduser()] if root else []
-    return given if path is not None else [*given, _cache(files), SYSTEM / files.folder]
+    """The folders to search, in this order."""
+    if path is not None:
+        return [_given(files, "dataset.path", path)]
+    root = os.environ.get("DISINHIB_DATA")
+    given = [_given(files, "$DISINHIB_DATA", root)] if root else []
+    return [*given, _cache(), SYSTEM]
 
 
-def _cache(files: IdxFiles) -> Path:
-    return Path(pooch.os_cache("disinhib"), files.folder)
+def _cache() -> Path:
+    return Path(pooch.os_cache("disinhib"))
+
+
+def _given(files: IdxFiles, option: str, given: str) -> Path:
+    """The folder that `option` names. Raises DataError if there is none or it cannot be entered."""
+    folder = os.path.expanduser(given)  # unlike Path's, leaves ~nobody as it is
+    try:
+        mode = os.stat(folder).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        problem = _reason(folder, error)
+    else:
+        if stat.S_ISDIR(mode) and os.access(folder, os.X_OK):
+            return Path(folder)
+        if stat.S_ISDIR(mode):
+            problem = "which may not be entered (no permission)"
+        elif ARCHIVE.search(folder):
+            problem = "which is an archive: unpack it"
+        else:
+            problem = f"which is a file: give its folder, {_text(Path(folder).parent)}"
+    raise _refusal(files, option, given, problem)
+
+
+def _refusal(files: IdxFiles, option: str, given: str, problem: str) -> DataError:
+    before = "" if option == "$DISINHIB_DATA" else "$DISINHIB_DATA, "
+    folders = ", ".join(f"{folder}/" for folder in files.folders if folder)
+    return DataError(
+        f"{option}: given {given!r}, {problem}; allowed is a folder that holds {', '.join(FILES)}"
+        f" of {files.folder} (plain or .gz, Kaggle's names too), itself or in {folders}; without"
+        f" it, {before}{_text(_cache())} and {SYSTEM} are searched, then the mirrors"
+    )
+
+
+def _listing(files: IdxFiles, place: Path) -> str:
+    """The first few names in a place and in the data set's folders there; what to unpack."""
+    names = []
+    for folder in files.folders:
+        try:
+            entries = [entry for entry in (place / folder).iterdir() if entry.name[0] != "."]
+        except PermissionError:
+            names.append(f"{folder or '.'}/ (no permission to list it)")
+        except OSError:
+            continue
+        else:
+            names += [_text(entry.relative_to(place)) + _kind(entry) for entry in entries]
+    names.sort(key=lambda name: (not ALIKE.search(name), not ARCHIVE.search(name), name))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    archives = [f"; unpack {name} if it holds them" for name in names if ARCHIVE.search(name)]
+    return f"found {', '.join(names[:5]) or 'nothing'}{more}{''.join(archives[:1])}"
+
+
+def _kind(entry: Path) -> str:
+    return "/" if os.path.isdir(entry) else "" if os.path.exists(entry) else " (a dangling link)"
+
+
+def _found(
+    files: IdxFiles, places: Sequence[Path], file: str, sha256: str, alone: bool
+) -> bytes | None:
+    """Decompressed bytes of `file` from the first of `places` that has it, or None.
+
+    Raises DataError for a place with such a file but no right one; if all are another data set's,
+    only if the place stands `alone`.
+    """
+    for place in places:
+        wrong: list[DataError] = []
+        for candidate in filter(_exists, _candidates(files, place, file)):
+            try:
+                content = _read(candidate, sha256)
+            except DataError as error:
+                wrong.append(error)
+                continue
+            for error in wrong:
+                if not isinstance(error, AnotherSets):
+                    log.warning("%s (%s is used instead)", error, _text(candidate))
+            return content
+        wrong.sort(key=lambda error: isinstance(error, AnotherSets))  # damage first
+        if wrong and (alone or not isinstance(wrong[0], AnotherSets)):
+            raise wrong[0]
+    return None
+
+
+def _candidates(files: IdxFiles, place: Path, file: str) -> Iterator[Path]:
+    """All paths in `place` at which `file` may lie."""
+    names = (file, NAMES[file])
+    for folder, own, name, ending in product(files.folders, ("", *names), names, ENDINGS):
+        yield place / folder / own / f"{name}{ending}"
+
+
+def _exists(file: Path) -> bool:
+    """Whether there is a file, a dangling link, or no permission to see what there is."""
+    try:
+        return stat.S_ISREG(os.stat(file).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return file.is_symlink()
+    except OSError:
+        return True
 
 
 def _read(file: Path, sha256: str) -> bytes:
-    """Decompressed bytes of a file, gzipped or not, whatever its name says."""
+    """Decompressed bytes of a file, gzipped or not, whatever its name says.
+
+    Raises DataError: it cannot be read, or has another hash; AnotherSets if that is known.
+    """
     try:
         stored = file.read_bytes()
         content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
+    except PermissionError as error:
+        denied = file if os.access(file.parent, os.X_OK) else file.parent
+        raise DataError(f"{_text(denied)} may not be read (no permission): allow it") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read ({error}): replace or remove it") from error
+        problem = f"cannot be read ({_reason(file, error)})"
+        raise DataError(f"{_text(file)} {problem}: replace or remove it") from error
+    if not content:
+        raise DataError(f"{_text(file)} is empty: replace or remove it")
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        owner = f" (that is {_OWNERS[found]}'s)" if found in _OWNERS else ""
-        raise DataError(
-            f"{file} has the SHA-256 {found}{owner} when decompressed, expected {sha256}:"
-            " replace or remove it"
-        )
-    return content
+    if found == sha256:
+        return content
+    if content.startswith(b"PK\3\4") or content[257:262] == b"ustar":
+        raise DataError(f"{_text(file)} is an archive (zip or tar): unpack it")
+    owner, name = _OWNERS.get(found, (None, None))
+    known = f" (that is {owner}'s {name})" if owner else ""
+    problem = f"has the SHA-256 {found}{known} when decompressed, expected {sha256}"
+    wanted = _OWNERS[sha256][0]
+    if owner in (None, wanted):
+        raise DataError(f"{_text(file)} {problem}: replace or remove it")
+    raise AnotherSets(f"{_text(file)} {problem}: replace it, or give a folder of {wanted}'s files")
 
 
-def _download(files: IdxFiles, file: str, sha256: str) -> bytes:
-    """Decompressed bytes of the first mirror's file that has this hash, kept in the user cache."""
+def _reason(path: str | Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"a link to {_text(os.readlink(path))}, where nothing is"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _text(path: str | Path) -> str:
+    """A path in one line, quoted if it holds what a terminal cannot show."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _download(files: IdxFiles, file: str, sha256: str, places: Sequence[Path]) -> bytes:
+    """Decompressed bytes of the first mirror's file that has this hash, kept in the user cache.
+
+    Raises DataError, with the `places` that lack the file, if no mirror has it.
+    """
     from filelock import FileLock
 
     from disinhib.data.download import BROKEN, fetch
 
-    folder = _cache(files)
+    folder = _cache() / files.folder
     target, reasons = folder / f"{file}.gz", []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +318,14 @@ def _download(files: IdxFiles, file: str, sha256: str) -> bytes:
                     return content
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error}): set dataset.path") from error
+    looked = [
+        _text(place) + ("" if place in (_cache(), SYSTEM) else f" ({_listing(files, place)})")
+        for place in places
+    ]
     raise DataError(
-        f"{file}.gz was found nowhere and could not be downloaded ({'; '.join(reasons)}): put the"
-        f" files of {files.folder} into {folder}, or set dataset.path or $DISINHIB_DATA"
+        f"{file}.gz lies in none of {', '.join(looked)} and could not be downloaded"
+        f" ({'; '.join(reasons)}): put {', '.join(FILES)} of {files.folder} into {folder}, or set"
+        " dataset.path or $DISINHIB_DATA"
     )
 
 
@@ -185,6 +342,7 @@ MNIST = Dataset(
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
         ),
+        others=("MNIST", "MNIST/raw"),
     ),
     features=28 * 28,
     classes=10,
@@ -204,6 +362,7 @@ FASHION_MNIST = Dataset(
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
+        others=("FashionMNIST", "FashionMNIST/raw"),
     ),
     features=28 * 28,
     classes=10,
