@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,11 @@ def of_selection(
     other_uri = settings["tracking"]["uri"]
     if other_uri is None and ":***@" in uri:
         raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
-    store = stores.connect(other_uri or uri)
+    database = mlflow_store.sqlite_file(uri)
+    if database is not None and not other_uri:
+        # As seen from the file (`mlflow_store.from_file`), wherever both have been moved.
+        uri = f"sqlite:///{Path(os.path.abspath(file)).parent / uri.removeprefix('sqlite:///')}"
+    store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -22,10 +23,10 @@ from typing import Any
 
 from rich.console import Console
 
-from analysis import configurations, runs
+from analysis import configurations, runs, store as stores
 from analysis.configurations import Configuration
 from analysis.store import Refused, StudyRun
-from disinhib import cli, config, hydra_config, training
+from disinhib import cli, config, hydra_config, process, training
 from disinhib.checks import refusal
 from disinhib.tuning import engine, mlflow_settings, provenance
 from disinhib.tuning.engine import Finished, Job
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
     else:
         axes, overrides = configurations.chosen_axes(overrides)
         settings = configurations.checked_settings(overrides)
-        study, planned = None, configurations.of_grid(settings, overrides, axes)
+        store, study, planned = None, None, configurations.of_grid(settings, overrides, axes)
         if not settings["study"]:
             raise refusal("study", settings["study"], "the name under which the grid is recorded")
         used = configurations.used_in_experiment(settings)
@@ -75,14 +76,23 @@ def main(arguments: list[str]) -> int:
         training.check_data(config.parse(configuration.options))
     seeds = configurations.fresh_seeds(settings["seeds"], used)
     wanted = len(planned) * len(seeds)
+    if store is not None and study is not None:
+        print(stores.said(store, study))
     print(f"{len(planned)} configurations of {len(seeds)} seeds ({_listed(seeds)})", flush=True)
-    finished = engine.run(job(settings, study, planned, seeds, command), Console())
+    try:
+        finished = engine.run(job(settings, study, planned, seeds, command), Console())
+    except Exception as error:
+        if (obstacle := engine.obstacle(error)) is None:
+            raise
+        print(f"error: {obstacle}: mend it, then run the command again", file=sys.stderr)
+        return 1
     lines, done = summary(finished, planned, seeds)
     print("\n".join(lines))
     for name, count in finished.undelivered.items():
         print(f"{name} lacks {count} records: run the command again when it answers")
     if not finished.whole:
-        return 130
+        print("interrupted: run the command again")
+        return process.interrupted()[0]
     if done < wanted:
         print(f"{done} of {wanted} seeds are finished: run the command again")
     return 0 if done == wanted and not finished.undelivered else 1

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 LONGEST = 600  # characters of an error's message that are shown
 # What SQLAlchemy adds to the message of a database.
-_NOISE = re.compile(r"\[(SQL|parameters): .*?\]\s*$|\(Background on this error at: \S+\)", re.S | re.M)
+_NOISE = re.compile(
+    r"\[(SQL|parameters): .*?\]\s*$|\(Background on this error at: \S+\)", re.S | re.M
+)
 
 
 class InputError(ValueError):

@@ -1,7 +1,8 @@
 """What a command does about the process that it runs in: signals, and where its words go.
 
 A scheduler's time limit, `docker stop`, a closed terminal and Ctrl-C are one thing: the work ends
-where it is, and can be resumed. A reader who goes away (`... | head`, a lost terminal) ends nothing.
+where it is, and can be resumed. A reader who goes away (`... | head`, a lost terminal) ends
+nothing.
 """
 
 from __future__ import annotations

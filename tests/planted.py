@@ -134,7 +134,7 @@ def mlflow(
     tags: Mapping[str, str] | None = None,
 ) -> MlflowStore:
     """What the engine would write the study with."""
-    uri = mlflow_store.absolute(None, folder)
+    uri = mlflow_store.address(None, folder)
     experiment = mlflow_store.open_store(uri, "disinhib", folder / "mlflow-artifacts")
     files = begun.files()
     own = {"config.yaml": yaml.safe_dump(dict(of_study)), **files}

@@ -49,7 +49,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracking")
-    uri = mlflow_store.absolute(None, folder)
+    uri = mlflow_store.address(None, folder)
     return mlflow_store.open_store(uri, "disinhib", folder / "artifacts")
 
 
@@ -557,8 +557,8 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up_on(tmp_path, monkeyp
 
 def test_relative_sqlite_paths_are_the_drivers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert mlflow_store.absolute("sqlite:///a/b.db", tmp_path) == f"sqlite:///{tmp_path}/a/b.db"
-    assert mlflow_store.absolute("http://host", tmp_path) == "http://host"
+    assert mlflow_store.address("sqlite:///a/b.db", tmp_path) == f"sqlite:///{tmp_path}/a/b.db"
+    assert mlflow_store.address("http://host", tmp_path) == "http://host"
 
 
 # MLflow's settings.

@@ -13,7 +13,7 @@ import yaml
 
 from disinhib.errors import ConfigError, InputError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import options, provenance, space_tree, study
+from disinhib.tuning import options, space_tree, study
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
@@ -183,8 +183,8 @@ def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
 
 
 def test_passwords_in_addresses_are_masked():
-    masked = masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
-    assert masked == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
+    text = masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
+    assert text == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
 
 
 def test_the_mode_follows_the_metric(tmp_path):

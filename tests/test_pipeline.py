@@ -1,6 +1,7 @@
 """`make study`: each stage goes on from the study of the one before."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import planted
 import pytest
@@ -25,7 +26,9 @@ def run(monkeypatch, tmp_path):
             tuned.append(study)
             place = uri or f"sqlite:///{study.out_dir}/mlflow.db"
             lacking = dict(undelivered)
-            return code, SimpleNamespace(run_id=run_id, undelivered=lacking, tracking_uri=place)
+            return code, SimpleNamespace(
+                run_id=run_id, undelivered=lacking, tracking_uri=place, job=study
+            )
 
         def main_of(module):
             return lambda given: called.append((module, given)) or (codes or {}).get(module, 0)
@@ -108,7 +111,8 @@ def test_selection_is_of_the_study_that_is_handed_on_and_not_of_the_newest(tmp_p
     older = planted.write(tmp_path, "older")
     planted.write(tmp_path, "newer")
     study = options.compose([f"out_dir={tmp_path}", "study=older"])
-    selection, retraining, _ = pipeline.stages(study, older.run_id, older.uri, ["seeds=3"])
+    finished: Any = SimpleNamespace(job=study, run_id=older.run_id, tracking_uri=older.uri)
+    selection, retraining, _ = pipeline.stages(study, finished, ["seeds=3"])
     study.folder.mkdir()
     assert pipeline._main_of(selection.module)(selection.arguments) == 0
     selected = study.folder / "selected.yaml"

@@ -74,13 +74,10 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
                 socket.create_connection((host, int(port)), timeout=5).close()
             # "local", as None would join whatever cluster was last started on this machine, even
             # if it is no longer there.
-            local: dict[str, Any] = {
-                "address": "local",
-                "num_cpus": cores(),
-                "include_dashboard": False,
-            }
+            local = {"address": "local", "num_cpus": cores(), "include_dashboard": False}
+            place: dict[str, Any] = {"address": address} if address else local
             ray.init(
-                **({"address": address} if address else local),
+                **place,
                 runtime_env={"env_vars": dict(worker_environment)},
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -108,7 +105,8 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
 def cores() -> int:
     """The cores that this process may use: its affinity (taskset, SLURM), its cgroup's quota
     (containers, SLURM), and what SLURM has allotted on this node."""
-    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
+    linux = hasattr(os, "sched_getaffinity")
+    limits: list[int | None] = [len(os.sched_getaffinity(0)) if linux else os.cpu_count()]
     limits += [_quota(file) for file in _quota_files()]
     slurm = os.environ.get("SLURM_CPUS_ON_NODE", "")
     limits += [int(slurm)] if slurm.isdigit() else []

@@ -6,6 +6,7 @@ differ only in the source of their trials and in early stopping.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,9 @@ from rich.console import Console
 from disinhib import numerics
 from disinhib.errors import ConfigError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import cluster, manifest, progress, provenance, retention
+from disinhib.tuning import cluster, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
-from disinhib.tuning.loop import Source, Stops, mean_score, never, study_loop
+from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import MANIFEST, Manifest
 from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
@@ -154,6 +155,18 @@ def run(
         {name: count for name, count in missing.items() if count},
         whole,
     )
+
+
+def obstacle(error: BaseException | None) -> str | None:
+    """What is in the way if the study can be resumed when that is mended: a full disk, or a fault
+    of a machine; else None."""
+    while error is not None:
+        if isinstance(error, StudyStopped):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return " ".join(map(str, filter(None, (error.strerror, error.filename))))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _check_stores(job: Job, stack: ExitStack) -> None:

@@ -121,9 +121,7 @@ def read(folder: Path, name: str) -> Manifest:
         ) from error
 
 
-def write(
-    folder: Path, manifest: Manifest, kept: Mapping[str, Any], numbered: bool = False
-) -> str:
+def write(folder: Path, manifest: Manifest, kept: Mapping[str, Any], numbered: bool = False) -> str:
     """Makes the study's folder, with its manifest and its options `kept`, whole or not at all.
     Returns its name, which is the next free one if another study has taken it and `numbered`.
 

@@ -25,12 +25,11 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
-
 from requests.utils import get_environ_proxies
 from sqlalchemy import create_engine
 
 from disinhib.checks import refusal
-from disinhib.errors import one_line
+from disinhib.errors import masked, one_line
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,

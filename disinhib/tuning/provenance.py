@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import lru_cache

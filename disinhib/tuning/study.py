@@ -6,7 +6,6 @@ input is refused, in one line (ConfigError), before a trial starts or anything i
 
 from __future__ import annotations
 
-import errno
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from disinhib.errors import masked
 from disinhib.tuning import engine, manifest, plan, progress
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
-from disinhib.tuning.loop import StudyStopped, from_search
+from disinhib.tuning.loop import from_search
 from disinhib.tuning.options import Study, compose, kept
 from disinhib.tuning.suggest import SAMPLERS
 from disinhib.tuning.worker import TrainingTrial
@@ -63,8 +62,7 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
     try:
         finished = run(study, console)
     except Exception as error:
-        obstacle = _obstacle(error)
-        if obstacle is None:
+        if (obstacle := engine.obstacle(error)) is None:
             raise
         command = resume_command(study, study.name)
         print(f"error: {obstacle}: mend it, then resume: {command}", file=sys.stderr)
@@ -110,18 +108,6 @@ def job(study: Study) -> Job:
         storage=study.searcher["storage"],
         keep_best=study.checkpoints["keep_best"],
     )
-
-
-def _obstacle(error: BaseException | None) -> str | None:
-    """What is in the way if the study can be resumed when that is mended: a full disk, or a fault
-    of a machine; else None."""
-    while error is not None:
-        if isinstance(error, StudyStopped):
-            return str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return " ".join(map(str, filter(None, (error.strerror, error.filename))))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def resume_command(study: Study, name: str) -> str:
