@@ -32,6 +32,7 @@ class Store(Protocol):
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         """Connects and repairs what a kill left half-done. Returns which of `records` it has."""
+        ...
 
     def deliver(self, events: Sequence[Logged]) -> None:
         """Stores events, in their order; possibly some that it has already."""
