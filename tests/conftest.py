@@ -36,7 +36,11 @@ PROGRAMS = {
     compilation_cache.FOLDER_VARIABLE: str(KEPT / "xla" / compilation_cache.processor()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # XLA compiles in half the time, and what it makes is fast enough for small networks.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
+# Variables of the user's shell that a study would follow.
+FOLLOWED = ("MLFLOW_TRACKING_URI", "JAX_ENABLE_X64", "JAX_PLATFORMS", "XLA_FLAGS")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,10 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_TMPDIR=str(home),  # or a study joins what another suite on this machine has started
         MPLCONFIGDIR=str(KEPT / "matplotlib"),  # its list of fonts takes seconds to make
     )
+    for name in FOLLOWED:
+        os.environ.pop(name, None)
     os.environ.update(PROGRAMS)
     for name, value in PROGRAMS.items():  # jax is imported here already
         kind = type(jax.config.values[name.lower()])
-        jax.config.update(name.lower(), value if kind not in (int, float) else kind(value))
+        as_number = kind in (int, float, bool)
+        jax.config.update(name.lower(), kind(float(value)) if as_number else value)
     compilation_cache.trim(KEPT / "xla", KEPT_BYTES)
 
 
@@ -84,15 +91,12 @@ def copied_stores(mlflow_template):
 
 @pytest.fixture(scope="module")
 def one_ray():
-    """The module's studies share one Ray on this machine, whose workers have a core each and
-    compile in half the time, to programs that run slower."""
+    """The module's studies share one Ray on this machine, whose workers have a core each."""
     from disinhib.tuning import cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        local = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
-        with cluster.cluster(local):
-            yield
+    local = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
+    with cluster.cluster(local):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +117,12 @@ def strict():
 
 
 @pytest.fixture(scope="module")
-def unoptimised():
-    """XLA compiles the module's programs in half the time, and they run slower."""
+def optimised():
+    """XLA compiles the module's programs as for a user: for those that run for long."""
     name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, True)
+    jax.config.update(name, False)
     yield
-    jax.config.update(name, before)
+    jax.config.update(name, True)
 
 
 @pytest.fixture

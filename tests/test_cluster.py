@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -112,4 +113,56 @@ def test_within_a_cluster_there_is_no_other(monkeypatch):
     monkeypatch.setattr(ray, "init", None)
     monkeypatch.setattr(ray, "shutdown", None)
     with cluster.cluster({"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "slurm", "cores"),
+    [
+        (128, "max 100000", None, 128),
+        (4, "max 100000", None, 4),  # taskset
+        (128, "400000 100000", None, 4),  # a container
+        (128, "50000 100000", None, 1),
+        (128, "max 100000", "16", 16),
+        (128, "max 100000", "16(x2)", 128),
+    ],
+)
+def test_the_cores_of_this_machine_are_those_that_we_may_use(
+    affinity, quota, slurm, cores, tmp_path, monkeypatch
+):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(cluster, "CGROUPS", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(affinity), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", slurm)
+    assert cluster.cores() == cores
+
+
+def test_ray_gets_a_folder_whose_name_leaves_room_for_its_sockets(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR")
+    for folder in (long, tmp_path / "missing"):
+        monkeypatch.setenv("TMPDIR", str(folder))
+        assert cluster.temporary_folder() == "/tmp"
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        assert cluster.temporary_folder() == short
+    monkeypatch.setenv("RAY_TMPDIR", str(long))  # asked for
+    with pytest.raises(ConfigError, match=r"^RAY_TMPDIR: given .* of at most 3\d bytes$"):
+        cluster.temporary_folder()
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def broken(**_):
+        raise RuntimeError("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(ray, "init", broken)
+    local = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ConfigError, match=r"^Ray did not start on this machine \(RuntimeError: "),
+        cluster.cluster(local),
+    ):
         pass

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import manifest, options
+from disinhib.tuning import manifest, options, study
 from disinhib.tuning.event_log import COMPLETE, FAILED, Asked, Ended, EpochDone, EventLog
 from search_spaces import SPACES
 
@@ -89,3 +89,19 @@ def test_a_study_of_a_space_that_branches_on_the_number_of_a_trial(tmp_path, mon
     # And one that learns from it.
     more = composed(tmp_path, "study=more", "space=alternating", "warm_start=new")
     assert len(manifest.of_search(more).past) == 2
+
+
+def test_of_two_studies_without_a_name_each_gets_one(tmp_path):
+    job = study.job(composed(tmp_path))
+    assert job.numbered
+    names = [manifest.write(job.folder, job.manifest, job.kept, job.numbered) for _ in range(3)]
+    assert names == ["smoke", "smoke-2", "smoke-3"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == names
+    with pytest.raises(ConfigError, match="it has just been taken"):
+        manifest.write(job.folder, job.manifest, job.kept)
+
+
+def test_nobody_else_reads_the_options_which_may_hold_a_password(tmp_path):
+    job = study.job(composed(tmp_path))
+    manifest.write(job.folder, job.manifest, job.kept)
+    assert (job.folder / "study.yaml").stat().st_mode & 0o077 == 0

@@ -105,6 +105,11 @@ def records(*events):
     return replay(logged(*events))
 
 
+def deliver(store, *events):
+    store.load({})
+    store.deliver(logged(*events))
+
+
 def children(store):
     """The runs below the study's."""
     return store.client.search_runs(
@@ -598,3 +603,92 @@ assert dict(os.environ) == before, {*os.environ.items()} ^ {*before.items()}
 def test_importing_analysis_and_tuning_sets_nothing():
     done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_option_the_environment_and_the_default_give_the_address(tmp_path, monkeypatch):
+    own = f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_store.address(None, tmp_path) == own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert mlflow_store.address(None, tmp_path) == "http://there"
+    assert mlflow_store.address("http://here", tmp_path) == "http://here"
+
+
+@pytest.mark.parametrize("character", "%?#")
+def test_a_path_that_mlflow_cannot_open_is_refused_at_once(character, tmp_path):
+    with pytest.raises(ConfigError, match="whose path has no %, \\? or #"):
+        mlflow_store.address(None, tmp_path / f"a{character}b")
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "lr=0.1, (a)", "[x]{y}", "é–漢", "a&b;c", "-x"])
+def test_any_other_folder_holds_a_store(name, tmp_path):
+    folder = tmp_path / name
+    uri = mlflow_store.address(None, folder)
+    experiment = mlflow_store.open_store(uri, "disinhib", folder)
+    store = MlflowStore(experiment, "s", "s", {}, {"config.yaml": "a: 1"}, {}, lambda *_: folder)
+    deliver(store, *trial(0, 3, COMPLETE))
+    store.close({}, True)
+    assert (folder / "mlflow.db").exists()
+    assert list(folder.glob("mlflow-artifacts/*/artifacts/config.yaml"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name]
+
+
+def test_a_run_of_the_study_that_was_deleted_is_made_again_above_its_trials(new_store):
+    store = new_store("orphaned")
+    deliver(store, *trial(0, 3, COMPLETE), *trial(1, 3, COMPLETE))
+    store.client.delete_run(store.study_run)
+    again = new_store("orphaned")
+    again.load(records(*trial(0, 3, COMPLETE), *trial(1, 3, COMPLETE)))
+    assert again.study_run != store.study_run
+    assert len(children(again)) == 2
+
+
+def test_the_studys_run_tells_how_many_trials_it_has_begun(new_store):
+    store = new_store("counted")
+    deliver(store, *trial(0, 3, COMPLETE), *trial(1, 1))
+    assert store.client.get_run(store.study_run).data.tags["trials"] == "2"
+
+
+def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
+    then, now = tmp_path / "then", tmp_path / "now here"
+    uri = mlflow_store.address(None, then)
+    experiment = mlflow_store.open_store(uri, "disinhib", then)
+    store = MlflowStore(experiment, "s", "s", {}, {"config.yaml": "a: 1"}, {}, lambda *_: then)
+    deliver(store, *trial(0, 3, COMPLETE))
+    then.rename(now)
+    uri = mlflow_store.address(None, now)
+    run = MlflowClient(uri).get_run(store.study_run)
+    beside = mlflow_store.local_artifacts(uri, run)
+    assert beside is not None and (beside / "config.yaml").read_text() == "a: 1"
+    # A new study there does not write to the old place, and MLflow itself finds everything.
+    experiment = mlflow_store.open_store(uri, "disinhib", now)
+    run = MlflowClient(uri).get_run(store.study_run)
+    assert run.info.artifact_uri.startswith((now / "mlflow-artifacts").as_uri())
+    another = MlflowStore(experiment, "t", "t", {}, {"config.yaml": "a: 2"}, {}, lambda *_: now)
+    deliver(another, *trial(0, 3, COMPLETE))
+    assert not then.exists()
+
+
+def test_a_database_that_does_not_answer_is_refused_soon(monkeypatch, tmp_path):
+    monkeypatch.setattr(mlflow_store, "_client", lambda uri: pytest.fail("MLflow would try on"))
+    with pytest.raises(ConfigError, match="answers"):
+        mlflow_store.open_store("postgresql://me:secret@127.0.0.1:9/db", "disinhib", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("API request failed with error code 401 != 200", "set MLFLOW_TRACKING_USERNAME and"),
+        ("[SQL: SELECT 1]", ""),
+        (f"{'x' * 900} run mlflow db upgrade", "run mlflow db upgrade"),
+        ("one\ntwo: mlflow db upgrade", "one two: mlflow db upgrade"),
+    ],
+)
+def test_what_may_help_is_kept(text, hint):
+    line = mlflow_store.why("http://h", RuntimeError(text))
+    assert hint in line and "\n" not in line and "SQL" not in line
+
+
+def test_a_proxy_is_named(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy:8080")
+    line = mlflow_store.why("http://h", RuntimeError("no route"))
+    assert "proxy http://me:***@proxy:8080" in line

@@ -21,7 +21,7 @@ from disinhib.losses import LOSSES
 from disinhib.microcircuit import Microcircuit, microcircuit, relax, search_from
 from disinhib.solvers import newton, ode
 
-pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 TIGHT = Newton(tolerance=1e-11, max_iterations=60)
 PAIRS = pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from disinhib.hyperparameters import Newton, Ode
 from disinhib.microcircuit import microcircuit
 from disinhib.solvers import ode
 
-pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 HYPER = hyperparameters().updated(
     g_ei=1.3, g_ie=0.7, controller={"leak": 1.5, "k_p": 0.5, "k_i": 1.0}

@@ -13,7 +13,7 @@ import yaml
 
 from disinhib.errors import ConfigError, InputError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import options, space_tree, study
+from disinhib.tuning import manifest, options, space_tree, study
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
@@ -192,3 +192,49 @@ def test_the_mode_follows_the_metric(tmp_path):
     sign = lambda *words: SELECTION[options.compose([out, *words]).metric].sign
     assert sign("metric=valid_loss") == -1 == sign("metric=valid_loss", "mode=min")
     assert sign() == 1
+
+
+def test_an_experiment_gives_a_study_its_name(tmp_path):
+    place = f"out_dir={tmp_path}"
+    assert options.compose([place]).name == "rules-digits"
+    assert options.compose([place, "experiment=smoke"]).name == "smoke"
+    (tmp_path / "smoke").mkdir()
+    assert options.compose([place, "experiment=smoke"]).name == "smoke-2"
+    assert options.compose([place, "experiment=smoke", "study=mine"]).name == "mine"
+
+
+@pytest.mark.parametrize("name", ["1", "1e3", "true", "0x1", "007", "dünn"])
+def test_any_text_is_a_name(name, tmp_path):
+    assert options.compose([f"out_dir={tmp_path}", f"study={name}"]).name == name
+
+
+@pytest.mark.parametrize("name", ["lr=0.1 (a)", "a,b", "it's", "[x]", "{y}", "a: b", "é –", "'q'x"])
+def test_any_folder_is_a_folder(name, tmp_path):
+    asked = options.compose([f"out_dir={tmp_path / name}"])
+    assert asked.out_dir == tmp_path / name
+
+
+def test_relative_places_mean_the_same_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = options.compose(["searcher.storage=sqlite:///x.db", "tracking.uri=sqlite:///y.db"])
+    assert asked.searcher["storage"] == f"sqlite:///{tmp_path}/x.db"
+    assert asked.tracking["uri"] == f"sqlite:///{tmp_path}/y.db"
+    assert f"searcher.storage=sqlite:///{tmp_path}/x.db" in asked.overrides
+
+
+def test_the_environments_store_is_kept_with_the_study_but_no_password(tmp_path, monkeypatch):
+    place = f"out_dir={tmp_path}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
+    assert options.compose([place]).tracking["uri"] == "http://there:5000"
+    assert options.compose([place, "tracking.uri=http://h"]).tracking["uri"] == "http://h"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there:5000")
+    assert options.compose([place]).tracking["uri"] is None
+
+
+def test_a_study_is_resumed_in_its_own_store(tmp_path, monkeypatch):
+    place = f"out_dir={tmp_path}"
+    asked = options.compose([place, "study=mine"])
+    manifest.write(asked.folder, study.job(asked).manifest, options.kept(asked))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
+    again = options.compose([place, "study=mine", "resume=true"])
+    assert again.tracking["uri"] is None  # the one in out_dir

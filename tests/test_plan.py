@@ -150,7 +150,6 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
         folder.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setitem(SPACES, "mixed", mixed)
     words = ["experiment=smoke", "space=mixed", "solver.max_iterations=1"]
     assert study.main(["plan=true", *words]) == 0

@@ -11,7 +11,7 @@ from disinhib.paper import plasticity
 from disinhib.paper.error_modulation import GREEDY_SLOPE, MODELS, PHI, W_IE
 from disinhib.paper.plasticity import clamped, equilibrium, euler, exact, linear, with_feedback
 
-pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 CIRCUIT = plasticity.PUBLISHED
 FITS = ((1.5, 1.5), (0.9, 1.8))

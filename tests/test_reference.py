@@ -27,7 +27,7 @@ from disinhib.microcircuit import microcircuit
 from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import RULES, disinhibition
 
-pytestmark = pytest.mark.usefixtures("float64", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64")
 
 FOLDER = Path(os.environ.get("DISINHIB_REFERENCE") or Path(__file__).parent / "reference")
 FILES = sorted(FOLDER.glob("*.npz"))

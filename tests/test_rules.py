@@ -15,7 +15,7 @@ from disinhib.losses import LOSSES
 from disinhib.rules import RULES
 from disinhib.solvers import open_loop
 
-pytestmark = pytest.mark.usefixtures("float64", "strict", "unoptimised")
+pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 TIGHT = Newton(tolerance=1e-12, max_iterations=50)
 HYPER = hyperparameters().updated(

@@ -19,7 +19,6 @@ from disinhib.solvers import ode, stability as probes
 from disinhib.solvers.stability import settles
 
 # float32 without, as in training: it is the probe that widens.
-pytestmark = pytest.mark.usefixtures("unoptimised")
 
 SIZES = ("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[12]")
 NO_HIDDEN = ("model.vf.nb_hidden=0",)

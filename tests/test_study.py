@@ -287,7 +287,7 @@ def test_the_command_of_a_trial_repeats_it(finished, runs, tmp_path):
     _, witness, _ = finished
     command = shlex.split(runs[1][1].data.tags["command"])
     assert command[:3] == ["python", "-m", "disinhib"]
-    variables = environment.of_worker(cpus=1, gpus=0) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    variables = environment.of_worker(cpus=1, gpus=0)
     again = subprocess.run(
         [sys.executable, *command[1:], f"out_dir={tmp_path}"],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,

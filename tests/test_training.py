@@ -20,7 +20,6 @@ from disinhib.solvers import open_loop
 
 # The small programs of many structures: compiling them is what takes the time. The programs that
 # users run, optimised, train in test_command_line and test_checkpoint.
-pytestmark = pytest.mark.usefixtures("unoptimised")
 
 TINY = ("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[16]", "batchsize=100", "epochs=2")
 DALE = ("model/vf=dale", "trainer=exact-inv")

@@ -21,7 +21,7 @@ from disinhib import checkpoint, data, hydra_config, training
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file
-from disinhib.tuning.worker import FAILURE, REPORT, TrainingTrial
+from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, TrainingTrial
 
 EPOCHS = 4
 SEEDS = [3, 4]
@@ -30,7 +30,6 @@ OPTIONS = [
     *("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "batchsize=100"),
 ]
 OF_MACHINE = ("epoch_seconds", "compilations", "compilation_seconds", "peak_memory_mb")
-pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -416,3 +415,33 @@ def test_xla_keeps_to_that_share():
         check=True,
     )
     assert float(measured.stdout) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (RuntimeError("planted"), FAILURE),
+        (ValueError("planted"), FAILURE),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), FAILURE),
+        (jax.errors.JaxRuntimeError("INTERNAL: the device is gone"), MACHINE),
+        (OSError(5, "Input/output error"), MACHINE),
+        (ImportError("libcudart.so"), MACHINE),
+    ],
+)
+def test_errors_in_training_are_the_trials_or_the_machines(error, key, configure, monkeypatch):
+    def broken(*_):
+        raise error
+
+    worker = TrainingTrial(configure())
+    monkeypatch.setattr(training, "run_epoch", broken)
+    (result,) = [worker.train()]
+    assert key in result and (FAILURE in result) + (MACHINE in result) == 1
+    assert result[key].startswith(platform.node() if key == MACHINE else type(error).__name__)
+    with pytest.raises(type(error)):
+        worker.train()
+
+
+def test_data_that_this_machine_lacks_are_the_machines_fault(configure, tmp_path):
+    worker = TrainingTrial(configure(options=[f"dataset.path={tmp_path}", "dataset=mnist"]))
+    (result,) = [worker.train()]
+    assert result[MACHINE].startswith(f"{platform.node()}: DataError: ")
