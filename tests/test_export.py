@@ -19,7 +19,6 @@ from disinhib import export, hydra_config, training
 from disinhib.config import parse
 from disinhib.errors import ConfigError
 
-
 TINY = ("model.vf.nb_hidden=2", "model.vf.sizes_hidden=[16]", "batchsize=20", "epochs=1")
 TRAINED = {
     "bp": ("model/vf=non-dale", "trainer=bp", "optimizer.learning_rate=1e-2", *TINY),
