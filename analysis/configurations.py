@@ -24,6 +24,7 @@ from disinhib.errors import ConfigError, nearest, one_line
 from disinhib.tuning import mlflow_store, options as studies
 from disinhib.tuning.validation import CHECKS
 
+MOST_SEEDS = 10_000
 CONFIG = "retrain"  # conf/retrain.yaml
 OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experiment")
 # Training options that may differ from the trial's: where it runs, and from which files.
@@ -80,7 +81,10 @@ def digest(plain: Mapping[str, Any]) -> str:
 def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The retraining's options. Raises ConfigError."""
     settings, _ = hydra_config.compose(CONFIG, overrides)
-    checked = {**CHECKS, "seeds": (_are_seeds, "a number of seeds, or a list of different ones")}
+    checked = {
+        **CHECKS,
+        "seeds": (_are_seeds, f"a number of seeds up to {MOST_SEEDS}, or a list of different ones"),
+    }
     own = ("seeds", "out_dir", "cluster", "tracking", "checkpoints")
     for option, value in flatten({name: settings[name] for name in own}).items():
         if option not in checked:
@@ -91,7 +95,7 @@ def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _are_seeds(value: Any) -> bool:
     if not isinstance(value, list):
-        return COUNT[0](value)
+        return COUNT[0](value) and value <= MOST_SEEDS
     whole = all(INDEX[0](seed) and seed < 2**31 for seed in value)
     return whole and 0 < len(value) == len(set(value))
 

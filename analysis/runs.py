@@ -10,10 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-from mlflow.entities import Run
 
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
@@ -22,6 +21,9 @@ from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
 from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL, TRIALS
+
+if TYPE_CHECKING:  # MLflow is imported after its settings
+    from mlflow.entities import Run
 
 OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from disinhib import process
 from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
-from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
+from disinhib.errors import ConfigError, InputError, masked, nearest, one_line, printable
 
 REQUIRED: Any = object()  # the default of an option that must be given
 
@@ -153,13 +153,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     process.open_streams()
     process.end_on_signals()
     try:
+        for argument in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(f"{argument!r}: not understood, allowed is text in UTF-8")
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except Help as text:
         print(text)
         code = 0
     except InputError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        print(f"error: {printable(masked(str(error)))}", file=sys.stderr)
         code = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -30,8 +30,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def masked(text: str) -> str:
     """`text` without the passwords and tokens of the addresses in it."""
-    text = re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^/:@\s]*):[^@\s]*@", r"\1:***@", text)
     return re.sub(r"([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
+
+
+def printable(text: str) -> str:
+    """`text` in one line, whatever a value in it has: line breaks, a terminal's control codes."""
+    plain = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return "".join(plain)
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ that composes it.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import tempfile
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from disinhib.activations import ACTIVATIONS
-from disinhib.checks import Option, defaults, flatten, refusal
+from disinhib.checks import Option, check, defaults, flatten, one_of, refusal
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
 from disinhib.errors import ConfigError, nearest
@@ -84,13 +85,14 @@ def is_group(name: str) -> bool:
     """Whether an override's name is that of a group: `trainer`, `model/vf` and
     `model/vf/activation@model.vf.actI` are, `optimizer.b1` is not."""
     group = name.partition("@")[0]
-    return group in _REGISTERED or (group != "" and (CONFIGURATIONS / group).is_dir())
+    return group in _REGISTERED or (group != "" and os.path.isdir(CONFIGURATIONS / group))
 
 
 def choices_of(group: str) -> list[str]:
     """The choices of a group, sorted; none if there is no such group."""
     group = group.partition("@")[0]
-    files = (file.stem for file in (CONFIGURATIONS / group).glob("*.yaml"))
+    folder = CONFIGURATIONS / group
+    files = (file.stem for file in folder.glob("*.yaml")) if os.path.isdir(folder) else ()
     return sorted({*files, *_REGISTERED.get(group, ())})
 
 
@@ -113,6 +115,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
     Raises ConfigError: an override that does not parse, an unknown option, group or choice.
     """
     overrides = literal(config_name, overrides)
+    for text in overrides:
+        if text.startswith("~") or (text.startswith("hydra.") and config_name != TRAINING):
+            raise ConfigError(f"{text}: has no meaning here, allowed is option=value")
     try:
         composed = _composed(config_name, overrides, with_hydra=True)
         choices = composed.hydra.runtime.choices
@@ -121,6 +126,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explained(error, config_name, overrides) from error
     own = {group: str(choice) for group, choice in choices.items() if "hydra/" not in group}
+    experiment = own.get("experiment", "None")
+    if experiment != "None":  # it is optional: Hydra ignores one that is not there
+        check("experiment", experiment, one_of(choices_of("experiment")))
     return plain, own  # pyright: ignore[reportReturnType]
 
 
@@ -138,7 +146,7 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
-        except HydraException:
+        except (HydraException, ValueError):
             allowed = f"option=value (Hydra's grammar){_quoted(text, parser)}"
             return ConfigError(f"{text}: not understood, allowed is {allowed}")
     groups = [override for override in parsed if choices_of(override.key_or_group)]

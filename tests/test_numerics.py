@@ -46,10 +46,10 @@ def test_settings_of_the_shell_change_no_number():
 
 
 def test_every_setting_is_one_of_this_jax_and_its_default():
-    fresh = f"import jax; print([jax.config.values[n] for n in {[*numerics.SETTINGS]}])"
+    fresh = f"import jax; print([str(jax.config.values[n]) for n in {[*numerics.SETTINGS]}])"
     plain = {n: v for n, v in os.environ.items() if not n.startswith("JAX_")}
     done = subprocess.run([sys.executable, "-c", fresh], env=plain, capture_output=True, text=True)
-    assert eval(done.stdout) == [*numerics.SETTINGS.values()], done.stderr
+    assert eval(done.stdout) == [*map(str, numerics.SETTINGS.values())], done.stderr
     assert all(n.lower() in jax.config.values for n in numerics.RECORDED if n.startswith("JAX_"))
 
 

@@ -170,11 +170,6 @@ def test_a_trial_that_diverges_says_so_and_raises_in_its_next_step(
     assert list(tmp_path.glob("*.msgpack")) == []
 
 
-def test_options_that_cannot_be_are_the_trials_failure_and_not_its_workers(configure):
-    worker = TrainingTrial(configure(options=["dataset.path=/nowhere"]))
-    assert "/nowhere" in worker.step()[FAILURE]
-
-
 def test_a_worker_that_has_run_a_trial_runs_another_from_its_start(whole, configure):
     worker = TrainingTrial(configure(number=1, seeds=[8, 9], every_seconds=0))
     other = steps(worker, 2)
@@ -301,13 +296,13 @@ def test_a_full_disk_is_said_and_fails_no_trial(whole, configure, tmp_path, monk
     assert "obstacle" not in report_of(worker.step()) and checkpoint_file(tmp_path, 0).exists()
 
 
-def test_another_error_of_the_disk_is_the_trials_failure(configure, monkeypatch):
+def test_another_error_of_the_disk_is_the_machines(configure, monkeypatch):
     def forbidden(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(checkpoint, "save", forbidden)
     worker = TrainingTrial(configure(every_seconds=0))
-    assert worker.step()[FAILURE].startswith("PermissionError: ")
+    assert worker.step()[MACHINE].startswith(f"{platform.node()}: PermissionError: ")
     with pytest.raises(PermissionError):
         worker.step()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from disinhib import config, hydra_config, rules, training
 from disinhib.checks import flatten, refusal
-from disinhib.errors import ConfigError, masked, nearest
+from disinhib.errors import ConfigError, masked, nearest, one_line
 from disinhib.hydra_config import option_of
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
 from disinhib.tuning.event_log import Record, TrialConfig
@@ -238,12 +238,12 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
     points = defaults(space, lambda chosen: flatten(_composed(study.overrides, chosen)[0]))
     if study.points is not None:
         try:
-            points += read_points(Path(study.points).read_text(), space)
-        except OSError as error:
-            allowed = f"a file that can be read ({error.strerror})"
-            raise refusal("points", study.points, allowed) from error
+            points += read_points(Path(study.points).read_text("utf-8"), space)
         except ConfigError as error:
             raise ConfigError(f"points: {study.points}: {error}") from error
+        except (OSError, ValueError) as error:  # no file, or no text
+            allowed = f"a file of text that can be read ({one_line(error)})"
+            raise refusal("points", study.points, allowed) from error
     if suggest.SAMPLERS[study.searcher["name"]].grid:
         whole = grid(space, study.searcher["points_per_range"])
         left = [point for point in whole if point not in points and point not in known]

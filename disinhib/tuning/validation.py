@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from disinhib import checks
-from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, TEXT, Check, one_of, or_null, refusal
+from disinhib.checks import (
+    COUNT,
+    FLAG,
+    INDEX,
+    OPTIONAL_TEXT,
+    SEED,
+    TEXT,
+    Check,
+    one_of,
+    or_null,
+    refusal,
+)
 from disinhib.errors import ConfigError, nearest
 from disinhib.metrics import SELECTION
 from disinhib.tuning.early_stopping import EARLY_STOPPING
@@ -16,8 +27,17 @@ from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
-_is_name = lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]*\w", v) is not None
-OPTIONAL_NAME = or_null((_is_name, "a folder's name"))
+RESERVED = ("mlflow.db", "mlflow-artifacts")  # in out_dir, beside the studies
+
+
+def _is_name(value: Any) -> bool:
+    whole = isinstance(value, str) and re.fullmatch(r"[\w.-]{0,99}\w", value) is not None
+    return whole and value not in RESERVED
+
+
+OPTIONAL_NAME = or_null(
+    (_is_name, f"a folder's name of at most 100 characters, but not {' or '.join(RESERVED)}")
+)
 CHECKS: dict[str, Check] = {
     "study": OPTIONAL_NAME,
     "resume": FLAG,
@@ -30,7 +50,7 @@ CHECKS: dict[str, Check] = {
     "replicates": COUNT,
     "metric": one_of(SELECTION),
     "mode": or_null(one_of(("max", "min"))),
-    "seed": INDEX,
+    "seed": (lambda v: SEED[0](v) and v is not None, "a whole number from 0 to 2147483647"),
     "points": OPTIONAL_TEXT,
     "warm_start": OPTIONAL_NAME,
     "checkpoints.every_seconds": checks.NOT_NEGATIVE,
