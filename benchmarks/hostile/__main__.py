@@ -61,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         kept = Path(options["folder"] or temporary).absolute() / "reference"
         reference = Reference(kept, 10 * options["patience"])
         ports = stack.enter_context(servers.all_of_them())
-        pool = stack.enter_context(ThreadPoolExecutor(options["jobs"]))
+        pool = ThreadPoolExecutor(options["jobs"])
+        stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C does not wait for all
         judge = partial(_judged, Path(temporary), reference, ports, options["patience"])
         jobs = [pool.submit(judge, number, case) for number, case in enumerate(cases)]
         for job in as_completed(jobs) if options["jobs"] > 1 else jobs:
