@@ -97,6 +97,13 @@ def make(root: Path, current: str = "cwd") -> Place:
     return place._replace(env=env)
 
 
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    """Waits until something has happened, or the process has ended, or for long enough."""
+    deadline = time.monotonic() + ENOUGH
+    while process.poll() is None and not happened() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def run(
     place: Place,
     command: str,

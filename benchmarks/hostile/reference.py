@@ -15,7 +15,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
@@ -67,8 +66,7 @@ class Reference:
         folder.mkdir(parents=True, exist_ok=True)
         self.template = folder / "mlflow.db"
         if not self.template.exists():
-            with mlflow_store._quiet_migration():
-                mlflow_store._make_sqlite(self.template)
+            mlflow_store._make_sqlite(self.template)
 
     def study(self, name: str) -> Path:
         """The folder whose cwd/ has the study in out/."""
@@ -158,8 +156,7 @@ def count(study: Path, kind: str) -> int:
 
 
 def _interrupt_after_a_trial(process: subprocess.Popen[str], place: Place) -> None:
-    while process.poll() is None and not count(place.cwd / "out" / HALF, "ended"):
-        time.sleep(0.05)
+    places.wait_for(process, lambda: count(place.cwd / "out" / HALF, "ended") > 0)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
 

@@ -18,7 +18,7 @@ from benchmarks.hostile.case import (
     differences,
     printed,
 )
-from benchmarks.hostile.place import Ended, Expected, Place, Strike
+from benchmarks.hostile.place import Ended, Expected, Place, Strike, wait_for
 from benchmarks.hostile.reference import COMMANDS, NEW, count, python
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
@@ -37,8 +37,7 @@ def strike(number: signal.Signals, moment: str, seconds: float, group: bool, out
     happened, _ = MOMENTS[moment]
 
     def send(process: subprocess.Popen[str], place: Place) -> None:
-        while process.poll() is None and not happened(place, place.cwd / out / NEW):
-            time.sleep(0.02)
+        wait_for(process, lambda: happened(place, place.cwd / out / NEW))
         time.sleep(seconds)
         if process.poll() is None:
             os.killpg(process.pid, number) if group else process.send_signal(number)

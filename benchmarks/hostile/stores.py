@@ -145,7 +145,7 @@ CHANGES: tuple[tuple[str, Change, str, Expected], ...] = (
     ("without the best trial's run", _best, "selection report retrain runs", refused("trial|run")),
     ("without the study's run", _delete_runs(None), " ".join(READERS[:3]), refused("study|run")),
     ("without the study's run", _delete_runs(None), "replay", EITHER),
-    ("without any run", _delete_runs(0, 1, None), "selection report replay", ANSWERS),
+    ("without any run", _delete_runs(0, 1, None), "selection report", ANSWERS),
     ("with its experiment deleted", _delete_experiment, "selection report retrain", ANSWERS),
     ("without mlflow.db", _removed(STORE), " ".join(READERS), refused("mlflow.db")),
     ("with an empty mlflow.db", _written(STORE, b""), " ".join(READERS), refused("mlflow.db")),

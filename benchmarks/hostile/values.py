@@ -52,6 +52,7 @@ TUNE_VALUES = {
     "nonsense": ("1",),
     "trails": ("3",),
 }
+LIMITED = "ulimit -v 16000000; exec {}"  # KB: what is huge must not take the machine's memory
 # Words in other grammars, after a study's or a training's own.
 WORDS: dict[str, tuple[tuple[str, ...], str]] = {
     "+x=1": (("+x=1",), "x"),
@@ -162,10 +163,14 @@ def cases() -> list[Case]:
     verb = ("-c", "from disinhib.commands import run; run()")
     said = lambda words: verb + words[2:] if words[:2] == ("-m", "VERB") else words
     shown = lambda text: ascii(text)[1:-1] if len(text) < 40 else f"{ascii(text)[1:20]}..."
-    return [
+    refusals = [
         *(
-            Case(f"values: {option}={shown(value)}: tune", "tune", refused(_last(option)),
-                 words=(*TUNE, f"{option}={value}"))
+            Case(
+                f"values: {option}={shown(value)}: tune",
+                "tune",
+                refused(_last(option)),
+                words=(*TUNE, f"{option}={value}"),
+            )
             for option, values in TUNE_VALUES.items()
             for value in values
         ),
@@ -175,32 +180,51 @@ def cases() -> list[Case]:
             for command, words in (("tune", TUNE), ("train", ("-m", "disinhib", *TRAINING)))
             if not (command == "train" and what in ("~trials", "an option of Hydra's"))
         ),
+        *(Case(f"values: {flag}: tune", "tune", refused(), words=(*TUNE, flag)) for flag in FLAGS),
         *(
-            Case(f"values: {flag}: tune", "tune", refused(), words=(*TUNE, flag))
-            for flag in FLAGS
-        ),
-        *(
-            Case(f"values: {flag} trials=-1: train", "train", EITHER,
-                 words=("-m", "disinhib", flag))
-            for flag in ("--cfg=job", "--info", "--nonsense", "-x", "--config-name=x",
-                         "--config-path=/nowhere", "--package", "--resolve", "--version")
+            Case(
+                f"values: {flag} trials=-1: train", "train", EITHER, words=("-m", "disinhib", flag)
+            )
+            for flag in (
+                "--cfg=job",
+                "--info",
+                "--nonsense",
+                "-x",
+                "--config-name=x",
+                "--config-path=/nowhere",
+                "--package",
+                "--resolve",
+                "--version",
+            )
         ),
         *(
             Case(f"values: {name}", "runs", refused(says), words=said(words))
             for name, words, says in REFUSED
         ),
         *(
-            Case(f"values: {option.partition('=')[0] if len(option) > 40 else shown(option)}:"
-                 f" {command}", command, refused(), words=(*BEGINNING[command], option),
-                 needs=WHOLE)
+            Case(
+                f"values: {option.partition('=')[0] if len(option) > 40 else shown(option)}:"
+                f" {command}",
+                command,
+                refused(),
+                words=(*BEGINNING[command], option),
+                needs=WHOLE,
+            )
             for command, option in READING
         ),
         *(
-            Case(f"values: points of {what}: tune", "tune", refused("points"),
-                 words=(*TUNE, "points=points.yaml"),
-                 prepare=lambda place, text=text: (place.cwd / "points.yaml").write_bytes(text))
+            Case(
+                f"values: points of {what}: tune",
+                "tune",
+                refused("points"),
+                words=(*TUNE, "points=points.yaml"),
+                prepare=lambda place, text=text: (place.cwd / "points.yaml").write_bytes(text),
+            )
             for what, text in POINTS.items()
         ),
+    ]
+    return [
+        *(case._replace(shell=LIMITED) for case in refusals),
         *(
             Case(f"values: {module} {flag}", "runs", WORKS, words=("-m", module, flag))
             for module in ("tune_main", "disinhib", "analysis.selection", "analysis.retrain",
