@@ -112,7 +112,7 @@ class Reference:
         file, entry = self.folder / f"{command}.json", COMMANDS[command]
         with self.lock:
             if not file.exists():
-                folder = self.folder / "now"
+                folder = self.folder / f"now-{command}"  # MLflow keeps what it knows of a path
                 shutil.rmtree(folder, ignore_errors=True)
                 place = places.make(folder)
                 self.begin(place, entry.needs)
