@@ -15,8 +15,8 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test kill lint lint-format lint-check lint-types format lock \
-	wheel wheel-check
+.PHONY: help install study figures test kill hostile lint lint-format lint-check lint-types \
+	format lock wheel wheel-check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: lint ## lint, then every test, in two processes
 
 kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
 	$(BIN)/python -m tests.kill $(ARGS)
+
+hostile: $(STAMP) ## hostile inputs and environments, from a table (ARGS="only=REGEX jobs=1")
+	$(BIN)/python -m benchmarks.hostile $(ARGS)
 
 lint: lint-format lint-check lint-types ## check format and style (ruff) and types (pyright)
 

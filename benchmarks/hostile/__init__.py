@@ -1,0 +1,1 @@
+"""Hostile inputs and environments: `python -m benchmarks.hostile`."""
