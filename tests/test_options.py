@@ -63,7 +63,6 @@ REFUSED = {
     "mode=min": ["mode: given min", "max for metric=valid_accuracy"],
     "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
     "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
-    "study=a/b": ["study: given a/b", "a folder's name"],
     "study=mlflow.db": ["study: given mlflow.db", "but not mlflow.db"],
     f"study={'x' * 101}": ["study: given xxx", "at most 100 characters"],
     "experiment=nonsense": ["experiment: given nonsense", "one of fmnist_rules, smoke"],

@@ -35,9 +35,11 @@ def _is_name(value: Any) -> bool:
     return whole and value not in RESERVED
 
 
-OPTIONAL_NAME = or_null(
-    (_is_name, f"a folder's name of at most 100 characters, but not {' or '.join(RESERVED)}")
+NAME: Check = (
+    _is_name,
+    f"a folder's name of at most 100 characters, but not {' or '.join(RESERVED)}",
 )
+OPTIONAL_NAME = or_null(NAME)
 CHECKS: dict[str, Check] = {
     "study": OPTIONAL_NAME,
     "resume": FLAG,
