@@ -22,7 +22,7 @@ from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
 from disinhib.errors import ConfigError, nearest, one_line
 from disinhib.tuning import mlflow_store, options as studies
-from disinhib.tuning.validation import CHECKS
+from disinhib.tuning.validation import CHECKS, check_device
 
 MOST_SEEDS = 10_000
 CONFIG = "retrain"  # conf/retrain.yaml
@@ -85,11 +85,12 @@ def checked_settings(overrides: Sequence[str]) -> dict[str, Any]:
         **CHECKS,
         "seeds": (_are_seeds, f"a number of seeds up to {MOST_SEEDS}, or a list of different ones"),
     }
-    own = ("seeds", "out_dir", "cluster", "tracking", "checkpoints")
+    own = ("seeds", "study", "out_dir", "cluster", "tracking", "checkpoints")
     for option, value in flatten({name: settings[name] for name in own}).items():
         if option not in checked:
             raise ConfigError(f"{option}: unknown option{nearest(option, checked)}")
         check(option, value, checked[option])
+    check_device(settings)
     return settings
 
 
@@ -145,7 +146,7 @@ def of_selection(
         if name not in ELSEWHERE and name.partition(".")[0] not in (*OWN, *ELSEWHERE):
             raise Refused(f"{name}: selected configurations are trained as they were tried")
     try:
-        selection = yaml.safe_load(file.read_text())
+        selection = yaml.safe_load(file.read_text("utf-8"))
         uri, study_run = selection["tracking_uri"], selection["study_run"]
         run_ids = [entry["run_id"] for entry in selection["selected"]]
     except OSError as error:
@@ -197,7 +198,7 @@ def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[st
     grid = hydra_config.compose(CONFIG, experiment)[0]["grid"]
     if grid is None:
         folder = hydra_config.CONFIGURATIONS / "experiment"
-        have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text()]
+        have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text("utf-8")]
         raise Refused(
             f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -222,7 +223,8 @@ def write(file: Path, content: str, option: str = "out") -> None:
         part.write_text(content, encoding="utf-8")
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise Refused(
             f"{option}: given {file}, allowed is a file that can be written ({error.strerror})"
         ) from error

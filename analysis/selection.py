@@ -177,19 +177,20 @@ def _failed_nearby(choice: Choice, rows: Sequence[Row], space: Mapping[str, Any]
 
 
 def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
-    """A warning for each choice of a category that hardly any trial had."""
+    """A warning of the choices that hardly any trial had."""
     tried: dict[str, Counter[str]] = {}
     for row in rows:
         for name, parameter in runs.parameters_of(space, row).items():
             if parameter["kind"] == "categorical":
                 counts = tried.setdefault(name, Counter(map(str, parameter["choices"])))
                 counts[str(parameter["value"])] += 1
-    return [
-        f"{name}={choice} was tried in {count - 1} trials only"
+    rare = [
+        f"{name}={choice} ({count - 1})"  # each choice counts once by itself
         for name, counts in tried.items()
         for choice, count in counts.items()
-        if count - 1 < RARE  # each choice counts once by itself
+        if count - 1 < RARE
     ]
+    return [f"tried in fewer than {RARE} trials: {', '.join(rare)}"] if rare else []
 
 
 def _unequal_budgets(groups: Sequence[tuple[str, list[Row]]]) -> list[str]:

@@ -99,8 +99,8 @@ def _past(folder: Path, config: RunConfig, options: Mapping[str, Any]) -> Past:
     """State and results of the run in `folder`. Raises ConfigError if there is no run, if it had
     other options (naming the differences), or if it has already done all `epochs`."""
     try:
-        before = flatten(yaml.safe_load((folder / CONFIG).read_text()))
-        results = json.loads((folder / RESULTS).read_text())
+        before = flatten(yaml.safe_load((folder / CONFIG).read_text("utf-8")))
+        results = json.loads((folder / RESULTS).read_text("utf-8"))
     except (OSError, ValueError) as error:
         allowed = f"the folder of a run ({type(error).__name__}: no {CONFIG} or {RESULTS})"
         raise refusal("resume", folder, allowed) from error
@@ -156,7 +156,9 @@ def _run(
         seed = int(state.seed[0])
     else:
         seed = secrets.randbelow(2**31) if config.seed is None else config.seed
-    (folder / CONFIG).write_text(yaml.safe_dump({**options, "seed": seed}, sort_keys=False))
+    (folder / CONFIG).write_text(
+        yaml.safe_dump({**options, "seed": seed}, sort_keys=False), "utf-8"
+    )
     log.info("seed %d, %s, output in %s", seed, jax.devices()[0].device_kind, folder)
 
     start -= results.pop("wall_time", 0.0)
@@ -209,7 +211,7 @@ def _line(config: RunConfig, epoch: int, metrics: training.Metrics) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=4))
+    part.write_text(json.dumps(content, indent=4), "utf-8")
     part.replace(path)
 
 

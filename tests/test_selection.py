@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import shutil
 import sqlite3
 
@@ -11,12 +12,10 @@ import planted
 import pytest
 import yaml
 
-from analysis import runs, selection, store as stores
+from analysis import configurations, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.metrics import SELECTION
-
-pytestmark = pytest.mark.usefixtures("copied_stores")
 
 ACCURACY, LOSS = SELECTION["valid_accuracy"], SELECTION["valid_loss"]
 
@@ -155,7 +154,17 @@ def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
     rows = frame(("bp", "complete", 1.0, "x"), ("exact-inv", "pruned", 2.0, "x"))
     chosen = selection.select(rows, ["trainer"], 1, ACCURACY)
     assert selection.warnings(rows, chosen, ["trainer"], None) == [
-        "exact-inv: no trial ran its whole budget, none is selected"
+        "bp: 1 of 1 trials ran the whole budget, too few for the best of them to mean anything",
+        "exact-inv: no trial ran its whole budget, none is selected",
+    ]
+
+
+def test_a_choice_that_was_hardly_tried_is_a_warning():
+    rows = frame(*[("bp", "complete", 1.0, "x")] * 3, ("bp", "complete", 2.0, "y"))
+    space = {"parameters": {"a": {"kind": "categorical", "choices": ["x", "y", "z"]}}}
+    assert selection._rarely_tried(rows.to_dict("records"), space) == [
+        "a=y was tried in 1 trials only",
+        "a=z was tried in 0 trials only",
     ]
 
 
@@ -210,3 +219,73 @@ def test_a_store_whose_last_transaction_was_killed_is_opened(tmp_path):
     store = stores.connect(f"sqlite:///{killed}")
     assert stores.find_study(store).name == study.study
     assert len(runs.trials(store, stores.find_study(store)).rows) == 1
+
+
+def select(study, folder):
+    arguments = [f"study={study.study}", f"tracking.uri={study.uri}"]
+    return selection.main([*arguments, f"selected={folder / 'selected.yaml'}"])
+
+
+def test_every_command_says_first_what_it_reads(selected, study):
+    what = "digits, budget 2 epochs, hidden layers [16]"
+    assert selected[0][0] == f"study planted ({what}) in {study.uri}"
+
+
+def test_nothing_is_selected_while_a_trials_run_is_missing(tmp_path):
+    study = planted.write(tmp_path)
+    store = stores.connect(study.uri)
+    best = runs.trials(store, stores.find_study(store)).rows.iloc[1]
+    store.client.delete_run(best["run_id"])
+    line = (
+        f"study planted: the runs of trials 1 are missing in {study.uri}; restore them, or resume"
+    )
+    with pytest.raises(Refused, match=re.escape(line)):
+        select(study, tmp_path)
+    rows, dropped = runs.trials(store, stores.find_study(store))
+    assert 1 not in list(rows["trial"]) and "trial 1: its run is missing" in dropped
+    store.client.restore_run(best["run_id"])
+    assert select(study, tmp_path) == 0
+
+
+def test_a_study_whose_own_run_was_deleted_is_not_another_study(tmp_path):
+    planted.write(tmp_path, "older")
+    study = planted.write(tmp_path, "newer")
+    stores.connect(study.uri).client.delete_run(study.run_id)
+    line = "study: the run of newer itself was deleted in"
+    with pytest.raises(Refused, match=line):
+        select(study, tmp_path)
+    with pytest.raises(Refused, match=line):  # not the newest that is left
+        selection.main([f"tracking.uri={study.uri}", f"selected={tmp_path / 'selected.yaml'}"])
+
+
+def test_a_moved_folder_is_read_where_it_is(tmp_path):
+    then, now = tmp_path / "then", tmp_path / "now, here (a)=1"
+    study = planted.write(then)
+    assert select(study, then) == 0
+    before = yaml.safe_load((then / "selected.yaml").read_text())
+    assert before["tracking_uri"] == "sqlite:///mlflow.db"  # seen from the file
+    then.rename(now)
+    moved = study._replace(uri=f"sqlite:///{now}/mlflow.db")
+    assert select(moved, now) == 0
+    assert yaml.safe_load((now / "selected.yaml").read_text()) == before
+    settings = configurations.checked_settings([])
+    store, found, planned = configurations.of_selection(now / "selected.yaml", settings, set())
+    assert (store.uri, found.name, len(planned)) == (moved.uri, "planted", len(before["selected"]))
+
+
+def test_the_environments_store_is_that_of_every_command(tmp_path, monkeypatch):
+    study = planted.write(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", study.uri)
+    assert stores.address(None) == study.uri
+    assert stores.address("http://h") == "http://h"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=r"tracking.uri: missing"):
+        stores.address(None)
+
+
+@pytest.mark.parametrize("name", ["no/such", "x" * 300, "mlflow.db/x"])
+def test_a_file_that_cannot_be_written_is_one_line(name, study, tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(Refused, match="allowed is a file that can be written"):
+        runs.write(tmp_path / name, "text")

@@ -90,7 +90,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
     folder = study.out_dir / name
     if not (folder / FILE).exists():
         raise refusal("warm_start", name, f"the name of a study in {study.out_dir}")
-    then = flatten(yaml.safe_load((folder / FILE).read_text())["options"])
+    then = flatten(yaml.safe_load((folder / FILE).read_text("utf-8"))["options"])
     now = flatten(study.options)
     for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
         if then.get(option) != now[option]:
@@ -113,7 +113,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
 def read(folder: Path, name: str) -> Manifest:
     """The manifest in a study's folder. Raises ConfigError if this version cannot read one."""
     try:
-        return Manifest(**json.loads((folder / MANIFEST).read_text()))
+        return Manifest(**json.loads((folder / MANIFEST).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"study: {name} in {folder.parent} has no {MANIFEST} that this version can read"

@@ -28,11 +28,11 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
         raise refusal(flag, True, "false without the name of a study (study=NAME)")
     folder = Path(options["out_dir"]).absolute() / options["study"]
     try:
-        content = yaml.safe_load((folder / FILE).read_text())
+        content = yaml.safe_load((folder / FILE).read_text("utf-8"))
         return {name: content[name] for name in ("overrides", "options")}
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
         files = folder.parent.glob(f"*/{FILE}")
-        names = sorted(f.parent.name for f in files if "overrides:" in f.read_text())
+        names = sorted(f.parent.name for f in files if "overrides:" in f.read_text("utf-8"))
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
 

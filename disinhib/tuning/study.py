@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """Every option of a study: conf/study.yaml, then the options of each searcher and scheduler."""
-    lines = [(hydra_config.CONFIGURATIONS / "study.yaml").read_text()]
+    lines = [(hydra_config.CONFIGURATIONS / "study.yaml").read_text("utf-8")]
     for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
         for name, entry in table.items():
             lines.append(f"{group}={name}: {entry.words}")

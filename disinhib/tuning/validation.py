@@ -101,8 +101,7 @@ def check(options: Mapping[str, Any]) -> None:
     grace = scheduler.get("grace_period")
     if grace is not None and grace > options["epochs"]:
         raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
-    if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
-        raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
+    check_device(options)
     mode = SELECTION[options["metric"]].mode
     if options["mode"] not in (None, mode):
         raise refusal("mode", options["mode"], f"{mode} for metric={options['metric']}")
@@ -110,3 +109,9 @@ def check(options: Mapping[str, Any]) -> None:
         raise refusal("test_at_end", True, "false: a search must not see the test set")
     if options["resume"] and options["extend"]:
         raise refusal("extend", True, "false with resume=true")
+
+
+def check_device(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError if trials would need a GPU and are given none."""
+    if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
+        raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
