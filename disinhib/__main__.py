@@ -37,6 +37,8 @@ RESUMED_WITH = {
     *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
     *("OL_eval_on_train", "test_at_end", "min_converged_share", "max_weight"),
 }
+# Of Hydra's flags, those that would replace conf/.
+NOT_OURS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 log = logging.getLogger("disinhib")
 
 
@@ -44,6 +46,10 @@ def main(arguments: list[str]) -> int | None:
     """Checks all options before Hydra makes the run's folder, then starts Hydra."""
     for line in numerics.ignored():
         print(f"warning: {line}", file=sys.stderr)
+    for argument in arguments:
+        if argument.partition("=")[0] in NOT_OURS:
+            raise ConfigError(f"{argument}: has no meaning here, allowed is option=value")
+    numerics.check()
     numerics.set_jax()
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later

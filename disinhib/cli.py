@@ -17,6 +17,7 @@ Commands whose options Hydra composes (training, tuning, retraining) use `run` a
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -153,6 +154,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     process.open_streams()
     process.end_on_signals()
     try:
+        _check_folder()
         for argument in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 raise InputError(f"{argument!r}: not understood, allowed is text in UTF-8")
@@ -173,3 +175,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code, name = process.interrupted()
         print(f"interrupted by {name}", file=sys.stderr)
     sys.exit(code)
+
+
+def _check_folder() -> None:
+    """Raises InputError if the current folder is gone: relative paths would have no meaning."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder is gone: change to one that is there") from error

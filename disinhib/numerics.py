@@ -8,7 +8,12 @@ same in every worker of a study. Does not import jax, which reads its variables 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
+
+from disinhib.checks import refusal
 
 # By their names in jax.config; the variable of each is its name in capitals.
 SETTINGS = {
@@ -50,6 +55,15 @@ def set_jax() -> None:
     for name, value in SETTINGS.items():
         if name in jax.config.values and jax.config.values[name] != value:
             jax.config.update(name, value)
+
+
+def check() -> None:
+    """Raises ConfigError if XLA does not know a flag in $XLA_FLAGS: it would end the process."""
+    if flags := os.environ.get("XLA_FLAGS"):
+        tried = [sys.executable, "-c", "import jax; jax.devices()"]
+        done = subprocess.run(tried, capture_output=True, text=True)
+        if done.returncode != 0 and (unknown := re.search("Unknown flags? in .*", done.stderr)):
+            raise refusal("XLA_FLAGS", flags, f"flags of this jaxlib ({unknown[0]})")
 
 
 def ignored() -> list[str]:

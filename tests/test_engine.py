@@ -4,7 +4,13 @@ needed for its time stays."""
 import io
 import logging
 import os
+import shutil
 import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,9 +20,12 @@ from mlflow import MlflowClient
 from ray import tune
 from rich.console import Console
 
+from disinhib import process
 from disinhib.errors import ConfigError
 from disinhib.tuning import cluster, engine, mlflow_store, options, study
 from disinhib.tuning.event_log import COMPLETE, KILLED
+from disinhib.tuning.loop import StudyStopped
+from disinhib.tuning.worker import MACHINE
 
 source, tiny_space = tiny.source, tiny.tiny_space
 pytestmark = pytest.mark.usefixtures("tiny_space", "copied_stores")
@@ -106,16 +115,32 @@ def test_a_store_that_takes_no_record_leaves_the_studys_name_free(tmp_path, monk
     assert not asked.folder.exists()
 
 
-def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray):
+@pytest.fixture
+def ending():
+    """This process ends on signals, as a command does."""
+    before = {number: signal.getsignal(number) for number in process.ENDING}
+    process.end_on_signals()
+    yield
+    process._received.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupted_study_says_so_and_goes_on(number, tmp_path, one_ray, ending):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, *process.ENDING)]
+
     class Interrupt(tune.Callback):
         def on_trial_result(self, *, trial, **_):
             if trial.config["number"] == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     words = [f"out_dir={tmp_path}", "study=mine"]
     asked = options.compose([*tiny.STUDY, *words, "trials=4"])
     done = study.run(asked, tiny.quiet(), tiny.played(), [Interrupt()])
     assert not done.whole and done.undelivered == {}
+    assert process.interrupted() == (128 + number, number.name)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, *process.ENDING)] == handlers
     assert [record.state for record in done.records] == [COMPLETE, COMPLETE, KILLED]
     client = MlflowClient(done.tracking_uri)
     run = lambda: client.get_run(done.run_id or "")
@@ -135,3 +160,60 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray):
     )
     assert run().info.status == "FINISHED"
     assert states() == dict.fromkeys(range(4), COMPLETE)
+
+
+def test_a_fault_of_a_machine_is_no_failed_trial(tmp_path, one_ray):
+    class Hindered(tiny.played()):
+        def step(self):
+            if self.trial["number"] == 2 and not Path(self.trial["searched"]["mended"]).exists():
+                self.failure = OSError("planted")
+                return {MACHINE: "h: OSError: planted"}
+            return super().step()
+
+    mended = tmp_path / "mended"
+    words = [f"out_dir={tmp_path}", "study=mine"]
+    job = study.job(options.compose([*tiny.STUDY, *words, "trials=4"]))
+    marked = with_searched(job, mended=str(mended))
+    with pytest.raises(StudyStopped) as stopped:
+        engine.run(marked, tiny.quiet(), Hindered)
+    assert engine.obstacle(stopped.value) == "h: OSError: planted"
+    mended.touch()
+    job = study.job(options.compose([*words, "resume=true"]))
+    done = engine.run(with_searched(job, mended=str(mended)), tiny.quiet(), Hindered)
+    assert [record.state for record in done.records] == [COMPLETE] * 4
+
+
+def with_searched(job, **more):
+    """The job, whose trials carry `more` to their workers."""
+
+    def source(records):
+        for event in job.source(records):
+            event.config["searched"].update(more)
+            yield event
+
+    return replace(job, source=source)
+
+
+def test_the_printed_command_resumes_a_study_that_a_signal_ended(tmp_path, mlflow_template):
+    """Pasted where it was printed, whatever the folder is called."""
+    out = tmp_path / "lr=0.1, (a)"
+    out.mkdir()
+    shutil.copyfile(mlflow_template, out / "mlflow.db")
+    root = Path(engine.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    start = partial(subprocess.Popen, cwd=tmp_path, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    words = ["experiment=smoke", "space=bp", "trials=3", f"out_dir={out.name}"]
+    begun = start([sys.executable, "-u", str(root / "tune_main.py"), *words])
+    said = []
+    assert begun.stdout is not None
+    for line in begun.stdout:
+        said.append(line)
+        begun.send_signal(signal.SIGTERM)  # again and again
+    assert begun.wait() == 128 + signal.SIGTERM, said
+    command = next(line.removeprefix("resume:") for line in said if line.startswith("resume:"))
+    resumed = start(["sh", "-c", command])
+    printed, _ = resumed.communicate()
+    assert resumed.returncode == 0, printed
+    assert "3 complete" in printed or "pruned" in printed
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [out.name]

@@ -619,6 +619,12 @@ def test_a_path_that_mlflow_cannot_open_is_refused_at_once(character, tmp_path):
         mlflow_store.address(None, tmp_path / f"a{character}b")
 
 
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:////tmp"])
+def test_a_store_without_a_file_is_refused(uri, tmp_path):
+    with pytest.raises(ConfigError, match="allowed is sqlite:///FILE"):
+        mlflow_store.address(uri, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a b", "it's", "lr=0.1, (a)", "[x]{y}", "é–漢", "a&b;c", "-x"])
 def test_any_other_folder_holds_a_store(name, tmp_path):
     folder = tmp_path / name

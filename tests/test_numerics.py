@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from disinhib import numerics
+from disinhib.errors import ConfigError
 from disinhib.tuning import environment, provenance
 
 DRAW = """
@@ -97,3 +98,11 @@ def test_every_worker_has_the_variables_of_the_driver(monkeypatch):
     # What stands for "not set" means just that.
     settings = {n: v for n, v in numerics.RECORDED.items() if n.startswith("JAX_")}
     assert draw(**settings) == draw()
+
+
+def test_a_flag_that_xla_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    numerics.check()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
+    with pytest.raises(ConfigError, match=r"^XLA_FLAGS: given --xla_nonsense=1, .* \(Unknown flag"):
+        numerics.check()

@@ -90,3 +90,13 @@ def test_a_full_disk_is_one_line():
     done = run(["sh", "-c", '"$0" -c "$1" > /dev/full', *command("print(1)")[::2]])
     assert done.returncode == 1
     assert done.stderr == "error: OSError: [Errno 28] No space left on device: make room\n"
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    (tmp_path / "gone").mkdir()
+    line = 'cd "$2"; rmdir "$2"; exec "$0" -c "$1"'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = PROGRAM.format(body="print(1)")
+    done = run(["sh", "-c", line, sys.executable, program, tmp_path / "gone"], env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the current folder is gone: change to one that is there\n"

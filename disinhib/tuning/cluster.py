@@ -61,7 +61,8 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
                 raise refusal("cluster.gpus_per_trial", gpus, allowed)
             yield
         finally:
-            ray.shutdown()
+            with _own_handler(signal.SIGTERM):
+                ray.shutdown()
 
 
 def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None:
@@ -95,7 +96,8 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
 
 @contextmanager
 def _own_handler(number: signal.Signals) -> Iterator[None]:
-    """Keeps the process' handler of a signal: Ray's own would end the process at once."""
+    """Keeps the process' handler of a signal. (Ray's own, which it sets when it starts, would end
+    the process at once, and so would the system's, which it sets when it ends.)"""
     handler = signal.getsignal(number)
     yield
     if threading.current_thread() is threading.main_thread():

@@ -100,6 +100,7 @@ def run(
     with ExitStack() as stack:
         if job.resume:  # first: another process may be running it
             log = stack.enter_context(closing(EventLog(job.folder)))
+        numerics.check()
         _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
         if not job.resume:

@@ -76,6 +76,9 @@ def address(uri: str | None, folder: Path) -> str:
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
     file = sqlite_file(uri)
+    in_memory = uri.rpartition("/")[2] in ("", ":memory:")
+    if uri.startswith("sqlite:") and (file is None or in_memory or file.is_dir()):
+        raise refusal("tracking.uri", uri, "sqlite:///FILE")
     if file is None:
         return uri
     if {*"%?#"} & {*str(file)}:
@@ -101,8 +104,10 @@ def why(uri: str, error: Exception) -> str:
     text = one_line(error)
     if " 401" in text or " 403" in text or "Unauthorized" in text:
         text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if proxies := get_environ_proxies(uri) if uri.startswith("http") else {}:
-        text += f"; by way of the proxy {proxies[uri.partition(':')[0]]} (see NO_PROXY)"
+    with suppress(ValueError):  # no address at all
+        proxies = get_environ_proxies(uri) if uri.startswith("http") else {}
+        if proxy := proxies.get(uri.partition(":")[0]):
+            text += f"; by way of the proxy {proxy} (see NO_PROXY)"
     return masked(text)
 
 
@@ -154,6 +159,8 @@ def open_store(uri: str, experiment: str, artifacts: Path) -> Experiment:
             there = client.get_experiment_by_name(experiment)
             location = None if "http" in uri.split("://")[0] else artifacts.as_uri()
             id = there.experiment_id if there else client.create_experiment(experiment, location)
+            if not id:
+                raise ValueError("it is no MLflow server: it makes no experiment")
     except Exception as error:  # drivers, sockets and MLflow itself: each raises its own kind
         allowed = f"the address of an MLflow store that answers ({why(uri, error)})"
         raise refusal("tracking.uri", uri, allowed) from error
