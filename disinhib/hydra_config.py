@@ -147,8 +147,7 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
         try:
             parsed.append(parser.parse_override(text))
         except (HydraException, ValueError):
-            allowed = f"option=value (Hydra's grammar){_quoted(text, parser)}"
-            return ConfigError(f"{text}: not understood, allowed is {allowed}")
+            return ConfigError(f"{text}: not understood, allowed is option=value (Hydra's grammar)")
     groups = [override for override in parsed if choices_of(override.key_or_group)]
     for override in groups:
         allowed, given = choices_of(override.key_or_group), override.value()
@@ -163,18 +162,6 @@ def _explained(error: Exception, config_name: str, overrides: Sequence[str]) -> 
         if override not in groups and known and name not in known:
             return ConfigError(f"{name}: unknown option{nearest(name, known)}")
     return ConfigError(" ".join(str(error).split()))
-
-
-def _quoted(text: str, parser: OverridesParser) -> str:
-    """How to write an override whose value Hydra reads only in quotes, as it does `~/data`."""
-    name, _, value = text.partition("=")
-    written = f"{name}={_written(value)}"
-    try:
-        parser.parse_override(written)
-    except HydraException:
-        return ""
-    no_text = value == "" or value[0] in "[{'\""  # a list, a mapping, quotes that do not match
-    return "" if no_text else f'; with such characters, "{written}"'
 
 
 def _known_options(config_name: str, group_overrides: Sequence[str]) -> set[str]:

@@ -83,8 +83,9 @@ def _plain(text: str) -> str:
 
 
 def recorded() -> dict[str, str]:
-    """The variables of RECORDED that are set, by name."""
-    return {name: os.environ[name] for name in RECORDED if os.environ.get(name)}
+    """The variables of RECORDED that are set to something else, by name."""
+    values = {name: os.environ.get(name) or default for name, default in RECORDED.items()}
+    return {name: value for name, value in values.items() if value != RECORDED[name]}
 
 
 def of_worker(variables: Mapping[str, str]) -> dict[str, str]:

@@ -155,9 +155,10 @@ BAD = [
     (["dataset.valid_split=1.5"], "dataset.valid_split: given 1.5"),
     (["resume=no-such-run"], "resume: given no-such-run, allowed is the folder of a run"),
     (["seed=["], "seed=[: not understood, allowed is option=value (Hydra's grammar)\n"),
-    (["dataset.path=~/a"], """; with such characters, "dataset.path='~/a'"\n"""),
-    (["dataset.path=/tmp/dünn"], """; with such characters, "dataset.path='/tmp/dünn'"\n"""),
-    (["dataset.path=a=b"], """; with such characters, "dataset.path='a=b'"\n"""),
+    (["dataset=fmnist", "dataset.path=~/a"], "~/a"),
+    (["dataset=fmnist", "dataset.path=/tmp/dünn"], "/tmp/dünn"),
+    (["dataset=fmnist", "dataset.path=a=b, (c)"], "a=b, (c)"),
+    (["--config-name=x"], "--config-name=x: has no meaning here"),
     (["epochs"], "epochs: not understood, allowed is option=value"),
 ]
 

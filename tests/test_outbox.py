@@ -101,7 +101,7 @@ class Fake:
 
     def load(self, records):
         if self._fault() is not None:
-            raise Down("no answer\nat all")
+            raise Down("no\nanswer")
         return set(self.there)
 
     def deliver(self, events):
@@ -111,7 +111,7 @@ class Fake:
             if isinstance(logged.event, Asked):
                 self.there.add(logged.event.trial)
         if fault is not None:
-            raise Down("no answer\nat all")
+            raise Down("no\nanswer")
         self.up.set()
 
     def close(self, records, whole):

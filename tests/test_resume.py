@@ -67,7 +67,7 @@ def test_a_study_is_not_resumed_with_other_options(go_on):
     assert "optimizer.b1=0.9 (now 0.5)" in line
     assert "scheduler.name=asha (now median)" in line
     assert "epochs" not in line
-    assert line.endswith("study=tiny-digits extend=true")
+    assert line.endswith("study=smoke extend=true")
 
 
 def test_it_may_go_on_elsewhere(begun):
@@ -93,7 +93,7 @@ def test_a_study_is_not_resumed_with_another_search_space(go_on, monkeypatch):
     line = go_on()
     assert "bp.optimizer.learning_rate: 0.001 to 0.02 (log), now 0.001 to 0.05 (log)" in line
     assert "trainer: one of bp, exact-inv, lin-thresh, now not searched" in line
-    assert line.endswith("study=tiny-digits extend=true")
+    assert line.endswith("study=smoke extend=true")
 
 
 def test_a_study_is_not_resumed_with_other_code(go_on, monkeypatch):
