@@ -37,9 +37,12 @@ def end_on_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if not _received:
-        _received.append(signal.Signals(number))
-        signal.raise_signal(signal.SIGINT)
+    if _received:
+        return
+    _received.append(signal.Signals(number))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def interrupted() -> tuple[int, str]:

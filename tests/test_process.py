@@ -28,9 +28,18 @@ def command(body: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *process.ENDING])
 def test_a_signal_ends_a_command_with_its_exit_code(number):
-    done = run(command(f"print('begun'); os.kill(os.getpid(), {int(number)}); signal.pause()"))
+    # A suite that runs in a shell's background ignores SIGINT, and so would its children.
+    body = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = run(command(f"{body}; print('begun'); os.kill(os.getpid(), {int(number)}); 1 / 0"))
     assert done.returncode == 128 + number
     assert (done.stdout, done.stderr) == ("begun\n", f"interrupted by {number.name}\n")
+
+
+def test_a_command_in_the_background_ends_on_signals_too():
+    ignoring = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    body = "os.kill(os.getpid(), signal.SIGTERM); 1 / 0"
+    done = run(command(body), preexec_fn=ignoring)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted by SIGTERM\n")
 
 
 def test_only_the_first_of_several_signals_counts():
