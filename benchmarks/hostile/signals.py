@@ -81,7 +81,7 @@ def _drawn(seed: int) -> Iterator[Case]:
         (signal.SIGTERM, START, True),
     ):
         yield _struck(rng, number, moment, group)
-    for out in ("lr=0.1 (a)", "it's 100%?", "tüb $HOME"):
+    for out in ("lr=0.1 (a)", "it's [1]; `id`", "tüb $HOME"):
         yield _struck(rng, signal.SIGTERM, TRIALS, False, out)
     yield _struck(rng, signal.SIGTERM, TRIALS, False, command="pipeline")
 
