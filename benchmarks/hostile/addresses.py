@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.hostile.case import PASSWORD, WORKS, Case, refused
+from benchmarks.hostile.case import PASSWORD, WORKS, Case, in_path, refused
 from benchmarks.hostile.place import Expected
 from benchmarks.hostile.reference import TUNE, WHOLE
 from benchmarks.hostile.servers import ANSWERS, CLOSED, CLOSING, GARBAGE, SILENT
@@ -90,12 +90,12 @@ def cases() -> list[Case]:
             for command, words in by_command.items()
         ),
         *(
-            Case(f"addresses: sqlite:///{name}: tune",
+            Case(f"addresses: sqlite:///{name}: tune", "tune", in_path(name),
                  options=(f"tracking.uri=sqlite:///{name}",), leaves=(f"cwd/{name}",), fresh=True)
             for name in STORES
         ),
         *(
-            Case(f"addresses: sqlite:///{name}, read: selection", "selection",
+            Case(f"addresses: sqlite:///{name}, read: selection", "selection", in_path(name),
                  prepare=lambda place, name=name: (place.cwd / "out/mlflow.db").rename(
                      place.cwd / name),
                  options=(f"tracking.uri=sqlite:///{name}",))

@@ -30,6 +30,11 @@ def refused(pattern: str = "") -> Expected:
     return Expected((2,), pattern)
 
 
+def in_path(path: str) -> Expected:
+    """MLflow can have no SQLite file whose path has these characters: then it is refused."""
+    return WORKS | refused("no %, . or #") if {*"%?#"} & {*path} else WORKS
+
+
 def stops(pattern: str = "") -> Expected:
     """It cannot continue, as a study on a full disk."""
     return Expected((1,), pattern)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 from benchmarks.hostile.case import WORKS, Case, Scene, refused, stops
 from benchmarks.hostile.place import Ended, Expected, Place
 from benchmarks.hostile.reference import NEW, OPTIONS, of_study
@@ -63,6 +67,12 @@ def _two_studies(scene: Scene, ended: Ended) -> list[str]:
     return [f"other numbers in {study}" for study in studies if of_study(out / study) != wanted]
 
 
+def _has_python() -> bool:
+    """Whether another user can run this Python, which may lie in root's home."""
+    python = Path(sys.executable).resolve()
+    return all(folder.stat().st_mode & 0o001 for folder in (python, *python.parents))
+
+
 def _open(place: Place) -> None:
     place.root.chmod(0o777)
     for folder in (place.home, place.tmp, place.cwd, *place.cwd.rglob("*")):
@@ -71,7 +81,15 @@ def _open(place: Place) -> None:
 
 def cases() -> list[Case]:
     unnamed = ("-m", "tune_main", *OPTIONS)
+    nobody = [
+        Case("descriptors: a user without a name: tune", prepare=_open, shell=NOBODY),
+        Case("descriptors: a user without a name: selection", "selection", prepare=_open,
+             shell=NOBODY),
+        Case("descriptors: a user with few processes: train", "train", ANY, prepare=_open,
+             shell="ulimit -u 3; " + NOBODY),
+    ]  # fmt: skip
     return [
+        *(nobody if os.geteuid() == 0 and _has_python() else []),
         *(
             Case(f"descriptors: {shell.replace('exec ', '').replace('{}', '...')}: {command}",
                  command, expected, shell=shell)
@@ -95,9 +113,4 @@ def cases() -> list[Case]:
              then=_two_studies, leaves=("cwd/a", "cwd/b")),
         Case("descriptors: two studies of one name at once: tune", "tune", refused("study"),
              words=(*unnamed, f"study={NEW}"), shell=SAME, leaves=("cwd/a", "cwd/b")),
-        Case("descriptors: a user without a name: tune", prepare=_open, shell=NOBODY),
-        Case("descriptors: a user without a name: selection", "selection", prepare=_open,
-             shell=NOBODY),
-        Case("descriptors: a user with few processes: train", "train", ANY, prepare=_open,
-             shell="ulimit -u 3; " + NOBODY),
     ]  # fmt: skip

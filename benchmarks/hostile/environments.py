@@ -110,7 +110,8 @@ VARIABLES = (
     # Python and Hydra.
     Row({"PYTHONWARNINGS": "error"}, "train selection", EITHER),
     Row({"PYTHONHASHSEED": "1"}, "tune"),
-    Row({"PYTHONOPTIMIZE": "2"}, "tune selection report"),
+    Row({"PYTHONOPTIMIZE": "1"}, "tune selection report"),
+    Row({"PYTHONOPTIMIZE": "2"}, "tune selection", EITHER),  # without docstrings
     Row({"PYTHONDEVMODE": "1"}, "train"),
     Row({"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}, "tune"),
     Row({"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}, "tune"),

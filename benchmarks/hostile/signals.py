@@ -22,6 +22,7 @@ from benchmarks.hostile.place import Ended, Expected, Place, Strike, wait_for
 from benchmarks.hostile.reference import COMMANDS, NEW, count, python
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+SUMMARY = rf"^(study {NEW}: \d+ trials)"
 Happened = Callable[[Place, Path], bool]  # whether a moment has come; given a study's folder
 # What a moment is counted from, and the seconds that there can be between them.
 START, RAY, TRIALS, END = "in the first second", "while Ray starts", "amid trials", "at the end"
@@ -50,11 +51,11 @@ def goes_on(case: Case) -> Callable[[Scene, Ended], list[str]]:
     command, where nothing was written yet."""
 
     def then(scene: Scene, ended: Ended) -> list[str]:
-        line = printed(ended, GO_ON)
-        if ended.code == 0:
+        line, study = printed(ended, GO_ON), scene.place.cwd / case.out / NEW
+        if ended.code and count(study, "asked") and printed(ended, SUMMARY) is None:
+            return [f"it prints no summary: {(ended.out + ended.err)[-200:]!r}"]
+        if ended.code == 0 or (line is None and study.exists()):  # whole, though interrupted
             return differences(scene, case, ended)
-        if line is None and (scene.place.cwd / case.out / NEW).exists():
-            return [f"it prints no command to go on: {(ended.out + ended.err)[-200:]!r}"]
         again = scene.run(line or python(*COMMANDS[case.command].words, *case.options))
         if again.wrong:
             return [f"pasted, {line}: {wrong}" for wrong in again.wrong]
@@ -80,7 +81,7 @@ def _drawn(seed: int) -> Iterator[Case]:
         (signal.SIGTERM, START, True),
     ):
         yield _struck(rng, number, moment, group)
-    for out in ("lr=0.1 (a)", "it's 100%?", "tüb $HOME"):
+    for out in ("lr=0.1 (a)", "it's [1]; `id`", "tüb $HOME"):
         yield _struck(rng, signal.SIGTERM, TRIALS, False, out)
     yield _struck(rng, signal.SIGTERM, TRIALS, False, command="pipeline")
 

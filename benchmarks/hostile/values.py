@@ -182,9 +182,7 @@ def cases() -> list[Case]:
         ),
         *(Case(f"values: {flag}: tune", "tune", refused(), words=(*TUNE, flag)) for flag in FLAGS),
         *(
-            Case(
-                f"values: {flag} trials=-1: train", "train", EITHER, words=("-m", "disinhib", flag)
-            )
+            Case(f"values: {flag}: train", "train", EITHER, words=("-m", "disinhib", flag))
             for flag in (
                 "--cfg=job",
                 "--info",
