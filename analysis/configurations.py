@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,7 +148,7 @@ def of_selection(
             raise Refused(f"{name}: selected configurations are trained as they were tried")
     try:
         selection = yaml.safe_load(file.read_text("utf-8"))
-        uri, study_run = selection["tracking_uri"], selection["study_run"]
+        uri, study_run = str(selection["tracking_uri"]), str(selection["study_run"])
         run_ids = [entry["run_id"] for entry in selection["selected"]]
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
@@ -158,13 +159,26 @@ def of_selection(
     other_uri = settings["tracking"]["uri"]
     if other_uri is None and ":***@" in uri:
         raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
-    database = mlflow_store.sqlite_file(uri)
-    if database is not None and not other_uri:
-        # As seen from the file (`mlflow_store.from_file`), wherever both have been moved.
-        uri = f"sqlite:///{Path(os.path.abspath(file)).parent / uri.removeprefix('sqlite:///')}"
+    if other_uri is None:
+        uri = _moved_with(file, uri, study_run) or uri
     store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
+
+
+def _moved_with(file: Path, uri: str, study_run: str) -> str | None:
+    """The address of the database in SQLite that lies beside `file`, or one folder above, as the
+    one at `uri` did, if it has the study: both may have been moved or copied."""
+    database = mlflow_store.sqlite_file(uri)
+    if database is None:
+        return None
+    here = Path(os.path.abspath(file)).parent
+    for folder in (here, here.parent):
+        beside = mlflow_store.address(f"sqlite:///{folder / database.name}", folder)
+        with suppress(Refused):  # no such database, or one of other studies
+            stores.run(stores.connect(beside), study_run)
+            return beside
+    return None
 
 
 def _of_trial(

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if (obstacle := engine.obstacle(error)) is None:
             raise
-        print(f"error: {obstacle}: mend it, then run the command again", file=sys.stderr)
+        print(f"error: {obstacle}, then run the command again", file=sys.stderr)
         return 1
     lines, done = summary(finished, planned, seeds)
     print("\n".join(lines))

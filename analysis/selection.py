@@ -22,7 +22,7 @@ from disinhib import cli
 from disinhib.checks import COUNT, TEXT, Option
 from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Metric
-from disinhib.tuning import mlflow_settings, mlflow_store
+from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.space_tree import option_of, parameters_for
 
@@ -270,8 +270,7 @@ def main(arguments: list[str]) -> int:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)
     file = Path(options["selected"])
-    uri = mlflow_store.from_file(store.uri, file)
-    selected = content(study, uri, choices, metric, per, warning_lines)
+    selected = content(study, store.uri, choices, metric, per, warning_lines)
     runs.write(file, yaml.safe_dump(selected, sort_keys=False), "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for reason in dropped:

@@ -123,7 +123,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
         choices = composed.hydra.runtime.choices
         options = OmegaConf.create({k: v for k, v in composed.items() if k != "hydra"})
         plain = OmegaConf.to_container(options, resolve=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         raise _explained(error, config_name, overrides) from error
     own = {group: str(choice) for group, choice in choices.items() if "hydra/" not in group}
     experiment = own.get("experiment", "None")

@@ -176,7 +176,7 @@ def test_a_fault_of_a_machine_is_no_failed_trial(tmp_path, one_ray):
     marked = with_searched(job, mended=str(mended))
     with pytest.raises(StudyStopped) as stopped:
         engine.run(marked, tiny.quiet(), Hindered)
-    assert engine.obstacle(stopped.value) == "h: OSError: planted"
+    assert engine.obstacle(stopped.value) == "h: OSError: planted: mend it"
     mended.touch()
     job = study.job(options.compose([*words, "resume=true"]))
     done = engine.run(with_searched(job, mended=str(mended)), tiny.quiet(), Hindered)

@@ -14,6 +14,7 @@ from disinhib.config import parse
 from disinhib.errors import InputError
 from disinhib.training import initial_state
 
+pytestmark = pytest.mark.usefixtures("optimised")
 FIGURES = {"fig3": fig3, "fig4": fig4, "figS1": figS1, "figS2": figS2}
 QUICK = {
     "fig3": {"": 2 * 41 + 41 + 4 * 41 + 3 * 41 + 4 * 41},

@@ -102,7 +102,8 @@ def test_a_retraining_is_no_study_to_analyse(opened):
 
 
 def test_it_says_how_it_went(done, rows):
-    lines = done.splitlines()
+    opened, *lines = done.splitlines()
+    assert opened.startswith("study planted (digits, budget ")
     assert lines[0] == "3 configurations of 2 seeds (0 to 1)"
     for rule, trial in SELECTED.items():
         tests = [row["test_accuracy"] for row in rows if row["rule"] == rule]

@@ -259,14 +259,14 @@ def test_a_moved_folder_is_read_where_it_is(tmp_path):
     study = planted.write(then)
     assert select(study, then) == 0
     before = yaml.safe_load((then / "selected.yaml").read_text())
-    assert before["tracking_uri"] == "sqlite:///mlflow.db"  # seen from the file
     then.rename(now)
     moved = study._replace(uri=f"sqlite:///{now}/mlflow.db")
-    assert select(moved, now) == 0
-    assert yaml.safe_load((now / "selected.yaml").read_text()) == before
     settings = configurations.checked_settings([])
     store, found, planned = configurations.of_selection(now / "selected.yaml", settings, set())
     assert (store.uri, found.name, len(planned)) == (moved.uri, "planted", len(before["selected"]))
+    assert select(moved, now) == 0
+    after = yaml.safe_load((now / "selected.yaml").read_text())
+    assert after == {**before, "tracking_uri": moved.uri}
 
 
 def test_the_environments_store_is_that_of_every_command(tmp_path, monkeypatch):

@@ -159,13 +159,13 @@ def run(
 
 
 def obstacle(error: BaseException | None) -> str | None:
-    """What is in the way if the study can be resumed when that is mended: a full disk, or a fault
-    of a machine; else None."""
+    """What is in the way, and what to do about it, if the study can then be resumed: a full disk,
+    or a fault of a machine; else None."""
     while error is not None:
         if isinstance(error, StudyStopped):
             return str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return " ".join(map(str, filter(None, (error.strerror, error.filename))))
+            return f"{error.strerror} {error.filename or ''}".strip() + ": make room"
         error = error.__cause__ or error.__context__
     return None
 

@@ -33,7 +33,8 @@ from disinhib.tuning.event_log import (
 
 
 class StudyStopped(RuntimeError):
-    """The study cannot continue now but can be resumed; the message says what is in the way."""
+    """The study cannot continue now but can be resumed; the message says what is in the way and
+    what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def study_loop(
             return
         outcome = yield ended
         if isinstance(outcome, Hindered):
-            raise StudyStopped(outcome.reason)
+            raise StudyStopped(f"{outcome.reason}: mend it")
         record = records[outcome.trial]
         if not record.ended:
             if isinstance(outcome, Started):
@@ -133,7 +134,7 @@ def study_loop(
         if ended:
             running.discard(outcome.trial)
         if isinstance(outcome, Epoch) and outcome.obstacle is not None:
-            raise StudyStopped(outcome.obstacle)
+            raise StudyStopped(f"{outcome.obstacle}: make room")
 
 
 def events_of(

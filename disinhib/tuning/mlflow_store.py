@@ -93,12 +93,6 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(os.path.abspath(path)) if scheme == "sqlite" else None
 
 
-def from_file(uri: str, file: Path) -> str:
-    """`uri` for a file that is moved together with the store: SQLite relative to it."""
-    database = sqlite_file(uri)
-    return uri if database is None else f"sqlite:///{os.path.relpath(database, file.parent)}"
-
-
 def why(uri: str, error: Exception) -> str:
     """Why a store does not answer, in one line, with what may help."""
     text = one_line(error)

@@ -65,7 +65,7 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
         if (obstacle := engine.obstacle(error)) is None:
             raise
         command = resume_command(study, study.name)
-        print(f"error: {obstacle}: mend it, then resume: {command}", file=sys.stderr)
+        print(f"error: {obstacle}, then resume: {command}", file=sys.stderr)
         return 1, None
     summary(finished, study, console)
     if not finished.whole:
