@@ -9,8 +9,8 @@ from disinhib.activations import tangent_of_inverse
 from disinhib.paper import student_teacher
 from disinhib.paper.student_teacher import FORMS, HYPER, RULES
 
-# Of the published run, by (epoch, loss): approximate, exact.
 pytestmark = pytest.mark.usefixtures("optimised")
+# Of the published run, by (epoch, loss): approximate, exact.
 PUBLISHED = {
     (0, "open_loop"): (5.264, 5.264),
     (0, "closed_loop"): (0.00123, 0.00124),
