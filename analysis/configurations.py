@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from analysis import runs, store as stores
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
-from disinhib.errors import ConfigError, nearest, one_line
+from disinhib.errors import ConfigError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store, options as studies
 from disinhib.tuning.validation import CHECKS, check_device
 
@@ -157,28 +156,30 @@ def of_selection(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
         ) from error
     other_uri = settings["tracking"]["uri"]
-    if other_uri is None and ":***@" in uri:
+    environment = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if other_uri is None and masked(environment) == uri:  # with the password
+        other_uri = environment
+    if other_uri is None and "***" in uri:
         raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
     if other_uri is None:
-        uri = _moved_with(file, uri, study_run) or uri
+        uri = _moved_with(file, selection.get("database"), study_run) or uri
     store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
 
-def _moved_with(file: Path, uri: str, study_run: str) -> str | None:
-    """The address of the database in SQLite that lies beside `file`, or one folder above, as the
-    one at `uri` did, if it has the study: both may have been moved or copied."""
-    database = mlflow_store.sqlite_file(uri)
+def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
+    """The address of the `database` in SQLite, as seen from `file`, if it is there and has the
+    study: both may have been moved or copied together."""
     if database is None:
         return None
-    here = Path(os.path.abspath(file)).parent
-    for folder in (here, here.parent):
-        beside = mlflow_store.address(f"sqlite:///{folder / database.name}", folder)
-        with suppress(Refused):  # no such database, or one of other studies
-            stores.run(stores.connect(beside), study_run)
-            return beside
-    return None
+    place = Path(os.path.abspath(file)).parent / database
+    beside = mlflow_store.address(f"sqlite:///{place}", place.parent)
+    try:
+        stores.run(stores.connect(beside), study_run)
+    except Refused:  # no such database, or one of other studies
+        return None
+    return beside
 
 
 def _of_trial(

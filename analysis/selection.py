@@ -2,11 +2,13 @@
 
 Uses validation data only. Writes the selected trials to a file for `python -m analysis.retrain`.
 Prints how close the runners-up were, and warns if a best value lies at the edge
-of its range, if trials nearby failed, or if the groups had unequal budgets.
+of its range, if trials nearby failed, if the groups had unequal budgets or hardly any complete
+trials, if a choice was hardly tried, or if a trial has seen the test set.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from disinhib import cli
 from disinhib.checks import COUNT, TEXT, Option
 from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Metric
-from disinhib.tuning import mlflow_settings
+from disinhib.tuning import mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.space_tree import option_of, parameters_for
 
@@ -220,16 +222,19 @@ def _words(group: Mapping[str, str]) -> str:
 def content(
     study: StudyRun,
     uri: str,
+    database: str | None,
     chosen: Sequence[Choice],
     metric: str,
     per: list[str],
     warned: list[str],
 ) -> dict[str, Any]:
-    """The content of `selected.yaml`."""
+    """The content of `selected.yaml`; `database` is the store's file, if it is one, as seen from
+    there."""
     return {
         "study": study.name,
         "study_run": study.run.info.run_id,
         "tracking_uri": masked(uri),
+        "database": database,
         "metric": metric,
         "rule": RULE.format(metric=metric),
         "per": per,
@@ -270,7 +275,9 @@ def main(arguments: list[str]) -> int:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)
     file = Path(options["selected"])
-    selected = content(study, store.uri, choices, metric, per, warning_lines)
+    database = mlflow_store.sqlite_file(store.uri)
+    seen = None if database is None else os.path.relpath(database, file.absolute().parent)
+    selected = content(study, store.uri, seen, choices, metric, per, warning_lines)
     runs.write(file, yaml.safe_dump(selected, sort_keys=False), "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for reason in dropped:

@@ -235,13 +235,32 @@ def test_the_environments_store_is_kept_with_the_study_but_no_password(tmp_path,
     assert options.compose([place]).tracking["uri"] == "http://there:5000"
     assert options.compose([place, "tracking.uri=http://h"]).tracking["uri"] == "http://h"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there:5000")
-    assert options.compose([place]).tracking["uri"] is None
+    asked = options.compose([place])
+    assert asked.tracking["uri"] == "http://me:secret@there:5000"
+    assert "secret" not in str(options.kept(asked))
 
 
-def test_a_study_is_resumed_in_its_own_store(tmp_path, monkeypatch):
-    place = f"out_dir={tmp_path}"
-    asked = options.compose([place, "study=mine"])
+@pytest.mark.parametrize(
+    ("begun", "resumed", "store"),
+    [
+        ("", "http://another:5000", "sqlite:///{out}/mlflow.db"),
+        ("sqlite:///a.db", "", "sqlite:///{cwd}/a.db"),
+        ("http://there:5000", "http://another:5000", "http://there:5000"),
+        ("http://me:secret@there:5000", "http://me:new@there:5000", "http://me:new@there:5000"),
+    ],
+)
+def test_a_study_goes_on_in_its_own_store(begun, resumed, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", begun)
+    asked = options.compose(["study=mine"])
     manifest.write(asked.folder, study.job(asked).manifest, options.kept(asked))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
-    again = options.compose([place, "study=mine", "resume=true"])
-    assert again.tracking["uri"] is None  # the one in out_dir
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", resumed)
+    store = store.format(cwd=tmp_path, out=tmp_path / "out")
+    for how in ("resume", "extend"):
+        assert options.compose(["study=mine", f"{how}=true"]).tracking["uri"] == store
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if "secret" in begun:
+        with pytest.raises(ConfigError, match=r"tracking\.uri: missing, as a study keeps"):
+            options.compose(["study=mine", "resume=true"])
+    else:
+        assert options.compose(["study=mine", "resume=true"]).tracking["uri"] == store

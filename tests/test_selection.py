@@ -256,11 +256,12 @@ def test_a_study_whose_own_run_was_deleted_is_not_another_study(tmp_path):
 
 def test_a_moved_folder_is_read_where_it_is(tmp_path):
     then, now = tmp_path / "then", tmp_path / "now, here (a)=1"
-    study = planted.write(then)
+    study = planted.write(then / "out")
     assert select(study, then) == 0
     before = yaml.safe_load((then / "selected.yaml").read_text())
+    assert before["database"] == "out/mlflow.db"
     then.rename(now)
-    moved = study._replace(uri=f"sqlite:///{now}/mlflow.db")
+    moved = study._replace(uri=f"sqlite:///{now}/out/mlflow.db")
     settings = configurations.checked_settings([])
     store, found, planned = configurations.of_selection(now / "selected.yaml", settings, set())
     assert (store.uri, found.name, len(planned)) == (moved.uri, "planted", len(before["selected"]))

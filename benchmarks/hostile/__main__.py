@@ -37,7 +37,7 @@ COMMAND = cli.Command(
         Option("list", False, FLAG, "only list the cases"),
         Option("jobs", 1, COUNT, "cases at once"),
         Option("patience", 60.0, POSITIVE, "s until a command hangs, on an idle machine"),
-        Option("seed", 0, INDEX, "seed of the moments of signals"),
+        Option("seed", 0, INDEX, "seed of the draw, and of the moments of signals"),
         Option("folder", None, OPTIONAL_TEXT, "a short path, to keep the reference; null: none"),
     ),
 )

@@ -16,7 +16,7 @@ from benchmarks.hostile.reference import COMMANDS, Reference, python
 WORKS = Expected((0,))
 PASSWORD = "Gr3ta-Hx9q"
 PLACE = "PLACE"  # stands for the case's folder
-GO_ON = r"^(?:go on|resume): +(.+)$"  # the line with the command that resumes
+GO_ON = r"^resume: +(.+)$"  # the line with the command that resumes
 UI = r"^all trials: +(.+?)(?:   \(then .*\))?$"
 BEST = r"^best trial: +(.+)$"
 
@@ -31,7 +31,7 @@ def refused(pattern: str = "") -> Expected:
 
 
 def in_path(path: str) -> Expected:
-    """MLflow can have no SQLite file whose path has these characters: then it is refused."""
+    """MLflow can have no SQLite file whose path has these characters: then it may be refused."""
     return WORKS | refused("no %, . or #") if {*"%?#"} & {*path} else WORKS
 
 

@@ -82,7 +82,7 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or options that differ from its own.
     """
-    overrides = [_anchored(override) for override in overrides]
+    given = overrides = [_anchored(override) for override in overrides]
     settings, earlier = _settings(overrides), None
     if settings["resume"] or settings["extend"]:
         earlier = resume.read_kept(settings)
@@ -94,14 +94,13 @@ def compose(overrides: Sequence[str]) -> Study:
         _composed((), chosen)
     options, choices = _composed(overrides, chosen)
     check(options)
-    if earlier is None and options["tracking"]["uri"] is None:
-        # Kept with the study, so that it is resumed there; a password stays in the environment.
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        options["tracking"]["uri"] = uri if uri and masked(uri) == uri else None
-    elif earlier is not None and not any(option_of(o) == "tracking.uri" for o in overrides):
-        options["tracking"]["uri"] = earlier["options"]["tracking"]["uri"]
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
+    uri = options["tracking"]["uri"]
+    if uri is None:
+        stays = earlier is not None and not any(option_of(o) == "tracking.uri" for o in given)
+        then = (earlier["options"]["tracking"]["uri"] or "") if stays else None
+        options["tracking"]["uri"], uri = _store(then, out_dir)
     name = options["study"]
     if not options["resume"]:
         experiment = choices.get("experiment", "None").replace("/", "-")
@@ -112,7 +111,23 @@ def compose(overrides: Sequence[str]) -> Study:
         resume.refuse_changes(earlier["options"], options)
     plain = {f.name: options[f.name] for f in fields(Study) if f.name in options}
     own = {"name": name, "out_dir": out_dir, "overrides": tuple(overrides), "options": options}
-    return Study(**{**plain, **own})
+    return Study(**{**plain, **own, "tracking": {**options["tracking"], "uri": uri}})
+
+
+def _store(then: str | None, out_dir: Path) -> tuple[str | None, str]:
+    """(what is kept with a study that is given no `tracking.uri`, the address of its store): the
+    environment's, else in `out_dir`. A study that is resumed, or extended, stays where it was:
+    `then` is what was kept with it, "" for `out_dir`.
+
+    No password is kept: it stays in the environment. Raises ConfigError if it is not there.
+    """
+    override = f"tracking.uri={os.environ.get('MLFLOW_TRACKING_URI', '')}"
+    there = _anchored(override).partition("=")[2]
+    if then is not None and masked(there) != then:
+        if "***" in then:
+            raise ConfigError(f"tracking.uri: missing, as a study keeps no passwords ({then})")
+        there = then
+    return masked(there) or None, there or f"sqlite:///{out_dir / 'mlflow.db'}"
 
 
 def _anchored(override: str) -> str:
