@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disinhib.checks import refusal
 from disinhib.errors import ConfigError, one_line
-from disinhib.tuning import environment, provenance
+from disinhib.tuning import environment
 
 SWITCHES = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the study was started
@@ -165,42 +163,15 @@ def _without_summary() -> Iterator[None]:
         logger.removeFilter(unsaid)
 
 
-def check_machines(manifest: Path, id: str, files: Mapping[str, str]) -> None:
-    """Raises ConfigError if a machine of the cluster does not see the study's file `manifest` with
-    its `id`, or has other code than `files` (provenance.code): its trials would start again after
-    a kill, or train with another program."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
-        return
-    on = lambda node: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    looks = [_look.options(scheduling_strategy=on(node)).remote(str(manifest)) for node in nodes]
-    for node, looked in zip(nodes, looks, strict=True):
-        machine = node["NodeManagerAddress"]
-        there, code = ray.get(looked)
-        if there != id:
-            allowed = f"a folder that all machines share ({machine} does not see it)"
-            raise refusal("out_dir", manifest.parent.parent, allowed)
-        if code != files:
-            other = sorted(file for file in {*code, *files} if code.get(file) != files.get(file))
-            raise ConfigError(f"cluster: {machine} has other code: {', '.join(other)}")
-
-
-@ray.remote(num_cpus=0)
-def _look(manifest: str) -> tuple[str | None, dict[str, str]]:
-    """On this machine: the id in the file `manifest`, and the code's files with hashes."""
-    file = Path(manifest)
-    there = json.loads(file.read_text())["id"] if file.exists() else None
-    return there, provenance.code(provenance.ROOT)["files"]
-
-
-def trials_at_once(resources: Mapping[str, float]) -> int:
-    """How many trials with `resources` fit on the cluster now."""
-    return sum(
-        min(
-            int(node["Resources"].get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one
-            for kind, share in resources.items()
-            if share
-        )
-        for node in ray.nodes()
-        if node["Alive"]
+def room(resources: Mapping[str, float], trial: Mapping[str, float]) -> int:
+    """How many trials with the resources `trial` (cpu, gpu) fit on a machine with `resources`."""
+    return min(
+        int(resources.get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one
+        for kind, share in trial.items()
+        if share
     )
+
+
+def trials_at_once(trial: Mapping[str, float]) -> int:
+    """How many trials with the resources `trial` fit on the cluster now."""
+    return sum(room(node["Resources"], trial) for node in ray.nodes() if node["Alive"])

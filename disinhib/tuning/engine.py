@@ -24,10 +24,11 @@ from rich.console import Console
 from disinhib import numerics
 from disinhib.errors import ConfigError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import cluster, manifest, progress, retention
+from disinhib.tuning import cluster, machines, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
-from disinhib.tuning.manifest import MANIFEST, Manifest
+from disinhib.tuning.manifest import Manifest
+from disinhib.tuning.provenance import Source as DataSource
 from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
@@ -41,6 +42,7 @@ class Job:
     out_dir: Path  # absolute; the study's own folder is out_dir / name
     resume: bool  # its folder exists
     manifest: Manifest
+    data: DataSource  # that every machine must have
     kept: Mapping[str, Any]  # of its options, in its folder
     command: str  # runs this study
     metric: str  # of metrics.SELECTION
@@ -118,8 +120,9 @@ def run(
                 shown.say(f"warm start: {len(job.manifest.past)} trials of earlier studies")
             for line in numerics.ignored():
                 shown.say(f"warning: {line}")
-            code = job.manifest.provenance["code"]["files"]
-            cluster.check_machines(job.folder / MANIFEST, job.manifest.id, code)
+            need = machines.require(job.folder, job.data, job.resources["gpu"])
+            nodes = machines.Machines(job.resources, need)
+            machines.survey(nodes)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
             shown.before = progress.tally(records.values()).ended
             if job.resume:
@@ -128,7 +131,7 @@ def run(
             for outbox in outboxes:
                 outbox.start()
             with shown:
-                _run_loop(job, log, records, trainable, callbacks, shown)
+                _run_loop(job, log, records, nodes, trainable, callbacks, shown)
         except ConfigError:
             if not job.resume:  # the name becomes free again
                 shutil.rmtree(job.folder)
@@ -230,6 +233,7 @@ def _run_loop(
     job: Job,
     log: EventLog,
     records: dict[int, Record],
+    nodes: machines.Machines,
     trainable: type[tune.Trainable],
     callbacks: Sequence[tune.Callback],
     shown: progress.Progress,
@@ -259,10 +263,13 @@ def _run_loop(
         every_seconds=job.checkpoints["every_seconds"],
         at_end=job.keep_best > 0,
         cap_bytes=cap,
+        need=nodes.need,
     )
     # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
-    at_once = job.cluster["max_concurrent"] or cluster.trials_at_once(job.resources) + 1
-    backend = RayBackend(trainable, job.resources, policy, job.folder, update, on_over_cap)
+    at_once = lambda: job.cluster["max_concurrent"] or nodes.room() + 1
+    backend = RayBackend(
+        trainable, job.resources, policy, job.folder, nodes, update, on_over_cap, shown.say
+    )
     score = mean_score(job.metric, SELECTION[job.metric].sign)
     loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)
-    backend.run(loop, at_once, callbacks)
+    backend.run(loop, callbacks)

@@ -21,6 +21,7 @@ from disinhib.tuning.event_log import (
     FAILED,
     PRUNED,
     RUNNING,
+    WAITING,
     Asked,
     Ended,
     EpochDone,
@@ -66,15 +67,27 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The trial has lost its worker, and waits for another."""
+
+    trial: int
+
+
+@dataclass(frozen=True)
 class Hindered:
-    """The trial's machine is at fault, not its configuration: the study stops until that is
-    mended, and the trial goes on when it is resumed."""
+    """The trial's machine is at fault, not its configuration, and there is no other: the study
+    stops until that is mended, and the trial goes on when it is resumed."""
 
     trial: int
     reason: str  # names the machine
 
 
-Outcome = Started | Epoch | Failed | Hindered
+@dataclass(frozen=True)
+class Resized:
+    """The cluster has become larger or smaller."""
+
+
+Outcome = Started | Epoch | Failed | Lost | Hindered | Resized
 Loop = Generator[bool, Outcome, None]
 
 
@@ -91,10 +104,10 @@ def study_loop(
     stops: Stops,
     score: Score,
     start: Callable[[TrialConfig], None],
-    at_once: int,
+    at_once: Callable[[], int],
     observe: Callable[[Event], None],
 ) -> Loop:
-    """Runs the unfinished trials of `records` and those of `source` to their end, `at_once` at a
+    """Runs the unfinished trials of `records` and those of `source` to their end, `at_once()` at a
     time; calls `observe` with every event. `start` starts a trial as soon as there is room for it.
 
     Raises what the log raises, and StudyStopped.
@@ -109,7 +122,7 @@ def study_loop(
     running: set[int] = set()
     ended = False  # the trial that reported last
     while True:
-        while len(running) < at_once:
+        while len(running) < at_once():
             if not waiting:
                 asked = list(source(records))
                 write(asked)
@@ -124,10 +137,15 @@ def study_loop(
         outcome = yield ended
         if isinstance(outcome, Hindered):
             raise StudyStopped(f"{outcome.reason}: mend it")
+        if isinstance(outcome, Resized):
+            ended = False
+            continue
         record = records[outcome.trial]
         if not record.ended:
             if isinstance(outcome, Started):
                 record.state = RUNNING
+            elif isinstance(outcome, Lost):
+                record.state = WAITING
             else:
                 write(events_of(outcome, records, stops, score))
         ended = record.ended

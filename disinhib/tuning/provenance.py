@@ -38,20 +38,28 @@ def collect(config: RunConfig, threads: int) -> dict[str, Any]:
     Raises data.DataError.
     """
     return {
+        **decisive((config.dataset, config.dataset_path, config.valid_split)),
         "code": code(ROOT),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
             "cpu": _cpu(),
             "cores": os.cpu_count(),
         },
-        "data": {
-            "name": config.dataset,
-            "sha256": _data_hash(config.dataset, config.dataset_path, config.valid_split),
-        },
         "threads": threads,
+    }
+
+
+Source = tuple[str, str | None, float]  # of data: its name, its folder and the validation split
+
+
+def decisive(source: Source) -> dict[str, Any]:
+    """What `differences` compares, of this process. Raises data.DataError."""
+    return {
+        "code": {"files": _hashes(ROOT)},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "data": {"name": source[0], "sha256": _data_hash(*source)},
         "numerics": numerics.recorded(),
     }
 
@@ -97,23 +105,23 @@ def code(root: Path) -> dict[str, Any]:
         "version": _version("disinhib"),
         "commit": commit,
         "diff": "" if commit is None else _patch(root),
-        "files": {
-            name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for name, file in sorted(_decisive(root).items())
-        },
+        "files": _hashes(root),
     }
 
 
-def _decisive(root: Path) -> dict[str, Path]:
+def _hashes(root: Path) -> dict[str, str]:
     """Every decisive file by its name in a checkout; a wheel has conf/ within the package."""
     installed = root / "disinhib"
     places = dict.fromkeys(DECISIVE, root)
     if (installed / "conf").is_dir():
         places["conf/**/*.yaml"] = installed
-    return {
+    files = {
         file.relative_to(place).as_posix(): file
         for pattern, place in places.items()
         for file in place.glob(pattern)
+    }
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())
     }
 
 

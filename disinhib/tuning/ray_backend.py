@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,28 @@ from ray.tune.search import Searcher
 
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import TrialConfig
-from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Outcome, Started
+from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Lost, Outcome, Resized, Started
+from disinhib.tuning.machines import Machine, Machines, end_process, node_label
 from disinhib.tuning.ray_workaround import deaths_counted_once
-from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, Policy
+from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, Policy
 
 FOLDER = "ray"  # in the study's folder
-WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker, and no more
+WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker without a new epoch
+LOOK_SECONDS = 1.0  # between two looks at the cluster
+# A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
+# taken, and for QUIET_SECONDS; until its first report, for START_SECONDS.
+PATIENCE, QUIET_SECONDS, START_SECONDS = 20.0, 60.0, 900.0
+
+
+@dataclass
+class Running:
+    """A trial's worker, as far as its reports tell."""
+
+    heard: float  # when it last reported, by time.monotonic()
+    node: str = ""
+    pid: int = 0
+    saved: int = 0  # epochs in the trial's checkpoint
+    longest: float = 0.0  # s between two reports
 
 
 @dataclass(eq=False)
@@ -39,30 +56,37 @@ class RayBackend(tune.Callback):
     cannot continue.
 
     Ray's own record is in `folder`. `on_step()` is called now and then, `on_over_cap()` when the
-    cap prevented a trial from writing its checkpoint.
+    cap prevented a trial from writing its checkpoint; `say` tells the user what happens to
+    `machines`.
     """
 
     trainable: type[tune.Trainable]
     resources: Mapping[str, float]
     policy: Policy
     folder: Path
+    machines: Machines
     on_step: Callable[[], None]
     on_over_cap: Callable[[], None]
+    say: Callable[[str], None]
     queue: deque[TrialConfig] = field(default_factory=deque)
+    running: dict[int, Running] = field(default_factory=dict)
+    epochs: dict[int, int] = field(default_factory=dict)  # the newest of each trial
+    lost: list[tuple[int, Running]] = field(default_factory=list)  # and not yet said
+    looked: float = 0.0  # at the cluster, by time.monotonic()
     error: Exception | None = None  # why the study cannot continue
     over: bool = False
 
     def start(self, config: TrialConfig) -> None:
         self.queue.append(config)
 
-    def run(self, loop: Loop, at_once: int, callbacks: Sequence[tune.Callback] = ()) -> None:
+    def run(self, loop: Loop, callbacks: Sequence[tune.Callback] = ()) -> None:
         """Runs `loop` to its end, or until Ctrl-C. Raises the errors of the loop."""
         self.loop = loop
         self.handler = signal.getsignal(signal.SIGUSR1)
         self.tell(None)
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
-            tune.with_resources(self.trainable, dict(self.resources)),
+            tune.with_resources(self.trainable, lambda config: self.request()),
             tune_config=tune.TuneConfig(
                 search_alg=RaySearcher(self),
                 scheduler=RayScheduler(self),
@@ -80,18 +104,22 @@ class RayBackend(tune.Callback):
                 verbose=0,
             ),
         )
-        # By default Ray starts one worker at a time and drops it when another becomes free, so
-        # that short trials would run one after another.
-        pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
         if not self.over:
             try:
-                with environment.variables(pending), deaths_counted_once(), _handlers_restored():
+                with environment.variables(VARIABLES), deaths_counted_once(), _handlers_restored():
                     tuner.fit()
             except Exception:
                 if self.error is None:  # Ray wraps errors of its callbacks
                     raise
         if self.error is not None:
             raise self.error
+
+    def request(self) -> tune.PlacementGroupFactory:
+        """What a trial needs of a machine, and where it may not run."""
+        bundle = {kind.upper(): share for kind, share in self.resources.items()}
+        if not (left_out := self.machines.left_out()):
+            return tune.PlacementGroupFactory([bundle])
+        return tune.PlacementGroupFactory([bundle], bundle_label_selector=[node_label(left_out)])
 
     def tell(self, outcome: Outcome | None) -> bool:
         """Sends `outcome` to the loop, or None to begin it; returns whether the trial has ended."""
@@ -105,25 +133,113 @@ class RayBackend(tune.Callback):
             self.error, self.over = error, True
         return True
 
+    def hear(self, trial: Trial, result: Mapping[str, Any]) -> bool:
+        """Tells the loop of a worker's report; returns whether the trial has ended."""
+        number, now = trial.config["number"], time.monotonic()
+        worker = self.running.setdefault(number, Running(now))
+        worker.longest = max(worker.longest, now - worker.heard)
+        worker.heard, worker.pid = now, result["pid"]
+        worker.node, worker.saved = result.get(NODE, ""), result.get(SAVED, 0)
+        if FAILURE in result or MACHINE in result:
+            # The worker raises it in its next step; running the trial again would not help, except
+            # on another machine.
+            trial.max_failures = 0
+            if FAILURE in result:
+                self.tell(Failed(number, result[FAILURE]))
+            elif self.machines.leave_out(worker.node, result[MACHINE]):
+                trial.max_failures = trial.num_failures + WORKERS_LOST
+                self.say(f"{result[MACHINE]}: this machine is left out")
+            else:
+                self.tell(Hindered(number, result[MACHINE]))
+            return False
+        report = json.loads(result[REPORT])
+        if report.pop("over_cap", False):
+            self.on_over_cap()
+        if report["epoch"] > self.epochs.get(number, 0):  # deaths count if nothing has come of it
+            self.epochs[number] = report["epoch"]
+            trial.max_failures = trial.num_failures + WORKERS_LOST
+        ended = self.tell(Epoch(trial=number, **report))
+        if ended:
+            self.running.pop(number, None)
+        return ended
+
     def setup(self, **_: Any) -> None:
         # Tune has taken this signal for itself; with ours, the exit code tells which it was.
         if callable(self.handler):
             signal.signal(signal.SIGUSR1, self.handler)
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
-        self.tell(Started(trial.config["number"]))
+        number = trial.config["number"]
+        self.running[number] = Running(time.monotonic())
+        self.tell(Started(number))
+
+    def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
+        number = trial.config["number"]
+        trial.update_resources(self.request())
+        self.lost.append((number, self.running.pop(number, Running(time.monotonic()))))
+        self.looked = 0.0  # a machine may have gone with it
+        self.tell(Lost(number))
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
-        # (A scheduler hears of every death of a worker, also if the trial is to go on.)
-        self.tell(Failed(trial.config["number"], f"worker lost {WORKERS_LOST + 1} times"))
+        number = trial.config["number"]
+        self.running.pop(number, None)
+        self.tell(Failed(number, f"worker lost {WORKERS_LOST + 1} times"))
 
     def on_step_end(self, **_: Any) -> None:
         if self.error is not None:
             raise self.error
+        if time.monotonic() - self.looked > LOOK_SECONDS:
+            self.look()
+            self.looked = time.monotonic()
         self.on_step()
+
+    def look(self) -> None:
+        """Looks at the cluster: says which machines have come and gone, and where lost trials go
+        on; lets the loop fill new room; ends workers that have long been silent."""
+        before = self.machines.room()
+        _, gone = self.machines.refresh()
+        for machine in gone:
+            self.say(f"{machine.address} is gone{self._go_on(machine.id)}")
+        for machine in self.machines.surveyed():
+            if machine.faults:
+                self.say(f"{machine.address} is left out: {'; '.join(machine.faults)}")
+            elif machine.fit:
+                self.say(f"{machine.address} joined: {machine.room} more at once")
+        for node in dict.fromkeys(worker.node for _, worker in self.lost):
+            name = self.machines.name(node)
+            self.say(f"a worker on {name} is lost{self._go_on(node)}")
+        if self.machines.room() != before:
+            self.tell(Resized())
+        for number, worker in self.running.items():
+            limit = max(QUIET_SECONDS, PATIENCE * worker.longest) if worker.pid else None
+            quiet = time.monotonic() - worker.heard
+            if limit is not None and quiet > limit:
+                self.say(f"trial {number} has been silent for {quiet:.0f} s: its worker is ended")
+                end_process(worker.node, worker.pid, self.trainable.__name__)
+                worker.heard = time.monotonic()
+
+    def _go_on(self, node: str) -> str:
+        """`: trials 4, 7 go on from epochs 11, 6`, of those that were lost on a machine."""
+        own = sorted((number, worker.saved) for number, worker in self.lost if worker.node == node)
+        self.lost = [(number, worker) for number, worker in self.lost if worker.node != node]
+        if not own:
+            return ""
+        numbers, epochs = (", ".join(map(str, each)) for each in zip(*own, strict=True))
+        one = len(own) == 1
+        return (
+            f": trial{'' if one else 's'} {numbers} go{'es' if one else ''} on from"
+            f" epoch{'' if one else 's'} {epochs}"
+        )
 
     def __getstate__(self) -> dict:
         return {}  # Ray pickles its parts; the state is in the log
+
+
+VARIABLES = {
+    # By default Ray starts one worker at a time and drops it when another becomes free, so that
+    # short trials would run one after another. The loop decides how many trials there are.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
+}
 
 
 class RaySearcher(Searcher):
@@ -155,17 +271,7 @@ class RayScheduler(FIFOScheduler):
         self.backend = backend
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        number = trial.config["number"]
-        for key, outcome in ((FAILURE, Failed), (MACHINE, Hindered)):
-            if key in result:
-                # The worker raises it in its next step; running the trial again would not help.
-                trial.max_failures = 0
-                self.backend.tell(outcome(number, result[key]))
-                return TrialScheduler.CONTINUE
-        report = json.loads(result[REPORT])
-        if report.pop("over_cap", False):
-            self.backend.on_over_cap()
-        ended = self.backend.tell(Epoch(trial=number, **report))
+        ended = self.backend.hear(trial, result)
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
 
 

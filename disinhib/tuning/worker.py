@@ -20,16 +20,20 @@ import time
 from collections.abc import Mapping
 from typing import Any, TypedDict, cast
 
+import ray
 from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
 from disinhib.errors import one_line, reason_of
+from disinhib.tuning import machines
 from disinhib.tuning.event_log import TrialConfig, over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file, sizes
 
-# Keys of a result: the report of an epoch, as JSON, why training failed, or why the machine did.
+# Keys of a result: the report of an epoch, as JSON, why training failed, or why the machine did;
+# and the machine (Ray's node id), with the epoch from which another would go on.
 REPORT, FAILURE, MACHINE = "report", "failure", "machine"
+NODE, SAVED = "node", "saved"
 
 
 class Policy(TypedDict):
@@ -39,6 +43,11 @@ class Policy(TypedDict):
     every_seconds: float  # between two checkpoints of a trial
     at_end: bool  # also when it has run its whole budget
     cap_bytes: float  # for the whole folder
+    need: machines.Need
+
+
+class Unfit(RuntimeError):
+    """This machine may not train trials of this study."""
 
 
 class TrainingTrial(tune.Trainable):
@@ -51,6 +60,8 @@ class TrainingTrial(tune.Trainable):
 
     def setup(self, config: dict) -> None:
         self._compilations = count_compilations()
+        self._proved = False
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:
@@ -58,7 +69,7 @@ class TrainingTrial(tune.Trainable):
         the first step, whose errors count as the trial's and not as the worker's."""
         self._trial = cast(TrialConfig, new_config)
         self._policy = cast(Policy, new_config["policy"])
-        self._begun, self._failure = False, None
+        self._begun, self._failure, self._saved_epochs = False, None, 0
         return True
 
     def step(self) -> dict:
@@ -70,12 +81,15 @@ class TrainingTrial(tune.Trainable):
         if self._failure is not None:
             raise self._failure
         try:
-            return self._step()
+            result = self._step()
         except Exception as error:
             self._failure = error
             if self._begun and not of_machine(error):
-                return {FAILURE: reason_of(error)}
-            return {MACHINE: f"{platform.node()}: {one_line(error)}"}
+                result = {FAILURE: reason_of(error)}
+            else:
+                why = str(error) if isinstance(error, Unfit) else one_line(error)
+                result = {MACHINE: f"{platform.node()}: {why}"}
+        return {**result, NODE: self._node, SAVED: self._saved_epochs}
 
     def _step(self) -> dict:
         if not self._begun:
@@ -102,6 +116,10 @@ class TrainingTrial(tune.Trainable):
         the options and has seen the data."""
         from disinhib import checkpoint, compilation_cache, config, memory, numerics, training
 
+        if not self._proved:
+            if lines := machines.faults(self._policy["need"]):
+                raise Unfit("; ".join(lines))
+            self._proved = True
         numerics.set_jax()
         compilation_cache.share()  # here, because it needs the device, which may be missing
         self._memory = memory.start()
@@ -113,6 +131,7 @@ class TrainingTrial(tune.Trainable):
         file = checkpoint_file(self._policy["folder"], self._trial["number"])
         if file.exists():
             self._state, self._reports = checkpoint.load(file, self._run)
+            self._saved_epochs = len(self._reports)
         else:
             self._state = training.initial_state(self._run, self._trial["seeds"])
         self._begun = True
@@ -202,7 +221,7 @@ class TrainingTrial(tune.Trainable):
             if last:
                 file.unlink(missing_ok=True)  # an earlier epoch's is not the final state
             return {"over_cap": True}
-        self._saved = time.monotonic()
+        self._saved, self._saved_epochs = time.monotonic(), len(self._reports)
         return {}
 
 

@@ -1,0 +1,223 @@
+"""The machines of a Ray cluster: which may train a study's trials, and how they prove it.
+
+Every machine is surveyed before the first trial, or when it joins, and every worker looks at its own
+when it is born, because a machine may change in the meantime. One that is not fit is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from disinhib.errors import ConfigError, InputError, one_line
+from disinhib.tuning import cluster, provenance
+
+FILE = "driver.json"  # in a study's folder: what the driver has, and every machine must have too
+SURVEY_SECONDS = 120.0  # a machine that takes longer to answer, with its data loaded, is left out
+CLOCK_SECONDS = 60.0  # by which clocks may differ
+
+
+class Need(TypedDict):
+    """What a machine must show. (Plain values: sent to every worker.)"""
+
+    file: str  # FILE, in a folder that all machines share
+    id: str  # in it: of this session of the study
+    source: provenance.Source  # of the data
+    gpus: float  # of a trial
+
+
+def require(folder: Path, source: provenance.Source, gpus: float) -> Need:
+    """Writes down, in a study's folder, what this process has. Raises data.DataError."""
+    need = Need(file=str(folder / FILE), id=uuid.uuid4().hex, source=source, gpus=gpus)
+    content = {"id": need["id"], **provenance.decisive(source)}
+    part = folder / f".{FILE}.part"
+    part.write_text(json.dumps(content), "utf-8")
+    part.replace(folder / FILE)
+    return need
+
+
+def faults(need: Need) -> list[str]:
+    """Why this machine may not train trials, a line each with the cure; none if it may."""
+    file = Path(need["file"])
+    try:
+        wanted = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        wanted = {"id": None}
+    if wanted["id"] != need["id"]:
+        return [f"does not see {file.parent}: out_dir must be a folder that all machines share"]
+    try:
+        differing = provenance.differences(wanted, provenance.decisive(need["source"]))
+    except InputError as error:
+        return [f"cannot load the data: {error}"]
+    lines = []
+    if differing:
+        lines.append(f"differs from the driver's: {', '.join(differing)}: install the same there")
+    if need["gpus"] and (seen := _accelerator()) != "gpu":
+        lines.append(f"jax sees no GPU but {seen}: install the extra for its CUDA (docs/cluster.md)")
+    return lines
+
+
+def _accelerator() -> str:
+    import jax
+
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # jax raises either
+        return f"nothing ({one_line(error)})"
+
+
+class Look(NamedTuple):
+    """What a machine said about itself."""
+
+    faults: list[str]
+    seconds: float  # since 1970, by its clock
+
+
+@ray.remote(num_cpus=0)
+def _look(need: Need) -> Look:
+    return Look(faults(need), time.time())
+
+
+@ray.remote(num_cpus=0)
+def _end(pid: int, name: str) -> None:
+    """Ends a process of this machine if it is (still) a Ray worker called `name`."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return
+    if words.startswith(f"ray::{name}".encode()):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def node_label(left_out: Sequence[str]) -> dict[str, str]:
+    """The selector of a placement group that keeps to other nodes."""
+    return {"ray.io/node-id": f"!in({', '.join(left_out)})"}
+
+
+def end_process(node: str, pid: int, name: str) -> None:
+    """Ends the worker process `pid` on a machine, soon."""
+    _end.options(scheduling_strategy=_on(node)).remote(pid, name)
+
+
+@dataclass
+class Machine:
+    """A machine of the cluster, as the driver knows it."""
+
+    id: str  # Ray's
+    address: str
+    room: int  # trials that fit on it at once
+    alive: bool = True
+    look: Any = None  # ray.ObjectRef of its Look, while it is surveyed
+    asked: float = 0.0  # when, in s since 1970
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def fit(self) -> bool:
+        return self.alive and self.look is None and not self.faults
+
+
+class Machines:
+    """The machines of the cluster that Ray is connected to. `trial` has the resources of a trial;
+    a machine without room for one is not surveyed, nor is the driver's own, which has what the
+    driver has."""
+
+    def __init__(self, trial: Mapping[str, float], need: Need):
+        self.trial, self.need = trial, need
+        self.all: dict[str, Machine] = {}
+        self.own = ray.get_runtime_context().get_node_id()
+
+    def room(self) -> int:
+        """How many trials fit on the machines that are fit."""
+        return sum(machine.room for machine in self.all.values() if machine.fit)
+
+    def name(self, node: str) -> str:
+        """Its address."""
+        return self.all[node].address if node in self.all else "a machine"
+
+    def leave_out(self, node: str, why: str) -> bool:
+        """Gives a machine no more trials; returns whether another one has room for them."""
+        if node in self.all:
+            self.all[node].faults.append(why)
+        return any(m.alive and m.room and not m.faults for m in self.all.values())
+
+    def left_out(self) -> list[str]:
+        """The node ids of machines that are alive but must not be given trials (yet)."""
+        return [m.id for m in self.all.values() if m.alive and not m.fit]
+
+    def refresh(self) -> tuple[list[Machine], list[Machine]]:
+        """(the machines that have joined, those that are gone) since the last call; those that have
+        joined are being surveyed."""
+        now = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        gone = [m for m in self.all.values() if m.alive and m.id not in now]
+        for machine in gone:
+            machine.alive, machine.look = False, None
+        joined = []
+        for id, node in now.items():
+            if id not in self.all:
+                room = cluster.room(node["Resources"], self.trial)
+                machine = Machine(id, node["NodeManagerAddress"], room)
+                self.all[id] = machine
+                joined.append(machine)
+                if room and id != self.own:
+                    machine.asked = time.time()
+                    machine.look = _look.options(
+                        scheduling_strategy=_on(id), num_gpus=self.trial["gpu"]
+                    ).remote(self.need)
+        return joined, gone
+
+    def surveyed(self, seconds: float = 0.0) -> list[Machine]:
+        """The machines whose survey has ended, after waiting for at most `seconds` for all."""
+        waited = [machine for machine in self.all.values() if machine.look is not None]
+        if not waited:
+            return []
+        ready, _ = ray.wait(
+            [machine.look for machine in waited], num_returns=len(waited), timeout=seconds
+        )
+        ended = []
+        for machine in waited:
+            late = time.time() - machine.asked > SURVEY_SECONDS
+            if machine.look in ready or late:
+                look, machine.look = machine.look, None
+                machine.faults += (
+                    _answer(look, machine.asked)
+                    if look in ready
+                    else [f"did not answer within {SURVEY_SECONDS:.0f} s"]
+                )
+                ended.append(machine)
+        return ended
+
+
+def _answer(look: Any, asked: float) -> list[str]:
+    """The faults in a machine's answer."""
+    try:
+        answer = ray.get(look)
+    except ray.exceptions.RayError as error:  # it has other code, or none, or is gone
+        return [f"cannot be asked: {one_line(error)}"]
+    ahead = answer.seconds - (asked + time.time()) / 2
+    clock = [f"its clock differs by {abs(ahead):.0f} s: set it"]
+    return [*answer.faults, *(clock if abs(ahead) > CLOCK_SECONDS + time.time() - asked else [])]
+
+
+def survey(machines: Machines) -> None:
+    """Waits until every machine has proved itself. Raises ConfigError with the faults of all."""
+    machines.refresh()
+    while any(machine.look is not None for machine in machines.all.values()):
+        machines.surveyed(SURVEY_SECONDS)
+    unfit = [machine for machine in machines.all.values() if machine.faults]
+    if unfit:
+        words = "; ".join(f"{m.address} {', '.join(m.faults)}" for m in unfit)
+        raise ConfigError(f"cluster: {words}")
