@@ -132,6 +132,7 @@ def job(
         out_dir=out_dir,
         resume=resume,
         manifest=manifest,
+        data=provenance.source_of(planned[0].options),
         kept={"options": {**settings, "metric": runs.DEFAULT_METRIC}},
         command=command,
         metric=runs.DEFAULT_METRIC,

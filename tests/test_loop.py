@@ -83,7 +83,7 @@ class Play:
         make = partial(propose, seed=seed, batch=batch)
         self.loop = study_loop(
             log, self.records, source or from_search(make, trials, batch), stops,
-            mean_score("valid_accuracy", 1), self.start, at_once, self.observed.append,
+            mean_score("valid_accuracy", 1), self.start, lambda: at_once, self.observed.append,
         )  # fmt: skip
         self.over = False
         self.advance(lambda: next(self.loop))

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import pytest
+import ray
 import tiny
 from ray import tune
 from ray.tune import ExperimentAnalysis
@@ -38,6 +39,7 @@ class Played(NamedTuple):
     epochs: list  # that the log has, (trial, epoch)
     workers: list  # pids, in the order of their first results
     over_cap: int  # calls
+    said: list  # lines
 
 
 class Watch(tune.Callback):
@@ -60,19 +62,19 @@ def asked(number, acts=()):
 def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
     """Runs trials, each with its acts by epoch; trials of a score below 0 are stopped."""
     with closing(EventLog(folder)) as log:
-        watch, over_cap = Watch(), []
+        watch, over_cap, said = Watch(), [], []
         records = replay(log.events())
         policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
         backend = RayBackend(
-            tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, lambda: None,
-            lambda: over_cap.append(1),
+            tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, tiny.cluster_of_one(),
+            lambda: None, lambda: over_cap.append(1), said.append,
         )  # fmt: skip
         listed = from_list(asked(number, acts) for number, acts in enumerate(trials))
         loop = study_loop(
             log, records, source or listed, lambda records, trial, score: score < 0,
-            mean_score("valid_accuracy", 1), backend.start, at_once, observe,
+            mean_score("valid_accuracy", 1), backend.start, lambda: at_once, observe,
         )  # fmt: skip
-        backend.run(loop, at_once, [watch])
+        backend.run(loop, [watch])
         epochs = [
             (logged.event.trial, logged.event.epoch)
             for logged in log.events()
@@ -81,7 +83,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
     in_ray = ExperimentAnalysis(str(folder / ray_backend.FOLDER)).trials or []
     by_number = {trial.config["number"]: trial for trial in in_ray}
     assert len(by_number) == len(in_ray)
-    return Played(records, by_number, epochs, watch.workers, len(over_cap))
+    return Played(records, by_number, epochs, watch.workers, len(over_cap), said)
 
 
 STUDY = (
@@ -109,6 +111,12 @@ def test_every_end_in_the_log(played):
         DIED: (FAILED, "worker lost 4 times", 1),
     }
     assert played.over_cap == 1
+
+
+def test_what_a_lost_worker_costs_is_said(played):
+    (node,) = ray.nodes()
+    lost = f"a worker on {node['NodeManagerAddress']} is lost: trial {{}} goes on from epoch 0"
+    assert played.said == [lost.format(DIED_ONCE), *[lost.format(DIED)] * ray_backend.WORKERS_LOST]
 
 
 def test_every_end_in_ray(played):

@@ -39,15 +39,16 @@ def ends(folder):
     trials = [Asked(number, config | {"number": number}) for number in range(TRIALS)]
     policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
     backend = ray_backend.RayBackend(
-        dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, folder, lambda: None, lambda: None
-    )
+        dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, folder, tiny.cluster_of_one(),
+        lambda: None, lambda: None, print,
+    )  # fmt: skip
     records = {}
     with closing(EventLog(folder)) as log:
         score = mean_score("valid_accuracy", 1)
         loop = study_loop(
-            log, records, from_list(trials), never, score, backend.start, 1, lambda event: None
+            log, records, from_list(trials), never, score, backend.start, lambda: 1, lambda event: None
         )
-        backend.run(loop, 1)
+        backend.run(loop)
     return [records[number].state for number in range(TRIALS)]
 
 

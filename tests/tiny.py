@@ -8,14 +8,16 @@ import signal
 import time
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 from rich.console import Console
 
-from disinhib.tuning import manifest, options, provenance, study
-from disinhib.tuning.worker import FAILURE, REPORT
+from disinhib.tuning import machines, manifest, options, provenance, study
+from disinhib.tuning.worker import FAILURE, NODE, REPORT, SAVED
 from search_spaces import SPACES
 
 RULES = {"bp": "non-dale", "exact-inv": "dale", "lin-thresh": "dale"}
@@ -60,6 +62,14 @@ def begin(*overrides):
     job = study.job(asked)
     manifest.write(job.folder, job.manifest, job.kept)
     return asked
+
+
+def cluster_of_one():
+    """The machines of the Ray that the module shares (`one_ray`)."""
+    need: Any = {"file": "", "id": "", "source": ("digits", None, 0.1), "gpus": 0}
+    found = machines.Machines({"cpu": 1, "gpu": 0}, need)
+    machines.survey(found)
+    return found
 
 
 def quiet():
@@ -112,6 +122,7 @@ def played():
                 **({"over_cap": True} if act == "over cap" else {}),
             }
             shown = {"valid_accuracy": score, TRAINING_ITERATION: self.epoch}
-            return {**shown, REPORT: json.dumps(report)}
+            node = ray.get_runtime_context().get_node_id()
+            return {**shown, REPORT: json.dumps(report), NODE: node, SAVED: 0}
 
     return Played

@@ -28,8 +28,8 @@ from disinhib.tuning import cluster, machines, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import Manifest
-from disinhib.tuning.provenance import Source as DataSource
 from disinhib.tuning.outbox import Outbox, Store
+from disinhib.tuning.provenance import DataSource
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
 

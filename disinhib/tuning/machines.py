@@ -32,11 +32,11 @@ class Need(TypedDict):
 
     file: str  # FILE, in a folder that all machines share
     id: str  # in it: of this session of the study
-    source: provenance.Source  # of the data
+    source: provenance.DataSource  # of the data
     gpus: float  # of a trial
 
 
-def require(folder: Path, source: provenance.Source, gpus: float) -> Need:
+def require(folder: Path, source: provenance.DataSource, gpus: float) -> Need:
     """Writes down, in a study's folder, what this process has. Raises data.DataError."""
     need = Need(file=str(folder / FILE), id=uuid.uuid4().hex, source=source, gpus=gpus)
     content = {"id": need["id"], **provenance.decisive(source)}

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from disinhib import config
 from disinhib.checks import flatten, in_hydra
-from disinhib.tuning import cluster, engine, manifest, progress, retention
+from disinhib.tuning import cluster, engine, manifest, progress, provenance, retention
 from disinhib.tuning.engine import Job
 from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Record, TrialConfig
 from disinhib.tuning.loop import Proposer, Stops, from_list, never
@@ -194,6 +194,7 @@ def measure(
             out_dir=Path(folder),
             resume=False,
             manifest=replace(manifest, past=[]),
+            data=provenance.source_of(study.options),
             kept={"options": {}},
             command="",
             metric=study.metric,

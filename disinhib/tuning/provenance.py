@@ -50,10 +50,16 @@ def collect(config: RunConfig, threads: int) -> dict[str, Any]:
     }
 
 
-Source = tuple[str, str | None, float]  # of data: its name, its folder and the validation split
+DataSource = tuple[str, str | None, float]  # of data: its name, its folder and the validation split
 
 
-def decisive(source: Source) -> dict[str, Any]:
+def source_of(options: Mapping[str, Any]) -> DataSource:
+    """Of training options."""
+    dataset = options["dataset"]
+    return dataset["name"], dataset["path"], dataset["valid_split"]
+
+
+def decisive(source: DataSource) -> dict[str, Any]:
     """What `differences` compares, of this process. Raises data.DataError."""
     return {
         "code": {"files": _hashes(ROOT)},

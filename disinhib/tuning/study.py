@@ -18,7 +18,7 @@ from disinhib import hydra_config, process
 from disinhib.checks import in_hydra
 from disinhib.commands import tool, tune_words
 from disinhib.errors import masked
-from disinhib.tuning import engine, manifest, plan, progress
+from disinhib.tuning import engine, manifest, plan, progress, provenance
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.loop import from_search
@@ -94,6 +94,7 @@ def job(study: Study) -> Job:
         out_dir=study.out_dir,
         resume=study.resume,
         manifest=begun,
+        data=provenance.source_of(study.options),
         kept=kept(study),
         command=shlex.join(["python", "tune_main.py", *study.overrides]),
         numbered=study.options["study"] is None,
