@@ -1,10 +1,8 @@
 """A study on two nodes, each with its own raylet, that it did not start."""
 
 import json
-import shutil
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,20 @@ from ray.cluster_utils import Cluster
 from ray.tune import Callback
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import cluster, manifest, options, study
-from disinhib.tuning.event_log import COMPLETE, EpochDone, EventLog
-from disinhib.tuning.worker import REPORT
+from disinhib.tuning import cluster, machines, options, study
+from disinhib.tuning.event_log import COMPLETE
+from disinhib.tuning.loop import StudyStopped
+from disinhib.tuning.worker import MACHINE, NODE, SAVED
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
 
 @pytest.fixture(scope="module")
 def nodes():
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    # Ray notices within seconds that a machine is gone.
+    noticed = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 1, "_system_config": noticed}
+    started = Cluster(initialize_head=True, head_node_args=head)
     started.add_node(num_cpus=1)
     yield started
     started.shutdown()
@@ -36,33 +38,77 @@ def compose(nodes, tmp_path):
     return lambda *overrides: options.compose([*words, *place, *overrides])
 
 
-def placed():
-    """Its epochs report their node, and wait until there is a trial on each of the two."""
+def placed(machines=2):
+    """Its epochs wait until there have been trials on so many `machines`."""
 
     class Placed(tiny.played()):
         def step(self):
-            node = ray.get_runtime_context().get_node_id()[:8]
+            node = ray.get_runtime_context().get_node_id()
             folder = Path(self.trial["policy"]["folder"])
             (folder / f"node-{node}").touch()
-            while len(list(folder.glob("node-*"))) < 2:
+            while len(list(folder.glob("node-*"))) < machines:
                 time.sleep(0.05)
-            result = super().step()
-            report = json.loads(result[REPORT])
-            report["metrics"]["node"] = [float(int(node, 16))]
-            return {**result, REPORT: json.dumps(report)}
+            return super().step()
 
     return Placed
 
 
+def run(asked, trainable, *callbacks):
+    """(the records of the study, what was printed)."""
+    console = tiny.quiet()
+    finished = study.run(asked, console, trainable, callbacks)
+    assert [record.state for record in finished.records] == [COMPLETE] * asked.trials
+    return finished.records, console.file.getvalue()
+
+
 def test_trials_run_on_every_node(compose):
-    asked = compose()
-    finished = study.run(asked, tiny.quiet(), placed())
-    ends = [(record.state, record.reason) for record in finished.records]
-    assert ends == [(COMPLETE, None)] * 4
-    with closing(EventLog(asked.folder)) as log:
-        events = [logged.event for logged in log.events()]
-    places = {event.metrics["node"][0] for event in events if isinstance(event, EpochDone)}
-    assert len(places) == 2
+    run(compose(), placed())
+
+
+def test_a_machine_at_fault_is_left_out_and_its_trials_go_elsewhere(compose, nodes):
+    bad = nodes.list_all_nodes()[1].node_id
+
+    class Faulty(placed()):
+        def step(self):
+            result = super().step()
+            if result[NODE] == bad and self.epoch == 1:
+                self.failure = OSError("planted")
+                return {MACHINE: "there: planted", NODE: bad, SAVED: 0}
+            return result
+
+    _, said = run(compose(), Faulty)
+    assert "there: planted: this machine is left out" in said
+    assert "is lost: trial" in said and "goes on from epoch 0" in said
+
+
+def test_only_if_no_machine_is_left_does_the_study_stop(compose):
+    class Faulty(tiny.played()):
+        def step(self):
+            self.failure = OSError("planted")
+            node = ray.get_runtime_context().get_node_id()
+            return {MACHINE: f"{node}: planted", NODE: node, SAVED: 0}
+
+    with pytest.raises(StudyStopped, match="planted: mend it"):
+        study.run(compose(), tiny.quiet(), Faulty)
+
+
+def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose, nodes):
+    """The epochs of the study need a third machine; then that one is gone."""
+
+    class Change(Callback):
+        added = None
+
+        def on_trial_start(self, **_):
+            if self.added is None:
+                self.added = nodes.add_node(num_cpus=1)
+
+        def on_trial_result(self, *, result, **_):
+            if self.added is not None and result[NODE] == self.added.node_id:
+                nodes.remove_node(self.added, allow_graceful=False)
+
+    _, said = run(compose("trials=6"), placed(machines=3), Change())
+    assert "joined: 1 more at once" in said
+    assert "is gone: trial" in said and "goes on from epoch" in said
 
 
 TOO_MUCH = {
@@ -83,21 +129,24 @@ def test_what_no_machine_has_is_refused_and_nothing_written(override, compose, t
     assert not ray.is_initialized()
 
 
-def test_a_machine_that_sees_another_folder_or_has_other_code_is_named(compose):
+def test_a_machine_that_is_not_as_the_drivers_is_named_and_nothing_begun(compose, monkeypatch):
     asked = compose()
-    job = study.job(asked)
-    manifest.write(job.folder, job.manifest, job.kept)
-    file, files = job.folder / manifest.MANIFEST, job.manifest.provenance["code"]["files"]
-    with cluster.cluster(asked.cluster):
-        cluster.check_machines(file, job.manifest.id, files)
-        with pytest.raises(ConfigError, match=r"has other code: tune_main\.py"):
-            cluster.check_machines(file, job.manifest.id, {**files, "tune_main.py": "0"})
-        file.write_text(json.dumps({"id": "that of an earlier study"}))
-        with pytest.raises(ConfigError, match=r"out_dir: .* does not see it"):
-            cluster.check_machines(file, job.manifest.id, files)
-        shutil.rmtree(asked.folder)
-        with pytest.raises(ConfigError, match=r"out_dir: .* does not see it"):
-            cluster.check_machines(file, job.manifest.id, files)
+    require = machines.require
+
+    def other(*given):
+        need = require(*given)
+        file = Path(need["file"])
+        content = json.loads(file.read_text())
+        content["code"]["files"]["tune_main.py"] = "0"
+        file.write_text(json.dumps(content))
+        return need
+
+    monkeypatch.setattr(machines, "require", other)
+    with pytest.raises(
+        ConfigError, match=r"^cluster: \S+ differs from the driver's: tune_main\.py"
+    ):
+        study.run(asked, tiny.quiet(), tiny.played())
+    assert not asked.folder.exists()
 
 
 def test_shares_of_a_processor_are_counted_whole(monkeypatch):

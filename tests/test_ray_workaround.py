@@ -46,7 +46,14 @@ def ends(folder):
     with closing(EventLog(folder)) as log:
         score = mean_score("valid_accuracy", 1)
         loop = study_loop(
-            log, records, from_list(trials), never, score, backend.start, lambda: 1, lambda event: None
+            log,
+            records,
+            from_list(trials),
+            never,
+            score,
+            backend.start,
+            lambda: 1,
+            lambda event: None,
         )
         backend.run(loop)
     return [records[number].state for number in range(TRIALS)]

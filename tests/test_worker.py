@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from ray.air.constants import TRAINING_ITERATION
 
 import disinhib
 from disinhib import checkpoint, data, hydra_config, training
-from disinhib.tuning import environment
+from disinhib.tuning import environment, machines
 from disinhib.tuning.event_log import over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file
 from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, TrainingTrial
@@ -57,7 +58,8 @@ def trial_config(folder, number=0, seeds=SEEDS, options=(), final=False, **polic
         "options": composed, "seeds": list(seeds), "epochs": EPOCHS, "final": final,
         "policy": {
             "folder": str(folder), "every_seconds": math.inf, "at_end": False,
-            "cap_bytes": math.inf, **policy,
+            "cap_bytes": math.inf, "need": machines.require(Path(folder), ("digits", None, 0.1), 0),
+            **policy,
         },
     }  # fmt: skip
     return json.loads(json.dumps(config))

@@ -63,7 +63,9 @@ def faults(need: Need) -> list[str]:
     if differing:
         lines.append(f"differs from the driver's: {', '.join(differing)}: install the same there")
     if need["gpus"] and (seen := _accelerator()) != "gpu":
-        lines.append(f"jax sees no GPU but {seen}: install the extra for its CUDA (docs/cluster.md)")
+        lines.append(
+            f"jax sees no GPU but {seen}: install the extra for its CUDA (docs/cluster.md)"
+        )
     return lines
 
 

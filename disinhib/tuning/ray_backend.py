@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import TrialConfig
 from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Lost, Outcome, Resized, Started
-from disinhib.tuning.machines import Machine, Machines, end_process, node_label
+from disinhib.tuning.machines import Machines, end_process, node_label
 from disinhib.tuning.ray_workaround import deaths_counted_once
 from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, Policy
 
