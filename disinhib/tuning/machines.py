@@ -1,7 +1,7 @@
 """The machines of a Ray cluster: which may train a study's trials, and how they prove it.
 
-Every machine is surveyed before the first trial, or when it joins, and every worker looks at its own
-when it is born, because a machine may change in the meantime. One that is not fit is left out.
+Every machine is surveyed before the first trial, or when it joins, and every worker looks at its
+own when it is born, because a machine may change meanwhile. One that is not fit is left out.
 """
 
 from __future__ import annotations
