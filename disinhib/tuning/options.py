@@ -135,17 +135,20 @@ def _anchored(override: str) -> str:
     absolute, so that it means the same when the study is resumed from another folder."""
     name, _, text = override.partition("=")
     place = text.strip("'\"")
+    if "${" in place:
+        return override
     if name == "dataset.path" and place.lower() not in ("", "null"):
-        return f"{name}={Path(place).expanduser().absolute()}"
+        return f"{name}={Path(os.path.expanduser(place)).absolute()}"
     if name in ("tracking.uri", "searcher.storage") and place.startswith("sqlite:///"):
         return f"{name}=sqlite:///{Path(place.removeprefix('sqlite:///')).absolute()}"
     return override
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """The options that only a study has, and its folder; checked."""
+    """The options that only a study has, and those that are checked with them."""
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, "out_dir"}]
+    also = {"out_dir", "epochs", "seed", "device", "test_at_end"}
+    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, *also}]
     settings, _ = hydra_config.compose("study", own)
     check(settings)
     return settings

@@ -30,11 +30,22 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load((folder / FILE).read_text("utf-8"))
         return {name: content[name] for name in ("overrides", "options")}
-    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        files = folder.parent.glob(f"*/{FILE}")
-        names = sorted(f.parent.name for f in files if "overrides:" in f.read_text("utf-8"))
+    except PermissionError as error:
+        allowed = f"a study of your own ({folder / FILE} is another user's)"
+        raise refusal("study", options["study"], allowed) from error
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+        files = filter(_of_search, folder.parent.glob(f"*/{FILE}"))
+        names = sorted(file.parent.name for file in files)
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
+
+
+def _of_search(file: Path) -> bool:
+    """Whether it is the file of a search, and not of a retraining, that we can read."""
+    try:
+        return "overrides:" in file.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def on_top_of(

@@ -58,7 +58,12 @@ CHECKS: dict[str, Check] = {
     "checkpoints.every_seconds": checks.NOT_NEGATIVE,
     "checkpoints.keep_best": INDEX,
     "checkpoints.cap_gb": checks.POSITIVE,
-    "cluster.address": OPTIONAL_TEXT,
+    "cluster.address": or_null(
+        (
+            lambda v: bool(re.fullmatch(r"auto|[\w.-]+:\d+|\[.+\]:\d+", str(v))),
+            "auto or HOST:PORT of a running Ray cluster",
+        )
+    ),
     "cluster.cpus_per_trial": COUNT,
     "cluster.gpus_per_trial": checks.NOT_NEGATIVE,
     "cluster.max_concurrent": or_null(COUNT),
