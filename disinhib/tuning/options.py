@@ -98,8 +98,9 @@ def compose(overrides: Sequence[str]) -> Study:
     hydra_config.check_folder(out_dir)
     uri = options["tracking"]["uri"]
     if uri is None:
-        stays = earlier is not None and not any(option_of(o) == "tracking.uri" for o in given)
-        then = (earlier["options"]["tracking"]["uri"] or "") if stays else None
+        then = None
+        if earlier is not None and not any(option_of(o) == "tracking.uri" for o in given):
+            then = earlier["options"]["tracking"]["uri"] or ""
         options["tracking"]["uri"], uri = _store(then, out_dir)
     name = options["study"]
     if not options["resume"]:
