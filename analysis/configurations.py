@@ -20,7 +20,7 @@ from analysis import runs, store as stores
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
-from disinhib.errors import ConfigError, masked, nearest, one_line
+from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store, options as studies
 from disinhib.tuning.validation import CHECKS, check_device
 
@@ -151,7 +151,7 @@ def of_selection(
         run_ids = [entry["run_id"] for entry in selection["selected"]]
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise Refused(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
         ) from error
@@ -174,10 +174,10 @@ def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
     if database is None:
         return None
     place = Path(os.path.abspath(file)).parent / database
-    beside = mlflow_store.address(f"sqlite:///{place}", place.parent)
     try:
+        beside = mlflow_store.address(f"sqlite:///{place}", place.parent)
         stores.run(stores.connect(beside), study_run)
-    except Refused:  # no such database, or one of other studies
+    except InputError:  # no such database, or one of other studies
         return None
     return beside
 

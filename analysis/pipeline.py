@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from disinhib import cli
 from disinhib.commands import tool
-from disinhib.errors import masked
+from disinhib.errors import InputError, masked
 from disinhib.tuning import study as studies
 from disinhib.tuning.engine import Finished
 from disinhib.tuning.options import Study, compose
@@ -36,7 +36,9 @@ class Stage(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the first stage that fails, or 0."""
-    _, arguments = cli.split(arguments, __doc__ or "")
+    words, arguments = cli.split(arguments, __doc__ or "")
+    if words:
+        raise InputError(f"{words[0]}: not understood, allowed is option=value")
     seeds = [text for text in arguments if text.startswith("seeds=")]
     study = compose([text for text in arguments if text not in seeds])
     code, finished = studies.carry_out(study)

@@ -119,7 +119,7 @@ def job(
         manifest = read(folder, name)
         if manifest.space is not None:
             raise refusal("study", name, f"another name: {folder} is a search")
-        with closing(EventLog(folder)) as log:
+        with closing(EventLog(folder, existing=True)) as log:
             records = replay(log.events())
         check_code(records)
     else:

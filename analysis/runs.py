@@ -21,7 +21,7 @@ from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
-from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL, TRIALS
+from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL
 
 if TYPE_CHECKING:  # MLflow is imported after its settings
     from mlflow.entities import Run
@@ -91,10 +91,12 @@ def trials(store: Store, study: StudyRun) -> Table:
 
 
 def missing(study: StudyRun, present: Sequence[Run]) -> list[int]:
-    """Numbers of the trials that the study has begun, by its own record, and that are not among
-    the runs `present`."""
+    """Numbers of the trials that a search has begun, by its own record, and that are not among the
+    runs `present`."""
+    if study.space is None:
+        return []
     numbers = {int(run.data.tags["trial"]) for run in present}
-    begun = int(study.run.data.tags.get(TRIALS, 0))
+    begun = int(study.run.data.tags.get(BEGUN, 0))
     return [number for number in range(begun) if number not in numbers]
 
 
@@ -107,6 +109,20 @@ def refuse_missing(store: Store, study: StudyRun) -> None:
             f" {store.uri}; restore them, or resume the study, which writes them again (python"
             f" tune_main.py study={study.name} resume=true)"
         )
+
+
+def refuse_missing_seeds(store: Store, study: StudyRun) -> None:
+    """Raises Refused if a retrained seed's run is missing: a mean without it would mislead."""
+    present = Counter(run.data.tags["study_id"] for run in stores.retrained(store, study))
+    for retraining in stores.retrainings(store, study):
+        tags = retraining.data.tags
+        begun, there = int(tags.get(BEGUN, 0)), present[tags["study_id"]]
+        if there < begun:
+            raise Refused(
+                f"study {study.name}: {begun - there} of the {begun} runs of {tags['study']} are"
+                f" missing in {store.uri}; restore them, or run the retraining's command again,"
+                " which writes them again"
+            )
 
 
 def retrained(store: Store, study: StudyRun) -> Table:

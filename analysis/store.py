@@ -152,7 +152,8 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
 
 def _refuse_orphans(store: Store, experiments: list[str], where: str) -> None:
     """Raises Refused if the newest trial's study has no run of its own: it was deleted."""
-    trial = next(_search(store, experiments, f"tags.trial != ''{where}"), None)
+    of_trials = _search(store, experiments, f"tags.trial != ''{where}")
+    trial = next((run for run in of_trials if OF_STUDY not in run.data.tags), None)
     if trial is None:
         return
     name, id = trial.data.tags["study"], trial.data.tags["study_id"]
@@ -200,6 +201,14 @@ def retrained(store: Store, study: StudyRun) -> list[Run]:
     """The runs of the study's retrained seeds, oldest first."""
     where = f"tags.`{OF_STUDY}` = '{study.id}' AND tags.trial != ''"
     return [*_search(store, [study.run.info.experiment_id], where, OLDEST_FIRST)]
+
+
+def retrainings(store: Store, study: StudyRun) -> list[Run]:
+    """The own runs of the study's retrainings; a grid is its own."""
+    experiment = study.run.info.experiment_id
+    of_study = _search(store, [experiment], f"tags.`{OF_STUDY}` = '{study.id}'", OLDEST_FIRST)
+    own = [run for run in of_study if "trial" not in run.data.tags]
+    return own if study.space is not None else [study.run, *own]
 
 
 def said(store: Store, study: StudyRun) -> str:

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from disinhib import checkpoint, cli, hydra_config, numerics, training
 from disinhib.checks import flatten, refusal
 from disinhib.config import RunConfig, parse
-from disinhib.errors import ConfigError, one_line
+from disinhib.errors import FULL_DISK, ConfigError, masked, one_line, printable
 from disinhib.rules import RULES
 
 CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
@@ -70,13 +70,18 @@ def _task(composed: DictConfig) -> None:
         options = OmegaConf.to_container(composed, resolve=True)
         config, past = _check(options)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(masked(str(error)))}", file=sys.stderr)
         sys.exit(2)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         _run(config, past, options, folder)  # pyright: ignore[reportArgumentType]
     except training.Diverged as error:
         log.error("diverged: %s", error)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"error: {one_line(error)}: make room", file=sys.stderr)
         sys.exit(1)
 
 

@@ -16,7 +16,6 @@ Commands whose options Hydra composes (training, tuning, retraining) use `run` a
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import textwrap
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from disinhib import process
 from disinhib.checks import FLAG, Check, Option, check, in_hydra, refusal
-from disinhib.errors import ConfigError, InputError, masked, nearest, one_line, printable
+from disinhib.errors import FULL_DISK, ConfigError, InputError, masked, nearest, one_line, printable
 
 REQUIRED: Any = object()  # the default of an option that must be given
 
@@ -167,7 +166,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print(f"error: {printable(masked(str(error)))}", file=sys.stderr)
         code = 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         print(f"error: {one_line(error)}: make room", file=sys.stderr)
         code = 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # numbers of an OSError
 LONGEST = 600  # characters of an error's message that are shown
 # What SQLAlchemy adds to the message of a database.
 _NOISE = re.compile(
@@ -28,10 +30,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+# The user, and what follows a colon, of an address; a parameter of one.
+_USER = re.compile(r"(\w+)://([^/?#\s:]*)(:?)([^/?#\s]*)@")
+_SECRET = re.compile(r"([?&][\w-]*(?:password|passwd|token|secret|api_?key)=)[^&\s]+", re.I)
+
+
 def masked(text: str) -> str:
     """`text` without the passwords and tokens of the addresses in it."""
-    text = re.sub(r"(://[^/:@\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
+
+    def user(match: re.Match[str]) -> str:
+        scheme, name, colon, _ = match.groups()
+        if not colon and scheme.startswith("http"):
+            name = "***"  # a token
+        return f"{scheme}://{name}{':***' if colon else ''}@"
+
+    return _SECRET.sub(r"\1***", _USER.sub(user, text))
 
 
 def printable(text: str) -> str:

@@ -49,7 +49,11 @@ RECORDED = {
 
 
 def set_jax() -> None:
-    """Sets jax's SETTINGS, those that this version has."""
+    """Sets jax's SETTINGS, those that this version has. Removes RECORDED variables that are empty
+    (`of_worker`), which libraries may take for 0."""
+    for name in RECORDED:
+        if os.environ.get(name) == "":
+            del os.environ[name]
     import jax
 
     for name, value in SETTINGS.items():
@@ -85,7 +89,8 @@ def _plain(text: str) -> str:
 def recorded() -> dict[str, str]:
     """The variables of RECORDED that are set to something else, by name."""
     values = {name: os.environ.get(name) or default for name, default in RECORDED.items()}
-    return {name: value for name, value in values.items() if value != RECORDED[name]}
+    differs = lambda name: _plain(values[name]) != _plain(RECORDED[name])
+    return {name: values[name] for name in filter(differs, values)}
 
 
 def of_worker(variables: Mapping[str, str]) -> dict[str, str]:

@@ -71,8 +71,10 @@ class _Stream(io.TextIOWrapper):
     """Goes on as if written when its reader has gone."""
 
     def __init__(self, stream: TextIO):
-        settings = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
-        super().__init__(stream.detach(), errors="replace", **settings)  # pyright: ignore
+        names = ("encoding", "line_buffering", "write_through")
+        settings = {name: getattr(stream, name) for name in names}
+        super().__init__(stream.buffer, errors="replace", **settings)  # pyright: ignore
+        self._before = stream  # handlers of loggers may have it; its end would close the buffer
 
     def write(self, text: str) -> int:
         try:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from disinhib import process
 from disinhib.errors import ConfigError
-from disinhib.tuning import cluster, engine, mlflow_store, options, study
+from disinhib.tuning import cluster, engine, event_log, manifest, mlflow_store, options, study
 from disinhib.tuning.event_log import COMPLETE, KILLED
 from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE
@@ -160,6 +160,34 @@ def test_an_interrupted_study_says_so_and_goes_on(number, tmp_path, one_ray, end
     )
     assert run().info.status == "FINISHED"
     assert states() == dict.fromkeys(range(4), COMPLETE)
+
+
+def test_a_choice_that_is_refused_in_the_midst_deletes_nothing(tmp_path, monkeypatch, one_ray):
+    asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine", "trials=4"])
+    configure = manifest.configure
+
+    def refused(study, number, overrides):
+        if number == 2:
+            raise ConfigError("x: unknown option")
+        return configure(study, number, overrides)
+
+    job = study.job(asked)
+    monkeypatch.setattr(manifest, "configure", refused)
+    with pytest.raises(ConfigError, match="x: unknown option"):
+        engine.run(job, tiny.quiet(), tiny.played())
+    monkeypatch.undo()
+    job = study.job(options.compose([f"out_dir={tmp_path}", "study=mine", "resume=true"]))
+    assert [r.state for r in engine.run(job, tiny.quiet(), tiny.played()).records] == [COMPLETE] * 4
+
+
+@pytest.mark.parametrize("content", [None, b"no database, by any means, but some text" * 100])
+def test_a_study_without_its_log_is_refused(content, tmp_path):
+    tiny.begin(f"out_dir={tmp_path}", "study=mine")
+    file = tmp_path / "mine" / event_log.FILE
+    file.unlink() if content is None else file.write_bytes(content)
+    job = study.job(options.compose([f"out_dir={tmp_path}", "study=mine", "resume=true"]))
+    with pytest.raises(ConfigError, match=r"study: .*events\.db"):
+        engine.run(job, tiny.quiet())
 
 
 def test_a_fault_of_a_machine_is_no_failed_trial(tmp_path, one_ray):

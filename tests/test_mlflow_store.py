@@ -30,7 +30,7 @@ from disinhib.tuning.event_log import (
     Logged,
     replay,
 )
-from disinhib.tuning.mlflow_store import MlflowStore
+from disinhib.tuning.mlflow_store import BEGUN, MlflowStore
 from disinhib.tuning.outbox import Outbox
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
@@ -646,12 +646,13 @@ def test_a_run_of_the_study_that_was_deleted_is_made_again_above_its_trials(new_
     again.load(records(*trial(0, 3, COMPLETE), *trial(1, 3, COMPLETE)))
     assert again.study_run != store.study_run
     assert len(children(again)) == 2
+    assert again.client.get_run(again.study_run).data.tags[BEGUN] == "2"
 
 
 def test_the_studys_run_tells_how_many_trials_it_has_begun(new_store):
     store = new_store("counted")
     deliver(store, *trial(0, 3, COMPLETE), *trial(1, 1))
-    assert store.client.get_run(store.study_run).data.tags["trials"] == "2"
+    assert store.client.get_run(store.study_run).data.tags[BEGUN] == "2"
 
 
 def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):

@@ -54,6 +54,18 @@ def test_every_setting_is_one_of_this_jax_and_its_default():
     assert all(n.lower() in jax.config.values for n in numerics.RECORDED if n.startswith("JAX_"))
 
 
+def test_a_default_in_other_words_is_not_recorded(monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_PGLE", "False")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    assert numerics.recorded() == {}
+
+
+def test_an_empty_variable_is_none_for_the_libraries(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    numerics.set_jax()
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
 def test_what_is_ignored_is_said(monkeypatch):
     for name in numerics.SETTINGS:
         monkeypatch.delenv(name.upper(), raising=False)

@@ -189,9 +189,65 @@ def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
     assert len(options.first_points(replace(asked, trials=8))) == 5
 
 
-def test_passwords_in_addresses_are_masked():
-    text = masked("storage=postgresql://me:secret@host/db uri=http://h:5000 x@y")
-    assert text == "storage=postgresql://me:***@host/db uri=http://h:5000 x@y"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("storage=postgresql://me:secret@host/db x@y", "storage=postgresql://me:***@host/db x@y"),
+        ("http://me:p@ss@host:5000", "http://me:***@host:5000"),
+        ("https://token@host", "https://***@host"),
+        (
+            "postgresql://me@host/db?sslPassword=x&a=b",
+            "postgresql://me@host/db?sslPassword=***&a=b",
+        ),
+        ("http://host?access_token=x", "http://host?access_token=***"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+    ],
+)
+def test_passwords_in_addresses_are_masked(text, shown):
+    assert masked(text) == shown
+
+
+def test_options_are_checked_together_as_they_were_given():
+    asked = options.compose(["epochs=100", "scheduler.grace_period=50"])
+    assert asked.scheduler["grace_period"] == 50
+
+
+@pytest.mark.parametrize("address", ["nonsense", "local", "1", "ray://h:1", "http://h:1", "h:"])
+def test_an_address_of_no_cluster_is_refused(address):
+    with pytest.raises(ConfigError, match=r"cluster\.address: given .* auto or HOST:PORT"):
+        options.compose([f"cluster.address={address}"])
+
+
+def test_a_place_may_refer_to_the_environment_or_to_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINE", str(tmp_path))
+    asked = options.compose(["dataset.path=${oc.env:MINE}/mnist"])
+    assert asked.options["dataset"]["path"] == f"{tmp_path}/mnist"
+    monkeypatch.chdir(tmp_path)
+    asked = options.compose(["dataset.path=~nosuchuser/mnist"])
+    assert asked.options["dataset"]["path"] == f"{tmp_path}/~nosuchuser/mnist"
+
+
+def test_other_files_and_those_of_another_user_are_no_study(monkeypatch, tmp_path):
+    other = tmp_path / "other" / "study.yaml"
+    other.parent.mkdir()
+    other.write_bytes(b"\xff")
+    place = f"out_dir={tmp_path}"
+    with pytest.raises(ConfigError, match="study: given other, allowed is none: there is no study"):
+        options.compose([place, "study=other", "resume=true"])
+    read = Path.read_text
+
+    def refused(file, *_):
+        if file == other:
+            raise PermissionError(13, "Permission denied")
+        return read(file, *_)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ConfigError, match=r"study: given other, .* is another user's"):
+        options.compose([place, "study=other", "resume=true"])
+    with pytest.raises(ConfigError, match="study: given typo, allowed is none"):
+        options.compose([place, "study=typo", "resume=true"])
+    with pytest.raises(ConfigError, match=r"warm_start: given other, .* denied"):
+        manifest.of_search(options.compose([place, "warm_start=other"]))
 
 
 def test_the_mode_follows_the_metric(tmp_path):

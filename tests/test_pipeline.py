@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from analysis import pipeline
-from disinhib.errors import ConfigError
+from disinhib.errors import ConfigError, InputError
 from disinhib.tuning import options, study as studies
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
@@ -105,6 +105,11 @@ def test_a_wrong_option_is_refused_before_anything(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="trails: unknown option; did you mean trials"):
         pipeline.main(["trails=5"])
+
+
+def test_a_word_that_is_no_option_is_refused(run):
+    with pytest.raises(InputError, match="smoke: not understood, allowed is option=value"):
+        run("smoke")
 
 
 def test_selection_is_of_the_study_that_is_handed_on_and_not_of_the_newest(tmp_path):

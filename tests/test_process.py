@@ -14,7 +14,8 @@ from disinhib import process
 ROOT = Path(__file__).parents[1]
 run = partial(subprocess.run, text=True, capture_output=True, cwd=ROOT)
 PROGRAM = """
-import os, signal, sys
+import logging, os, signal, sys
+logging.basicConfig()  # a handler with the stream that there is now
 from disinhib import cli
 def main(arguments):
     {body}
@@ -51,6 +52,11 @@ def test_only_the_first_of_several_signals_counts():
     return process.interrupted()[0]"""
     done = run(command(body))
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "interrupted\n")
+
+
+def test_a_logger_that_had_the_stream_keeps_writing():
+    done = run(command("logging.getLogger('optuna').warning('planted'); return 0"))
+    assert (done.returncode, done.stderr) == (0, "WARNING:optuna:planted\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

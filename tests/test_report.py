@@ -4,6 +4,7 @@
 import io
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy import stats as scipy_stats
 
 from analysis import configurations, retrain, runs, store as stores
 from analysis.report import __main__ as program, forms, tables
+from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone, Record
 
@@ -245,6 +247,25 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
     sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())
     assert "learning" not in sections and "history" in sections
+
+
+def test_a_report_needs_every_trial_and_every_retrained_seed(study, tmp_path):
+    folder = tmp_path / "copied"
+    shutil.copytree(study.folder, folder)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_run(study.run_id).info.experiment_id
+    arguments = [f"study={study.run_id}", f"tracking.uri={uri}", f"out={tmp_path / 'out'}"]
+    for where, message in (
+        ("tags.seed = '1' and tags.rule = 'bp'", "1 of the 12 runs of again are missing"),
+        ("tags.trial = '4' and tags.study = 'under_score'", "the runs of trials 4 are missing"),
+    ):
+        (run,) = client.search_runs([experiment], where)
+        client.delete_run(run.info.run_id)
+        with pytest.raises(Refused, match=message):
+            program.main(arguments)
+        client.restore_run(run.info.run_id)
+    assert program.main(arguments) == 0
 
 
 def test_seeds_without_a_partner_are_compared_unpaired():

@@ -192,7 +192,9 @@ def test_bad_input_is_refused_in_one_line(given, message, study, tmp_path, monke
 
 def test_no_password_is_written_into_the_file(opened):
     _, study = opened
-    kept = selection.content(study, "postgresql://me:secret@host/db", [], "valid_loss", [], [])
+    kept = selection.content(
+        study, "postgresql://me:secret@host/db", None, [], "valid_loss", [], []
+    )
     assert kept["tracking_uri"] == "postgresql://me:***@host/db"
 
 

@@ -420,6 +420,7 @@ def test_xla_keeps_to_that_share():
         (RuntimeError("planted"), FAILURE),
         (ValueError("planted"), FAILURE),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), FAILURE),
+        (MemoryError(), FAILURE),
         (jax.errors.JaxRuntimeError("INTERNAL: the device is gone"), MACHINE),
         (OSError(5, "Input/output error"), MACHINE),
         (ImportError("libcudart.so"), MACHINE),
@@ -436,6 +437,14 @@ def test_errors_in_training_are_the_trials_or_the_machines(error, key, configure
     assert result[key].startswith(platform.node() if key == MACHINE else type(error).__name__)
     with pytest.raises(type(error)):
         worker.train()
+
+
+def test_a_network_that_is_too_large_is_the_trials_fault_from_the_start(configure, monkeypatch):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(training, "initial_state", broken)
+    assert "RESOURCE_EXHAUSTED" in TrainingTrial(configure()).train()[FAILURE]
 
 
 def test_data_that_this_machine_lacks_are_the_machines_fault(configure, tmp_path):

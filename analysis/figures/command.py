@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from disinhib import cli
+from disinhib import cli, numerics
 from disinhib.checks import FLAG, TEXT, Option
 from disinhib.errors import InputError, one_line
 
@@ -58,6 +59,13 @@ def check_folder(name: str) -> Path:
     return folder
 
 
+def set_jax() -> None:
+    """Numbers do not depend on the shell's variables; those that are ignored are named."""
+    numerics.set_jax()
+    for line in numerics.ignored():
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def save(folder: Path, name: str, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
     """Writes `name`.pdf, .png and a .csv for each table, each whole or not at all, and prints the
     names. Raises InputError if that fails."""
@@ -86,6 +94,7 @@ def main_of(
     def main(arguments: Sequence[str]) -> None:
         options = command.parse(arguments)
         folder = check_folder(options.pop("out"))
+        set_jax()
         save(folder, command.name.rpartition(".")[2], numbers(**options), draw)
 
     return main

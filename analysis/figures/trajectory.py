@@ -182,6 +182,7 @@ def main(arguments: Sequence[str]) -> None:
     options = COMMAND.parse(arguments)
     run = trained(Path(options["run"]))
     folder = command.check_folder(options["out"])
+    command.set_jax()
     tables = numbers(*run, options["sample"], options["quick"])
     command.save(folder, "trajectory", tables, draw)
 

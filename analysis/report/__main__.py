@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     study = stores.find_study(store, options["study"])
     print(stores.said(store, study), flush=True)
     runs.refuse_missing(store, study)
+    runs.refuse_missing_seeds(store, study)
     folder = Path(options["out"] or f"out/report-{study.name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,8 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
         # jax warns of forks; Ray's forks are all followed by an exec.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
-            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-            if host and port.isdigit():  # Ray would wait for minutes if nothing listens there
+            host, _, port = (address or "").rpartition(":")
+            if host:  # Ray would wait for minutes if nothing listens there
                 socket.create_connection((host, int(port)), timeout=5).close()
             # "local", as None would join whatever cluster was last started on this machine, even
             # if it is no longer there.
@@ -86,9 +86,7 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
                 logs = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs")
                 words = f"Ray did not start on this machine ({one_line(error)}); its logs: {logs}"
                 raise ConfigError(words) from error
-            if not isinstance(error, OSError):  # ConnectionError is one
-                raise
-            allowed = "auto or HOST:PORT of a running Ray cluster, or null"
+            allowed = f"auto or HOST:PORT of a running Ray cluster, or null ({one_line(error)})"
             raise refusal("cluster.address", address, allowed) from error
 
 
@@ -97,9 +95,11 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
     """Keeps the process' handler of a signal. (Ray's own, which it sets when it starts, would end
     the process at once, and so would the system's, which it sets when it ends.)"""
     handler = signal.getsignal(number)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
 
 
 def cores() -> int:

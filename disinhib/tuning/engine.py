@@ -6,7 +6,6 @@ differ only in the source of their trials and in early stopping.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import numerics
-from disinhib.errors import ConfigError, masked
+from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, machines, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
@@ -101,7 +100,7 @@ def run(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with ExitStack() as stack:
         if job.resume:  # first: another process may be running it
-            log = stack.enter_context(closing(EventLog(job.folder)))
+            log = stack.enter_context(closing(EventLog(job.folder, existing=True)))
         numerics.check()
         _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
@@ -112,6 +111,7 @@ def run(
         records = replay(log.events())
         shown = progress.Progress(console, job.trials(records), job.metric)
         outboxes: list[Outbox] = []
+        begun = job.resume
         try:
             outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job)]
             where = f", recorded in {masked(outboxes[0].store.address)}" if outboxes else ""
@@ -130,10 +130,11 @@ def run(
                 shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
             for outbox in outboxes:
                 outbox.start()
+            begun = True
             with shown:
                 _run_loop(job, log, records, nodes, trainable, callbacks, shown)
         except ConfigError:
-            if not job.resume:  # the name becomes free again
+            if not begun:  # the name becomes free again
                 shutil.rmtree(job.folder)
             raise
         except KeyboardInterrupt:  # Tune itself ends in good order, when it runs
@@ -167,7 +168,7 @@ def obstacle(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, StudyStopped):
             return str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
             return f"{error.strerror} {error.filename or ''}".strip() + ": make room"
         error = error.__cause__ or error.__context__
     return None

@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from disinhib import numerics
 
 
+# The share of a GPU's memory that jax takes when it starts; the second name is deprecated, and jax
+# refuses both at once.
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+IN_USE = 0.9  # of the GPU's memory: each process has a context of its own beside
+
+
 @contextmanager
 def variables(variables: Mapping[str, str], also: Iterable[str] = ()) -> Iterator[None]:
     """Sets `variables`, and restores their old values and those of `also`, which others may set."""
@@ -27,13 +33,17 @@ def of_worker(cpus: float, gpus: float) -> dict[str, str]:
     XLA's CPU pool uses every core of the machine unless PJRT_NPROC is set. (Measured with jax
     0.10.2 on 2 cores, matrix products of 1024: CPU/wall 1.94, with PJRT_NPROC=1 1.00; XLA_FLAGS
     with `--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1` 1.94.) Ray no longer
-    hides GPUs from an actor without GPUs, so JAX_PLATFORMS does.
+    hides GPUs from an actor without GPUs, so JAX_PLATFORMS does. Trials that share a GPU must not
+    each take three quarters of its memory, as jax does by default.
     """
     threads = str(max(1, int(cpus)))
+    memory = {name: os.environ[name] for name in MEMORY if name in os.environ}
+    if 0 < gpus < 1 and not memory:
+        memory = {MEMORY[0]: f"{IN_USE * gpus:.3f}"}
     pools = ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {
         **dict.fromkeys(pools, threads),
-        **({} if gpus else {"JAX_PLATFORMS": "cpu"}),
+        **(memory if gpus else {"JAX_PLATFORMS": "cpu"}),
         **numerics.of_worker(numerics.recorded()),
         **{name: os.environ[name] for name in ("DISINHIB_DATA",) if name in os.environ},
     }

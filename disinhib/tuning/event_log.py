@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
-from disinhib.errors import ConfigError
+from disinhib.errors import ConfigError, one_line
 
 FILE = "events.db"
 
@@ -215,11 +215,13 @@ def over_seeds(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 class EventLog:
     """An open log. No other process can open it until it is closed or this process has ended.
 
-    Raises ConfigError if another process has it open, and OSError(ENOSPC) if the disk is full; the
-    call has then written nothing.
+    Raises ConfigError if another process has it open, if it cannot be read, or, of an `existing`
+    study, if it is missing; OSError(ENOSPC) if the disk is full, and has then written nothing.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, existing: bool = False):
+        if existing and not (folder / FILE).exists():
+            raise ConfigError(f"study: {folder} has no {FILE}: it is no whole copy of the study")
         self._lock = threading.Lock()  # the outboxes' threads read it
         self._connection = sqlite3.connect(
             folder / FILE, timeout=1, isolation_level=None, check_same_thread=False
@@ -230,11 +232,11 @@ class EventLog:
             with self._transaction():
                 for statement in TABLES.split(";"):
                     self._connection.execute(statement)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             self._connection.close()
-            if error.sqlite_errorname != "SQLITE_BUSY":
-                raise
-            raise ConfigError(f"study: {folder} is open in another process") from error
+            if error.sqlite_errorname == "SQLITE_BUSY":
+                raise ConfigError(f"study: {folder} is open in another process") from error
+            raise ConfigError(f"study: cannot use {folder / FILE} ({one_line(error)})") from error
 
     def close(self) -> None:
         self._connection.close()

@@ -90,7 +90,11 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
     folder = study.out_dir / name
     if not (folder / FILE).exists():
         raise refusal("warm_start", name, f"the name of a study in {study.out_dir}")
-    then = flatten(yaml.safe_load((folder / FILE).read_text("utf-8"))["options"])
+    try:
+        then = flatten(yaml.safe_load((folder / FILE).read_text("utf-8"))["options"])
+    except OSError as error:
+        allowed = f"a study that you can read ({folder / FILE}: {error.strerror})"
+        raise refusal("warm_start", name, allowed) from error
     now = flatten(study.options)
     for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
         if then.get(option) != now[option]:
@@ -99,7 +103,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
                 f" {now[option]}: their scores are not comparable"
             )
     earlier = read(folder, name).past
-    with closing(EventLog(folder)) as log:
+    with closing(EventLog(folder, existing=True)) as log:
         records = replay(log.events()).values()
     space = SPACES[study.space]
     past = [*suggest.within(earlier, space), *suggest.as_tried(records, space)]

@@ -45,7 +45,7 @@ from disinhib.tuning.event_log import (
 )
 
 ARTIFACTS = "mlflow-artifacts"  # a folder
-TRIALS = "trials"  # tag of the study's own run: how many it has begun
+BEGUN = "runs_begun"  # tag of the study's own run: how many it has of trials or their seeds
 FIRST_CONTACT = "5"  # s; somebody waits at the terminal
 RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
 MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
@@ -264,6 +264,7 @@ class MlflowStore:
                     self.client.delete_tag(run.info.run_id, tag)
                 self.client.update_run(run.info.run_id, "RUNNING")
         self.runs = {key: run.info.run_id for key, run in by_key.items() if key is not None}
+        self._count()
         return {
             number
             for number, config in self.configs.items()
@@ -278,9 +279,13 @@ class MlflowStore:
                     self._begin(logged.event, logged.time)
             for lane, seed in enumerate(_seeds(self.configs[number])):
                 self._deliver(number, lane, seed, own)
-        # Every reader can tell whether a trial's run is missing.
+        self._count()
+
+    def _count(self) -> None:
+        """Tells every reader how many runs there must be."""
         assert self.study_run is not None  # it exists before anything is delivered
-        self.client.set_tag(self.study_run, TRIALS, str(max(self.configs) + 1))
+        begun = sum(len(_seeds(config)) for config in self.configs.values())
+        self.client.set_tag(self.study_run, BEGUN, str(begun))
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         for record in (record for record in records.values() if not record.ended):

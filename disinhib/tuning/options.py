@@ -84,6 +84,9 @@ def compose(overrides: Sequence[str]) -> Study:
     """
     given = overrides = [_anchored(override) for override in overrides]
     settings, earlier = _settings(overrides), None
+    if settings["resume"] == "auto" and not resume.begun(settings):
+        overrides = [o for o in overrides if option_of(o) != "resume"]
+        settings["resume"] = False
     if settings["resume"] or settings["extend"]:
         earlier = resume.read_kept(settings)
         overrides = resume.on_top_of(earlier, overrides, settings)
@@ -98,8 +101,9 @@ def compose(overrides: Sequence[str]) -> Study:
     hydra_config.check_folder(out_dir)
     uri = options["tracking"]["uri"]
     if uri is None:
-        stays = earlier is not None and not any(option_of(o) == "tracking.uri" for o in given)
-        then = (earlier["options"]["tracking"]["uri"] or "") if stays else None
+        then = None
+        if earlier is not None and not any(option_of(o) == "tracking.uri" for o in given):
+            then = earlier["options"]["tracking"]["uri"] or ""
         options["tracking"]["uri"], uri = _store(then, out_dir)
     name = options["study"]
     if not options["resume"]:
@@ -108,6 +112,7 @@ def compose(overrides: Sequence[str]) -> Study:
         default = default if experiment == "None" else experiment
         name = resume.free_name(name, default, out_dir)
     elif earlier is not None:
+        options["resume"] = True
         resume.refuse_changes(earlier["options"], options)
     plain = {f.name: options[f.name] for f in fields(Study) if f.name in options}
     own = {"name": name, "out_dir": out_dir, "overrides": tuple(overrides), "options": options}
@@ -135,17 +140,20 @@ def _anchored(override: str) -> str:
     absolute, so that it means the same when the study is resumed from another folder."""
     name, _, text = override.partition("=")
     place = text.strip("'\"")
+    if "${" in place:
+        return override
     if name == "dataset.path" and place.lower() not in ("", "null"):
-        return f"{name}={Path(place).expanduser().absolute()}"
+        return f"{name}={Path(os.path.expanduser(place)).absolute()}"
     if name in ("tracking.uri", "searcher.storage") and place.startswith("sqlite:///"):
         return f"{name}=sqlite:///{Path(place.removeprefix('sqlite:///')).absolute()}"
     return override
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """The options that only a study has, and its folder; checked."""
+    """The options that only a study has, and those that are checked with them."""
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, "out_dir"}]
+    also = {"out_dir", "epochs", "seed", "device", "test_at_end"}
+    own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, *also}]
     settings, _ = hydra_config.compose("study", own)
     check(settings)
     return settings

@@ -206,6 +206,8 @@ def measure(
             keep_best=len(trials),
         )
         finished = engine.run(job, Console(quiet=True))
+        if not finished.whole:
+            raise KeyboardInterrupt
         reports: dict[int, list[tuple[float, dict[str, float]]]] = {}  # when, metrics
         with closing(EventLog(job.folder)) as log:
             for _, when, event in log.events():

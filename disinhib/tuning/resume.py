@@ -20,6 +20,13 @@ RESUMED_WITH = (
 )
 
 
+def begun(options: Mapping[str, Any]) -> bool:
+    """Whether the study with `resume=auto` has begun. Raises ConfigError if it has no name."""
+    if options["study"] is None:
+        raise refusal("resume", "auto", "true or false without the name of a study (study=NAME)")
+    return (Path(options["out_dir"]).absolute() / options["study"] / FILE).exists()
+
+
 def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides and options of the search that `options` name. Raises ConfigError if there is
     none."""
@@ -30,11 +37,22 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load((folder / FILE).read_text("utf-8"))
         return {name: content[name] for name in ("overrides", "options")}
-    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        files = folder.parent.glob(f"*/{FILE}")
-        names = sorted(f.parent.name for f in files if "overrides:" in f.read_text("utf-8"))
+    except PermissionError as error:
+        allowed = f"a study of your own ({folder / FILE} is another user's)"
+        raise refusal("study", options["study"], allowed) from error
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+        files = filter(_of_search, folder.parent.glob(f"*/{FILE}"))
+        names = sorted(file.parent.name for file in files)
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", options["study"], f"{allowed} (in {folder.parent})") from error
+
+
+def _of_search(file: Path) -> bool:
+    """Whether it is the file of a search, and not of a retraining, that we can read."""
+    try:
+        return "overrides:" in file.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def on_top_of(

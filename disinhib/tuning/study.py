@@ -56,16 +56,17 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
     """Runs or plans `study` and prints the result. Returns the exit code of `main`, and the
     finished study unless it was only planned or could not continue."""
     console = Console()
-    if study.plan:
-        plan.run(study, console)
-        return 0, None
     try:
+        if study.plan:
+            plan.run(study, console)
+            return 0, None
         finished = run(study, console)
     except Exception as error:
         if (obstacle := engine.obstacle(error)) is None:
             raise
-        command = resume_command(study, study.name)
-        print(f"error: {obstacle}, then resume: {command}", file=sys.stderr)
+        begun = study.folder.exists() and not study.plan
+        again = f"resume: {resume_command(study, study.name)}" if begun else "give it again"
+        print(f"error: {obstacle}, then {again}", file=sys.stderr)
         return 1, None
     summary(finished, study, console)
     if not finished.whole:
@@ -131,10 +132,11 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
         say(line)
     for name, count in finished.undelivered.items():
         say(f"{name} lacks {count} records: resume the study when it answers")
-    uri = shlex.quote(masked(finished.tracking_uri))
+    uri = finished.tracking_uri and shlex.quote(masked(finished.tracking_uri))
     ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
     address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
-    say(f"\nall trials:  {ui}{address}")
+    if uri:
+        say(f"\nall trials:  {ui}{address}")
     if finished.undelivered or not finished.whole:
         say(f"resume:      {resume_command(study, finished.job.name)}")
     if top := progress.best(records):

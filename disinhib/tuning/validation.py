@@ -42,7 +42,7 @@ NAME: Check = (
 OPTIONAL_NAME = or_null(NAME)
 CHECKS: dict[str, Check] = {
     "study": OPTIONAL_NAME,
-    "resume": FLAG,
+    "resume": one_of((False, True, "auto")),
     "extend": FLAG,
     "plan": FLAG,
     "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
@@ -58,9 +58,17 @@ CHECKS: dict[str, Check] = {
     "checkpoints.every_seconds": checks.NOT_NEGATIVE,
     "checkpoints.keep_best": INDEX,
     "checkpoints.cap_gb": checks.POSITIVE,
-    "cluster.address": OPTIONAL_TEXT,
+    "cluster.address": or_null(
+        (
+            lambda v: bool(re.fullmatch(r"auto|[\w.-]+:\d+|\[.+\]:\d+", str(v))),
+            "auto or HOST:PORT of a running Ray cluster",
+        )
+    ),
     "cluster.cpus_per_trial": COUNT,
-    "cluster.gpus_per_trial": checks.NOT_NEGATIVE,
+    "cluster.gpus_per_trial": (
+        lambda v: checks.is_number(v) and 0 <= v <= 1,
+        "0, a share of a GPU below 1, or 1",
+    ),
     "cluster.max_concurrent": or_null(COUNT),
     "tracking.uri": OPTIONAL_TEXT,
     "tracking.experiment": TEXT,
@@ -108,10 +116,15 @@ def check(options: Mapping[str, Any]) -> None:
     if options["test_at_end"]:
         raise refusal("test_at_end", True, "false: a search must not see the test set")
     if options["resume"] and options["extend"]:
-        raise refusal("extend", True, "false with resume=true")
+        raise refusal("extend", True, "false with resume")
 
 
 def check_device(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if trials would need a GPU and are given none."""
-    if options["device"] == "gpu" and not options["cluster"]["gpus_per_trial"]:
+    """Raises ConfigError if the device of trials is not that which Ray gives them."""
+    device, gpus = options["device"], options["cluster"]["gpus_per_trial"]
+    if device == "gpu" and not gpus:
         raise refusal("device", "gpu", "auto or cpu without cluster.gpus_per_trial")
+    if device == "cpu" and gpus:
+        raise refusal("device", "cpu", f"auto or gpu with cluster.gpus_per_trial={gpus:g}")
+    if options["gpu_id"]:
+        raise refusal("gpu_id", options["gpu_id"], "0 in a study: Ray chooses the GPU of a trial")

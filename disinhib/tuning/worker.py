@@ -12,7 +12,6 @@ the study loop ignores those that it has.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import platform
@@ -25,7 +24,7 @@ from filelock import FileLock
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 
-from disinhib.errors import one_line, reason_of
+from disinhib.errors import FULL_DISK, one_line, reason_of
 from disinhib.tuning import machines
 from disinhib.tuning.event_log import TrialConfig, over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file, sizes
@@ -84,11 +83,11 @@ class TrainingTrial(tune.Trainable):
             result = self._step()
         except Exception as error:
             self._failure = error
-            if self._begun and not of_machine(error):
-                result = {FAILURE: reason_of(error)}
-            else:
+            if of_machine(error, self._begun):
                 why = str(error) if isinstance(error, Unfit) else one_line(error)
                 result = {MACHINE: f"{platform.node()}: {why}"}
+            else:
+                result = {FAILURE: reason_of(error)}
         return {**result, NODE: self._node, SAVED: self._saved_epochs}
 
     def _step(self) -> dict:
@@ -112,8 +111,7 @@ class TrainingTrial(tune.Trainable):
 
     def _begin(self) -> None:
         """Loads the data, and the trial's checkpoint if it has one; reuses data and compiled
-        programs of earlier trials. What fails here is the machine's fault: the driver has checked
-        the options and has seen the data."""
+        programs of earlier trials."""
         from disinhib import checkpoint, compilation_cache, config, memory, numerics, training
 
         if not self._proved:
@@ -214,7 +212,7 @@ class TrainingTrial(tune.Trainable):
                 room = policy["cap_bytes"] - beside
                 written = checkpoint.save(file, self._run, self._state, self._reports, room)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL_DISK:
                 raise
             return {"obstacle": f"{error.strerror}: {file.parent}"}
         if not written:
@@ -225,14 +223,20 @@ class TrainingTrial(tune.Trainable):
         return {}
 
 
-def of_machine(error: Exception) -> bool:
-    """Whether an error in the midst of training is the machine's: a file, a device that is gone.
-    Memory that does not suffice is not, as a smaller network would fit."""
+# What a jax error begins with if another machine would raise it too: a smaller network would fit.
+OF_CONFIGURATION = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
+
+def of_machine(error: Exception, begun: bool) -> bool:
+    """Whether an error is the machine's: a file, a device that is gone; before training has `begun`
+    also any other, as the driver has checked the options and seen the data."""
     import jax
 
+    if isinstance(error, MemoryError):
+        return False
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" not in str(error)
-    return isinstance(error, OSError | ImportError)
+        return not str(error).startswith(OF_CONFIGURATION)
+    return not begun or isinstance(error, OSError | ImportError)
 
 
 def count_compilations() -> list[float]:
