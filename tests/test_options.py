@@ -53,7 +53,11 @@ REFUSED = {
     "epochs=-1": ["epochs: given -1", "at least 1"],
     "replicates=0": ["replicates: given 0", "at least 1"],
     "device=gpu": ["device: given gpu", "cluster.gpus_per_trial"],
-    "resume=out": ["resume: given out", "true or false"],
+    "resume=out": ["resume: given out", "true, false or auto"],
+    "resume=auto": ["resume: given auto", "without the name of a study (study=NAME)"],
+    "cluster.gpus_per_trial=1.5": ["cluster.gpus_per_trial: given 1.5", "a share of a GPU below 1"],
+    "cluster.gpus_per_trial=2": ["cluster.gpus_per_trial: given 2", "or 1"],
+    "gpu_id=1": ["gpu_id: given 1", "Ray chooses"],
     "resume=true": ["resume: given true", "false without the name of a study (study=NAME)"],
     "extend=true": ["extend: given true", "false without the name of a study (study=NAME)"],
     "scheduler.reduction_factor=1": ["scheduler.reduction_factor: given 1", "above 1"],
@@ -91,6 +95,7 @@ def test_an_option_that_cannot_be_is_refused(override, refuse):
 
 
 TOGETHER = {
+    ("device=cpu", "cluster.gpus_per_trial=1"): ["device: given cpu", "auto or gpu"],
     ("study=x", "resume=true", "extend=true"): ["extend: given true", "false with resume=true"],
     ("study=x", "resume=true"): ["study: given x", "none: there is no study"],
     ("study=x", "extend=true"): ["study: given x", "none: there is no study"],
@@ -294,6 +299,17 @@ def test_the_environments_store_is_kept_with_the_study_but_no_password(tmp_path,
     asked = options.compose([place])
     assert asked.tracking["uri"] == "http://me:secret@there:5000"
     assert "secret" not in str(options.kept(asked))
+
+
+def test_one_command_begins_a_study_and_goes_on_with_it(tmp_path):
+    words = [f"out_dir={tmp_path}", "study=mine", "trials=5", "resume=auto"]
+    first = options.compose(words)
+    assert not first.resume
+    manifest.write(first.folder, study.job(first).manifest, options.kept(first))
+    again = options.compose(words)
+    assert again.resume and again.trials == 5
+    with pytest.raises(ConfigError, match=r"mine ran with trials=5 \(now 6\)"):
+        options.compose([*words, "trials=6"])
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,16 @@ def test_the_pools_of_a_worker_are_of_its_share_of_the_cores():
     assert "JAX_PLATFORMS" not in environment.of_worker(cpus=2, gpus=0.5)
 
 
+def test_trials_that_share_a_gpu_share_its_memory(monkeypatch):
+    for name in environment.MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    mine = lambda gpus: {n: v for n, v in environment.of_worker(1, gpus).items() if "MEM_F" in n}
+    assert mine(0) == mine(1) == {}
+    assert mine(0.25) == {"XLA_CLIENT_MEM_FRACTION": "0.225"}
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.1")  # jax refuses both
+    assert mine(0.25) == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}
+
+
 CORES = """
 import os, time
 os.sched_setaffinity(0, range(os.cpu_count()))

@@ -42,7 +42,7 @@ NAME: Check = (
 OPTIONAL_NAME = or_null(NAME)
 CHECKS: dict[str, Check] = {
     "study": OPTIONAL_NAME,
-    "resume": one_of((False, True, "auto")),
+    "resume": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "extend": FLAG,
     "plan": FLAG,
     "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
@@ -116,7 +116,7 @@ def check(options: Mapping[str, Any]) -> None:
     if options["test_at_end"]:
         raise refusal("test_at_end", True, "false: a search must not see the test set")
     if options["resume"] and options["extend"]:
-        raise refusal("extend", True, "false with resume")
+        raise refusal("extend", True, "false with resume=true")
 
 
 def check_device(options: Mapping[str, Any]) -> None:
