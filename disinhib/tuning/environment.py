@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from disinhib import numerics
 
-
 # The share of a GPU's memory that jax takes when it starts; the second name is deprecated, and jax
 # refuses both at once.
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
