@@ -5,6 +5,7 @@ none of them sees or touches what is in the user's home.
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(
         HOME=str(home),
         XDG_CACHE_HOME=str(home / ".cache"),
+        RAY_AUTH_TOKEN=secrets.token_hex(32),  # one for all Rays of a process, which reads it once
         RAY_TMPDIR=str(home),  # or a study joins what another suite on this machine has started
         MPLCONFIGDIR=str(KEPT / "matplotlib"),  # its list of fonts takes seconds to make
     )

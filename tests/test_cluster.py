@@ -203,6 +203,14 @@ def test_ray_gets_a_folder_whose_name_leaves_room_for_its_sockets(tmp_path, monk
         cluster.temporary_folder()
 
 
+def test_our_own_ray_has_a_token_that_is_in_no_file(monkeypatch):
+    assert cluster._token() == {}  # the suite's
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    assert cluster._token() == {"RAY_AUTH_TOKEN": cluster.TOKEN} and len(cluster.TOKEN) == 64
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/mine")
+    assert cluster._token() == {}
+
+
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     def broken(**_):
         raise RuntimeError("The current node timed out\nduring startup")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -31,6 +32,9 @@ SWITCHES = {
 # and what another Ray starts without it could not speak to it.)
 CGROUPS = Path("/sys/fs/cgroup")
 LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
+# Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file in
+# the user's home that others can read.)
+TOKEN = secrets.token_hex(32)
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
@@ -45,8 +49,8 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
-    folder = {} if options["address"] else {"RAY_TMPDIR": temporary_folder()}
-    with environment.variables({**SWITCHES, **folder}, also=SET_BY_RAY), _without_summary():
+    own = {} if options["address"] else {"RAY_TMPDIR": temporary_folder(), **_token()}
+    with environment.variables({**SWITCHES, **own}, also=SET_BY_RAY), _without_summary():
         try:
             _connect(options["address"], environment.of_worker(cpus, gpus))
             for option, kind, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
@@ -100,6 +104,12 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)
+
+
+def _token() -> dict[str, str]:
+    """The variable with the token of our own Ray, unless the user has set one."""
+    own = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return {} if own else {"RAY_AUTH_TOKEN": TOKEN}
 
 
 def cores() -> int:
