@@ -29,9 +29,13 @@ def command(body: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *process.ENDING])
 def test_a_signal_ends_a_command_with_its_exit_code(number):
-    # A suite that runs in a shell's background ignores SIGINT, and so would its children.
+    # A suite in a shell's background ignores SIGINT, one under nohup SIGHUP; so would its children.
     body = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    done = run(command(f"{body}; print('begun'); os.kill(os.getpid(), {int(number)}); 1 / 0"))
+    heeding = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    done = run(
+        command(f"{body}; print('begun'); os.kill(os.getpid(), {int(number)}); 1 / 0"),
+        preexec_fn=heeding,
+    )
     assert done.returncode == 128 + number
     assert (done.stdout, done.stderr) == ("begun\n", f"interrupted by {number.name}\n")
 

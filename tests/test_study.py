@@ -480,6 +480,7 @@ def test_the_exit_code_says_how_a_study_ended(tmp_path, monkeypatch, capsys):
 
 def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch, capsys):
     def full(*_):
+        (tmp_path / "mine").mkdir()
         raise loop.StudyStopped("no space left: /disk: make room")
 
     monkeypatch.setattr(study, "run", full)

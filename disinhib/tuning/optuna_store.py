@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -72,8 +73,9 @@ class OptunaStore:
             raise refusal("study", self.study_name, "a name that no other study there has")
         study.set_user_attr(ID, self.id)
         self.study_id = self.storage.get_study_id_from_name(self.study_name)
-        trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
-        self.ids = {trial.number: trial._trial_id for trial in trials}
+        id_of = partial(self.storage.get_trial_id_from_study_id_trial_number, self.study_id)
+        count = self.storage.get_n_trials(self.study_id)
+        self.ids = {number: id_of(number) for number in range(count)}
         return set(self.ids)
 
     def deliver(self, events: Sequence[Logged]) -> None:
