@@ -80,7 +80,9 @@ def main(arguments: list[str]) -> int:
         print(stores.said(store, study))
     print(f"{len(planned)} configurations of {len(seeds)} seeds ({_listed(seeds)})", flush=True)
     try:
-        finished = engine.run(job(settings, study, planned, seeds, command), Console())
+        finished = engine.run(
+            job(settings, study, planned, seeds, command), Console(file=sys.stdout)
+        )
     except Exception as error:
         if (obstacle := engine.obstacle(error)) is None:
             raise

@@ -1,5 +1,6 @@
 """A study on two nodes, each with its own raylet, that it did not start."""
 
+import io
 import json
 import tempfile
 import time
@@ -10,9 +11,10 @@ import ray
 import tiny
 from ray.cluster_utils import Cluster
 from ray.tune import Callback
+from rich.console import Console
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import cluster, machines, options, study
+from disinhib.tuning import cluster, engine, machines, options, study
 from disinhib.tuning.event_log import COMPLETE
 from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE, NODE, SAVED
@@ -55,10 +57,10 @@ def placed(machines=2):
 
 def run(asked, trainable, *callbacks):
     """(the records of the study, what was printed)."""
-    console = tiny.quiet()
-    finished = study.run(asked, console, trainable, callbacks)
+    printed = io.StringIO()
+    finished = study.run(asked, Console(file=printed, width=120), trainable, callbacks)
     assert [record.state for record in finished.records] == [COMPLETE] * asked.trials
-    return finished.records, console.file.getvalue()
+    return finished.records, printed.getvalue()
 
 
 def test_trials_run_on_every_node(compose):
@@ -92,23 +94,43 @@ def test_only_if_no_machine_is_left_does_the_study_stop(compose):
         study.run(compose(), tiny.quiet(), Faulty)
 
 
-def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose, nodes):
-    """The epochs of the study need a third machine; then that one is gone."""
+class Change(Callback):
+    """A machine joins with the first trial, and is lost when it has one. Makes the files `joined`
+    and `gone` in `folder` when the study has `printed` so."""
 
-    class Change(Callback):
-        added = None
+    def __init__(self, nodes, printed, folder):
+        self.nodes, self.printed, self.folder, self.added = nodes, printed, folder, None
 
-        def on_trial_start(self, **_):
-            if self.added is None:
-                self.added = nodes.add_node(num_cpus=1)
+    def __getstate__(self):
+        return {}  # Ray pickles its callbacks
 
-        def on_trial_result(self, *, result, **_):
-            if self.added is not None and result[NODE] == self.added.node_id:
-                nodes.remove_node(self.added, allow_graceful=False)
+    def on_trial_start(self, **_):
+        self.added = self.added or self.nodes.add_node(num_cpus=1)
 
-    _, said = run(compose("trials=6"), placed(machines=3), Change())
-    assert "joined: 1 more at once" in said
-    assert "is gone: trial" in said and "goes on from epoch" in said
+    def on_trial_result(self, *, result, **_):
+        if result[NODE] == self.added.node_id and self.added in self.nodes.worker_nodes:
+            self.nodes.remove_node(self.added, allow_graceful=False)
+
+    def on_step_end(self, **_):
+        for file, words in (("joined", "joined: 1 more at once"), ("gone", "is gone: trial")):
+            if words in self.printed.getvalue():
+                (self.folder / file).touch()
+
+
+def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose, nodes, tmp_path):
+    class Waiting(placed(machines=3)):
+        def step(self):
+            while not (tmp_path / ("gone" if self.epoch else "joined")).exists():
+                time.sleep(0.05)
+            return super().step()
+
+    printed = io.StringIO()
+    asked = compose("trials=6")
+    change = Change(nodes, printed, tmp_path)
+    finished = study.run(asked, Console(file=printed, width=120), Waiting, [change])
+    assert [record.state for record in finished.records] == [COMPLETE] * 6
+    assert "goes on from epoch 0" in printed.getvalue()
+    assert "(raylet)" in (asked.folder / engine.RAY_LOG).read_text()
 
 
 TOO_MUCH = {

@@ -32,8 +32,8 @@ SWITCHES = {
 # and what another Ray starts without it could not speak to it.)
 CGROUPS = Path("/sys/fs/cgroup")
 LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
-# Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file in
-# the user's home that others can read.)
+# Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
+# in the user's home that others can read.)
 TOKEN = secrets.token_hex(32)
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
@@ -73,8 +73,10 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
             host, _, port = (address or "").rpartition(":")
-            if host:  # Ray would wait for minutes if nothing listens there
-                socket.create_connection((host, int(port)), timeout=5).close()
+            if host:  # Ray would wait for minutes if nothing there speaks its language (HTTP/2)
+                with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as there:
+                    if not there.recv(9):
+                        raise ConnectionError("closed by its other end")
             # "local", as None would join whatever cluster was last started on this machine, even
             # if it is no longer there.
             local = {"address": "local", "num_cpus": cores(), "include_dashboard": False}

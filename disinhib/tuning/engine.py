@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.provenance import DataSource
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
+
+RAY_LOG = "ray.log"  # in a study's folder
 
 
 @dataclass(frozen=True)
@@ -273,4 +275,6 @@ def _run_loop(
     )
     score = mean_score(job.metric, SELECTION[job.metric].sign)
     loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)
-    backend.run(loop, callbacks)
+    # Ray prints what its processes say of themselves, pages of it when a machine is lost.
+    with open(job.folder / RAY_LOG, "a", encoding="utf-8") as words, redirect_stdout(words):
+        backend.run(loop, callbacks)

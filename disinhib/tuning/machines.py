@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disinhib.errors import ConfigError, InputError, one_line
@@ -24,7 +25,7 @@ from disinhib.tuning import cluster, provenance
 
 FILE = "driver.json"  # in a study's folder: what the driver has, and every machine must have too
 SURVEY_SECONDS = 120.0  # a machine that takes longer to answer, with its data loaded, is left out
-CLOCK_SECONDS = 60.0  # by which clocks may differ
+CLOCK_SECONDS = 60.0  # by which a clock may be off
 
 
 class Need(TypedDict):
@@ -85,12 +86,12 @@ class Look(NamedTuple):
     seconds: float  # since 1970, by its clock
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_retries=0)
 def _look(need: Need) -> Look:
     return Look(faults(need), time.time())
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_retries=0)
 def _end(pid: int, name: str) -> None:
     """Ends a process of this machine if it is (still) a Ray worker called `name`."""
     try:
@@ -206,12 +207,12 @@ class Machines:
 def _answer(look: Any, asked: float) -> list[str]:
     """The faults in a machine's answer."""
     try:
-        answer = ray.get(look)
-    except ray.exceptions.RayError as error:  # it has other code, or none, or is gone
+        answer = cast(Look, ray.get(look))
+    except RayError as error:  # it has other code, or none, or is gone
         return [f"cannot be asked: {one_line(error)}"]
-    ahead = answer.seconds - (asked + time.time()) / 2
-    clock = [f"its clock differs by {abs(ahead):.0f} s: set it"]
-    return [*answer.faults, *(clock if abs(ahead) > CLOCK_SECONDS + time.time() - asked else [])]
+    off = max(asked - answer.seconds, answer.seconds - time.time())
+    clock = [f"its clock is {off:.0f} s off: set it"] if off > CLOCK_SECONDS else []
+    return [*answer.faults, *clock]
 
 
 def survey(machines: Machines) -> None:

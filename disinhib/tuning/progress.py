@@ -169,7 +169,7 @@ class Progress:
         self.console, self.trials, self.metric = console, trials, metric
         self.started = self.shown = time.monotonic()
         self.before = 0  # trials that had ended before this session
-        self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.live = Live(console=console, transient=True, auto_refresh=False, redirect_stdout=False)
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:

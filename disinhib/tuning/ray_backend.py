@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from disinhib.tuning.ray_workaround import deaths_counted_once
 from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, Policy
 
 FOLDER = "ray"  # in the study's folder
+LEFT_OUT = "left_out"  # in what Tune knows of a trial: machines (Ray's node ids)
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker without a new epoch
 LOOK_SECONDS = 1.0  # between two looks at the cluster
 # A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
@@ -86,7 +88,8 @@ class RayBackend(tune.Callback):
         self.tell(None)
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
-            tune.with_resources(self.trainable, lambda config: self.request()),
+            # Ray keeps a copy of this function, which knows only what the configuration says.
+            tune.with_resources(self.trainable, partial(_request, self.resources)),
             tune_config=tune.TuneConfig(
                 search_alg=RaySearcher(self),
                 scheduler=RayScheduler(self),
@@ -113,13 +116,6 @@ class RayBackend(tune.Callback):
                     raise
         if self.error is not None:
             raise self.error
-
-    def request(self) -> tune.PlacementGroupFactory:
-        """What a trial needs of a machine, and where it may not run."""
-        bundle = {kind.upper(): share for kind, share in self.resources.items()}
-        if not (left_out := self.machines.left_out()):
-            return tune.PlacementGroupFactory([bundle])
-        return tune.PlacementGroupFactory([bundle], bundle_label_selector=[node_label(left_out)])
 
     def tell(self, outcome: Outcome | None) -> bool:
         """Sends `outcome` to the loop, or None to begin it; returns whether the trial has ended."""
@@ -175,7 +171,7 @@ class RayBackend(tune.Callback):
 
     def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
-        trial.update_resources(self.request())
+        trial.update_resources(_request(self.resources, {LEFT_OUT: self.machines.left_out()}))
         self.lost.append((number, self.running.pop(number, Running(time.monotonic()))))
         self.looked = 0.0  # a machine may have gone with it
         self.tell(Lost(number))
@@ -235,6 +231,16 @@ class RayBackend(tune.Callback):
         return {}  # Ray pickles its parts; the state is in the log
 
 
+def _request(
+    resources: Mapping[str, float], config: Mapping[str, Any]
+) -> tune.PlacementGroupFactory:
+    """What a trial needs of a machine, and the machines that it may not have."""
+    bundle = {kind.upper(): share for kind, share in resources.items()}
+    if not (left_out := config.get(LEFT_OUT)):
+        return tune.PlacementGroupFactory([bundle])
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[node_label(left_out)])
+
+
 VARIABLES = {
     # By default Ray starts one worker at a time and drops it when another becomes free, so that
     # short trials would run one after another. The loop decides how many trials there are.
@@ -253,7 +259,8 @@ class RaySearcher(Searcher):
         if self.backend.error is not None:  # else Ray would keep asking for minutes
             raise self.backend.error
         if self.backend.queue:
-            return {**self.backend.queue.popleft(), "policy": self.backend.policy}
+            given = {"policy": self.backend.policy, LEFT_OUT: self.backend.machines.left_out()}
+            return {**self.backend.queue.popleft(), **given}
         return Searcher.FINISHED if self.backend.over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:

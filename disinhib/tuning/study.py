@@ -55,7 +55,7 @@ def usage() -> str:
 def carry_out(study: Study) -> tuple[int, Finished | None]:
     """Runs or plans `study` and prints the result. Returns the exit code of `main`, and the
     finished study unless it was only planned or could not continue."""
-    console = Console()
+    console = Console(file=sys.stdout)
     try:
         if study.plan:
             plan.run(study, console)
