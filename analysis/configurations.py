@@ -163,7 +163,10 @@ def of_selection(
         raise Refused(f"tracking.uri: missing, as {file} keeps no passwords ({uri})")
     if other_uri is None:
         uri = _moved_with(file, selection.get("database"), study_run) or uri
-    store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
+    try:
+        store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
+    except InputError as error:
+        raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
@@ -190,6 +193,8 @@ def _of_trial(
     if tags.get("study_id") != study.id or "trial" not in tags:
         raise Refused(f"{run_id}: is not a trial of study {study.name}")
     number, state = int(tags["trial"]), tags.get("trial_state", "still running")
+    if run.info.lifecycle_stage == "deleted":
+        raise Refused(f"trial {number} of {study.name}: its run was deleted in MLflow; restore it")
     if state != runs.COMPLETE:
         raise Refused(
             f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"

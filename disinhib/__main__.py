@@ -37,8 +37,20 @@ RESUMED_WITH = {
     *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
     *("OL_eval_on_train", "test_at_end", "min_converged_share", "max_weight"),
 }
-# Of Hydra's flags, those that would replace conf/.
-NOT_OURS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+# Hydra's flags, without those that would replace conf/, and the values of those that have one.
+PLAIN = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+)
+SHOWN = ("job", "hydra", "all")  # parts of the configuration
+WITH_VALUE = {"--cfg": SHOWN, "-c": SHOWN, "--package": None, "-p": None}
 log = logging.getLogger("disinhib")
 
 
@@ -46,9 +58,7 @@ def main(arguments: list[str]) -> int | None:
     """Checks all options before Hydra makes the run's folder, then starts Hydra."""
     for line in numerics.ignored():
         print(f"warning: {line}", file=sys.stderr)
-    for argument in arguments:
-        if argument.partition("=")[0] in NOT_OURS:
-            raise ConfigError(f"{argument}: has no meaning here, allowed is option=value")
+    _check_flags(arguments)
     numerics.check()
     numerics.set_jax()
     overrides = [argument for argument in arguments if not argument.startswith("-")]
@@ -63,6 +73,20 @@ def main(arguments: list[str]) -> int | None:
         config_name=hydra_config.TRAINING,
     )
     decorate(_task)()
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Raises ConfigError for a flag that is wrong, where Hydra would print its usage."""
+    rest = list(arguments)
+    while rest:
+        flag, _, value = rest.pop(0).partition("=")
+        if flag in WITH_VALUE:
+            value = value or (rest.pop(0) if rest else "")
+            allowed = WITH_VALUE[flag]
+            if not value or (allowed and value not in allowed):
+                raise refusal(flag, value or "nothing", f"one of {', '.join(allowed or ['NAME'])}")
+        elif flag.startswith("-") and flag not in PLAIN:
+            raise ConfigError(f"{flag}: has no meaning here, allowed is option=value")
 
 
 def _task(composed: DictConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -99,7 +100,8 @@ class Change(Callback):
     and `gone` in `folder` when the study has `printed` so."""
 
     def __init__(self, nodes, printed, folder):
-        self.nodes, self.printed, self.folder, self.added = nodes, printed, folder, None
+        self.nodes, self.printed, self.folder = nodes, printed, folder
+        self.added: Any = None
 
     def __getstate__(self):
         return {}  # Ray pickles its callbacks

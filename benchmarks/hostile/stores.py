@@ -141,9 +141,7 @@ ANSWERS = refused("study|mlflow.db|tracking.uri|artifact|run")
 CHANGES: tuple[tuple[str, Change, str, Expected], ...] = (
     ("without artifacts", _removed("out/mlflow-artifacts"), " ".join(READERS), ANSWERS),
     ("without one trial's run", _delete_runs(0), "selection report retrain", refused("trial|run")),
-    ("without one trial's run", _delete_runs(0), "runs", EITHER),  # it names what is missing
     ("without the best trial's run", _best, "selection report retrain", refused("trial|run")),
-    ("without the best trial's run", _best, "runs", EITHER),
     ("without the study's run", _delete_runs(None), " ".join(READERS[:3]), refused("study|run")),
     ("without the study's run", _delete_runs(None), "replay", EITHER),
     ("without any run", _delete_runs(0, 1, None), "selection report", ANSWERS),
@@ -243,6 +241,12 @@ def cases() -> list[Case]:
                  shell=f"exec {PLAIN}{{}}" if change is _readonly else "exec {}")
             for what, change, commands, expected in CHANGES
             for command in commands.split()
+        ),
+        *(
+            Case(f"stores: {what}: runs names it", "runs", says("left out: trial"),
+                 words=("-m", "analysis.runs", f"study={WHOLE}"), prepare=change)
+            for what, change in (("without one trial's run", _delete_runs(0)),
+                                 ("without the best trial's run", _best))
         ),
         *(
             Case(f"stores: half, {what}: resume", "resume", expected, prepare=change)

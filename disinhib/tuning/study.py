@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     Returns the exit code: 0, 1 if no trial is complete or the study cannot continue, 130 if it was
     interrupted.
     """
-    if {"-h", "--help"} & {*arguments}:
+    if {"-h", "--help", "help=true"} & {*arguments}:
         print(usage())
         return 0
     return carry_out(compose(arguments))[0]
