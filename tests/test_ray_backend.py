@@ -51,15 +51,15 @@ class Watch(tune.Callback):
             self.workers.append(result["pid"])
 
 
-def asked(number, acts=()):
+def asked(number, acts=(), epochs=EPOCHS):
     config: Any = {
-        "number": number, "rule": "bp", "epochs": EPOCHS, "seeds": [1], "final": False,
+        "number": number, "rule": "bp", "epochs": epochs, "seeds": [1], "final": False,
         "searched": dict(acts), "command": "", "options": {},
     }  # fmt: skip
     return Asked(number, config)
 
 
-def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
+def play(folder, *trials, at_once=1, observe=lambda event: None, source=None, epochs=EPOCHS):
     """Runs trials, each with its acts by epoch; trials of a score below 0 are stopped."""
     with closing(EventLog(folder)) as log:
         watch, over_cap, said = Watch(), [], []
@@ -69,13 +69,13 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
             tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, tiny.cluster_of_one(),
             lambda: None, lambda: over_cap.append(1), said.append,
         )  # fmt: skip
-        listed = from_list(asked(number, acts) for number, acts in enumerate(trials))
+        listed = from_list(asked(number, acts, epochs) for number, acts in enumerate(trials))
         loop = study_loop(
             log, records, source or listed, lambda records, trial, score: score < 0,
             mean_score("valid_accuracy", 1), backend.start, lambda: at_once, observe,
         )  # fmt: skip
         backend.run(loop, [watch])
-        epochs = [
+        reported = [
             (logged.event.trial, logged.event.epoch)
             for logged in log.events()
             if isinstance(logged.event, EpochDone)
@@ -83,7 +83,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None):
     in_ray = ExperimentAnalysis(str(folder / ray_backend.FOLDER)).trials or []
     by_number = {trial.config["number"]: trial for trial in in_ray}
     assert len(by_number) == len(in_ray)
-    return Played(records, by_number, epochs, watch.workers, len(over_cap), said)
+    return Played(records, by_number, reported, watch.workers, len(over_cap), said)
 
 
 STUDY = (
@@ -139,6 +139,23 @@ def test_what_a_trial_reports_again_is_in_the_log_once(played):
 def test_workers_are_reused_until_they_die(played):
     """One until a trial raises, one until the first death, and one until each of the others."""
     assert len(played.workers) == 1 + 1 + ray_backend.WORKERS_LOST + 1
+
+
+def test_deaths_count_only_if_nothing_has_come_of_it(tmp_path):
+    """As on machines that are taken away again and again."""
+    epochs = ray_backend.WORKERS_LOST + 2
+    deaths = {str(epoch): "die in each" for epoch in range(1, epochs + 1)}
+    (record,) = play(tmp_path, deaths, epochs=epochs).records.values()
+    assert (record.state, record.epochs) == (COMPLETE, epochs)
+
+
+def test_a_worker_that_is_silent_is_ended_and_its_trial_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_backend, "QUIET_SECONDS", 3.0)
+    monkeypatch.setattr(ray_backend, "PATIENCE", 1.0)
+    played = play(tmp_path, {"2": "hang"})
+    assert [record.state for record in played.records.values()] == [COMPLETE]
+    assert played.said[0].startswith("trial 0 has been silent for ")
+    assert played.said[-1].endswith("is lost: trial 0 goes on from epoch 0")
 
 
 def test_an_obstacle_ends_the_study(tmp_path):

@@ -244,14 +244,15 @@ def _run_loop(
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
     say_once = cache(shown.say)
-    tidy = lambda: retention.tidy(folder, records.values(), job.keep_best)
-    update = lambda: shown.update([*records.values()])
+    update = lambda: shown.update(records.values())
     retention.remove(folder, retention.PARTS)
-    tidy()
+    kept = retention.tidy(folder, records.values(), job.keep_best)
 
     def observe(event: Event) -> None:
+        nonlocal kept
         if isinstance(event, Ended):
-            tidy()
+            concerned = [records[number] for number in {*kept, event.trial}]
+            kept = retention.tidy(folder, concerned, job.keep_best)
             shown.ended(records[event.trial])
 
     def on_over_cap() -> None:

@@ -201,10 +201,12 @@ def mean_score(metric: str, sign: int) -> Score:
 
 def from_list(trials: Iterable[Asked]) -> Source:
     """The `trials` of a list, one after another."""
-    listed = list(trials)
+    listed = deque(trials)
 
     def source(records: Mapping[int, Record]) -> list[Asked]:
-        return [asked for asked in listed if asked.trial not in records][:1]
+        while listed and listed[0].trial in records:
+            listed.popleft()
+        return [listed[0]] if listed else []
 
     return source
 

@@ -92,13 +92,13 @@ def _look(need: Need) -> Look:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _end(pid: int, name: str) -> None:
-    """Ends a process of this machine if it is (still) a Ray worker called `name`."""
+def _end(pid: int) -> None:
+    """Ends a process of this machine if it is (still) a worker of Ray."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has ended
         return
-    if words.startswith(f"ray::{name}".encode()):
+    if title.startswith(b"ray::"):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -111,9 +111,9 @@ def node_label(left_out: Sequence[str]) -> dict[str, str]:
     return {"ray.io/node-id": f"!in({', '.join(left_out)})"}
 
 
-def end_process(node: str, pid: int, name: str) -> None:
+def end_process(node: str, pid: int) -> None:
     """Ends the worker process `pid` on a machine, soon."""
-    _end.options(scheduling_strategy=_on(node)).remote(pid, name)
+    _end.options(scheduling_strategy=_on(node)).remote(pid)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from disinhib.checks import is_number
 from disinhib.metrics import SELECTION
-from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, Record
+from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, WAITING, Record
 
 PLAIN_SECONDS = 10.0  # between two lines if stdout is not a terminal
 
@@ -97,10 +97,11 @@ def line(
 ) -> str:
     """The study in one line."""
     now = tally(records)
+    waiting = sum(record.state == WAITING for record in records)
     scores = [f"{s.rule} {in_words(s.best.score, metric)}" for s in standings(records) if s.best]
     return (
         f"{now.ended}/{trials} trials: {now.complete} complete, {now.pruned} pruned,"
-        f" {now.failed} failed, {now.running} running;"
+        f" {now.failed} failed, {now.running} running{f', {waiting} waiting' if waiting else ''};"
         f" best {', '.join(scores) or 'not yet'};"
         f" {clock(elapsed)}, {clock(seconds_left(records, trials, elapsed, before))} left"
     )
@@ -179,11 +180,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.live.stop()
 
-    def update(self, records: Sequence[Record]) -> None:
+    def update(self, records: Collection[Record]) -> None:
         now = time.monotonic()
         if now - self.shown < (0.5 if self.console.is_terminal else PLAIN_SECONDS):
             return
         self.shown = now
+        records = list(records)
         status = line(records, self.trials, now - self.started, self.metric, self.before)
         if self.console.is_terminal:
             board = leaderboard(records, self.metric)

@@ -42,13 +42,15 @@ def kept(records: Iterable[Record], best: int) -> list[Record]:
     return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def tidy(folder: Path, records: Iterable[Record], best: int) -> None:
-    """Removes the checkpoints of trials that have ended, except those that are kept."""
+def tidy(folder: Path, records: Iterable[Record], best: int) -> set[int]:
+    """Removes the checkpoints of those of `records` that have ended, except those that are kept.
+    Returns the numbers of the kept: when another trial ends, only they can be concerned."""
     records = list(records)
     keep = {record.number for record in kept(records, best)}
     for record in records:
         if record.ended and record.number not in keep:
             checkpoint_file(folder, record.number).unlink(missing_ok=True)
+    return keep
 
 
 def remove(folder: Path, pattern: str) -> None:
