@@ -58,6 +58,8 @@ def main(arguments: list[str]) -> int | None:
     """Checks all options before Hydra makes the run's folder, then starts Hydra."""
     for line in numerics.ignored():
         print(f"warning: {line}", file=sys.stderr)
+    if "help=true" in arguments:  # as with every other command
+        arguments = sys.argv[1:] = ["--help"]
     _check_flags(arguments)
     numerics.check()
     numerics.set_jax()

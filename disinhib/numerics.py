@@ -66,8 +66,9 @@ def check() -> None:
     if flags := os.environ.get("XLA_FLAGS"):
         tried = [sys.executable, "-c", "import jax; jax.devices()"]
         done = subprocess.run(tried, capture_output=True, text=True)
-        if done.returncode != 0 and (unknown := re.search("Unknown flags? in .*", done.stderr)):
-            raise refusal("XLA_FLAGS", flags, f"flags of this jaxlib ({unknown[0]})")
+        wrong = re.search(r"Unknown flags? in .*|Could not open file \S+", done.stderr)
+        if done.returncode != 0 and wrong:
+            raise refusal("XLA_FLAGS", flags, f"flags of this jaxlib ({wrong[0]})")
 
 
 def ignored() -> list[str]:

@@ -100,8 +100,11 @@ def why(uri: str, error: Exception) -> str:
         text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     with suppress(ValueError):  # no address at all
         proxies = get_environ_proxies(uri) if uri.startswith("http") else {}
-        if proxy := proxies.get(uri.partition(":")[0]):
-            text += f"; by way of the proxy {proxy} (see NO_PROXY)"
+        scheme = uri.partition(":")[0]
+        if proxy := proxies.get(scheme, proxies.get("all")):
+            names = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+            variable = next((name for name in names if os.environ.get(name) == proxy), "a proxy")
+            text += f"; by way of {variable}={proxy} (see no_proxy)"
     return masked(text)
 
 

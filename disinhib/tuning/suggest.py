@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option, or_null
 from disinhib.tuning import event_log
@@ -85,15 +87,32 @@ def point(
     return Point(params=dict(params), distributions=texts, system_attrs=dict(system_attrs))
 
 
+SOMETIME = datetime(2000, 1, 1)  # no sampler asks when
+
+
+class _Past(FrozenTrial):
+    """A trial that nobody changes any more. Optuna copies each deeply as it is added to a study,
+    which for a proposal after 1,000 trials takes longer than the proposal itself."""
+
+    def __deepcopy__(self, memo: Any) -> FrozenTrial:
+        return copy(self)
+
+
 def frozen_trial(tried: Tried) -> FrozenTrial:
     """The trial as Optuna stores it."""
-    return create_trial(
-        state=STATES.get(tried["state"], TrialState.RUNNING),
+    state = STATES.get(tried["state"], TrialState.RUNNING)
+    return _Past(
+        number=-1,  # the study gives it one
+        trial_id=-1,
+        state=state,
         value=value(tried["state"], tried["scores"]),
+        datetime_start=SOMETIME,
+        datetime_complete=SOMETIME if state.is_finished() else None,
         params=tried["point"]["params"],
         distributions={
             name: _distribution(text) for name, text in tried["point"]["distributions"].items()
         },
+        user_attrs={},
         system_attrs=tried["point"]["system_attrs"],
         intermediate_values=dict(enumerate(tried["scores"], start=1)),
     )
