@@ -698,4 +698,4 @@ def test_what_may_help_is_kept(text, hint):
 def test_a_proxy_is_named(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://me:secret@proxy:8080")
     line = mlflow_store.why("http://h", RuntimeError("no route"))
-    assert "proxy http://me:***@proxy:8080" in line
+    assert "by way of http_proxy=http://me:***@proxy:8080" in line

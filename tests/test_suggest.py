@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
-from disinhib.tuning import options, suggest, validation
+from disinhib.tuning import options as _registers_the_groups, suggest, validation  # noqa: F401
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
