@@ -134,7 +134,7 @@ def job(
         out_dir=out_dir,
         resume=resume,
         manifest=manifest,
-        data=provenance.source_of(planned[0].options),
+        data=list(dict.fromkeys(provenance.source_of(one.options) for one in planned)),
         kept={"options": {**settings, "metric": runs.DEFAULT_METRIC}},
         command=command,
         metric=runs.DEFAULT_METRIC,

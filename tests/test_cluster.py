@@ -114,7 +114,7 @@ class Change(Callback):
             self.nodes.remove_node(self.added, allow_graceful=False)
 
     def on_step_end(self, **_):
-        for file, words in (("joined", "joined: 1 more at once"), ("gone", "is gone: trial")):
+        for file, words in (("joined", "joined: 1 more at once"), ("gone", "is gone")):
             if words in self.printed.getvalue():
                 (self.folder / file).touch()
 
@@ -131,6 +131,7 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose
     change = Change(nodes, printed, tmp_path)
     finished = study.run(asked, Console(file=printed, width=120), Waiting, [change])
     assert [record.state for record in finished.records] == [COMPLETE] * 6
+    assert "is gone: trial" in printed.getvalue()
     assert "goes on from epoch 0" in printed.getvalue()
     assert "(raylet)" in (asked.folder / engine.RAY_LOG).read_text()
 
@@ -161,14 +162,12 @@ def test_a_machine_that_is_not_as_the_drivers_is_named_and_nothing_begun(compose
         need = require(*given)
         file = Path(need["file"])
         content = json.loads(file.read_text())
-        content["code"]["files"]["tune_main.py"] = "0"
+        content["has"][0]["code"]["files"]["tune_main.py"] = "0"
         file.write_text(json.dumps(content))
         return need
 
     monkeypatch.setattr(machines, "require", other)
-    with pytest.raises(
-        ConfigError, match=r"^cluster: \S+ differs from the driver's: tune_main\.py"
-    ):
+    with pytest.raises(ConfigError, match=r"^cluster: \S+ is not as the driver was: tune_main\.py"):
         study.run(asked, tiny.quiet(), tiny.played())
     assert not asked.folder.exists()
 
@@ -179,6 +178,7 @@ def test_shares_of_a_processor_are_counted_whole(monkeypatch):
     assert cluster.trials_at_once({"cpu": 1, "gpu": 0.25}) == 8
     assert cluster.trials_at_once({"cpu": 0.5, "gpu": 0.2}) == 10
     assert cluster.trials_at_once({"cpu": 8, "gpu": 0}) == 0
+    assert cluster.room({"CPU": 8.0, "GPU": 2.0}, {"cpu": 1, "gpu": 0.6}) == 2
 
 
 def test_within_a_cluster_there_is_no_other(monkeypatch):

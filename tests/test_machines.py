@@ -11,12 +11,12 @@ DIGITS = ("digits", None, 0.1)
 
 
 def test_the_drivers_own_machine_is_fit(tmp_path):
-    assert machines.faults(machines.require(tmp_path, DIGITS, 0)) == []
+    assert machines.faults(machines.require(tmp_path, [DIGITS], 0)) == []
 
 
 def test_a_machine_must_see_the_folder_of_this_very_session(tmp_path):
-    need = machines.require(tmp_path, DIGITS, 0)
-    machines.require(tmp_path, DIGITS, 0)
+    need = machines.require(tmp_path, [DIGITS], 0)
+    machines.require(tmp_path, [DIGITS], 0)
     line = f"does not see {tmp_path}: out_dir must be a folder that all machines share"
     assert machines.faults(need) == [line]
     (tmp_path / machines.FILE).write_text("half-writ")
@@ -35,27 +35,28 @@ def test_a_machine_must_see_the_folder_of_this_very_session(tmp_path):
     ],
 )
 def test_what_differs_from_the_drivers_is_named(place, value, difference, tmp_path):
-    need = machines.require(tmp_path, DIGITS, 0)
+    need = machines.require(tmp_path, [DIGITS], 0)
     file = tmp_path / machines.FILE
-    content = inner = json.loads(file.read_text())
+    content = json.loads(file.read_text())
+    (inner,) = content["has"]
     for name in place[:-1]:
         inner = inner[name]
     inner[place[-1]] = value
     file.write_text(json.dumps(content))
     (line,) = machines.faults(need)
-    assert line.startswith(f"differs from the driver's: {difference}")
-    assert line.endswith(": install the same there")
+    assert line.startswith(f"is not as the driver was: {difference}")
+    assert line.endswith(": make it the same")
 
 
 def test_a_machine_must_have_the_data(tmp_path, monkeypatch):
-    need = machines.require(tmp_path, DIGITS, 0)
-    need["source"] = ("mnist", str(tmp_path), 0.1)
+    need = machines.require(tmp_path, [DIGITS], 0)
+    need["sources"] = [("mnist", str(tmp_path), 0.1)]
     (line,) = machines.faults(need)
     assert line.startswith("cannot load the data: ") and str(tmp_path) in line
 
 
 def test_trials_with_a_gpu_never_run_on_the_processor_unseen(tmp_path):
-    (line,) = machines.faults(machines.require(tmp_path, DIGITS, 0.5))
+    (line,) = machines.faults(machines.require(tmp_path, [DIGITS], 0.5))
     assert line.startswith("jax sees no GPU but cpu: ")
 
 

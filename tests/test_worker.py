@@ -53,13 +53,13 @@ def settings_of_jax(tmp_path_factory):
 def trial_config(folder, number=0, seeds=SEEDS, options=(), final=False, **policy):
     """What a worker gets, as it gets it."""
     composed, choices = hydra_config.compose("train", [*OPTIONS, *options])
+    need = machines.require(Path(folder), [("digits", None, 0.1)], 0)
     config = {
         "number": number, "rule": choices["trainer"], "searched": {}, "command": "",
         "options": composed, "seeds": list(seeds), "epochs": EPOCHS, "final": final,
         "policy": {
             "folder": str(folder), "every_seconds": math.inf, "at_end": False,
-            "cap_bytes": math.inf, "need": machines.require(Path(folder), ("digits", None, 0.1), 0),
-            **policy,
+            "cap_bytes": math.inf, "need": need, **policy,
         },
     }  # fmt: skip
     return json.loads(json.dumps(config))

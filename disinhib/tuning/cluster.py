@@ -75,7 +75,8 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
             host, _, port = (address or "").rpartition(":")
             if host:  # Ray would wait for minutes if nothing there speaks its language (HTTP/2)
                 with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as there:
-                    if not there.recv(9):
+                    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+                    if not tls and not there.recv(9):
                         raise ConnectionError("closed by its other end")
             # "local", as None would join whatever cluster was last started on this machine, even
             # if it is no longer there.
@@ -176,12 +177,16 @@ def _without_summary() -> Iterator[None]:
 
 
 def room(resources: Mapping[str, float], trial: Mapping[str, float]) -> int:
-    """How many trials with the resources `trial` (cpu, gpu) fit on a machine with `resources`."""
-    return min(
-        int(resources.get(kind.upper(), 0) / share + 1e-9)  # five of 0.2 are one
-        for kind, share in trial.items()
-        if share
-    )
+    """How many trials with the resources `trial` (cpu, gpu) fit on a machine with `resources`. A
+    share of a GPU is never that of two."""
+    fitting = []
+    for kind, share in trial.items():
+        has = resources.get(kind.upper(), 0)
+        if 0 < share < 1:
+            fitting.append(int(has) * int(1 / share + 1e-9))  # five of 0.2 are one
+        elif share:
+            fitting.append(int(has / share))
+    return min(fitting)
 
 
 def trials_at_once(trial: Mapping[str, float]) -> int:

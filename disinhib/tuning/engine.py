@@ -43,7 +43,7 @@ class Job:
     out_dir: Path  # absolute; the study's own folder is out_dir / name
     resume: bool  # its folder exists
     manifest: Manifest
-    data: DataSource  # that every machine must have
+    data: Sequence[DataSource]  # that every machine must have
     kept: Mapping[str, Any]  # of its options, in its folder
     command: str  # runs this study
     metric: str  # of metrics.SELECTION
@@ -270,7 +270,7 @@ def _run_loop(
         need=nodes.need,
     )
     # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
-    at_once = lambda: job.cluster["max_concurrent"] or nodes.room() + 1
+    at_once = lambda: job.cluster["max_concurrent"] or backend.room() + 1
     backend = RayBackend(
         trainable, job.resources, policy, job.folder, nodes, update, on_over_cap, shown.say
     )

@@ -12,6 +12,7 @@ import signal
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -33,14 +34,14 @@ class Need(TypedDict):
 
     file: str  # FILE, in a folder that all machines share
     id: str  # in it: of this session of the study
-    source: provenance.DataSource  # of the data
+    sources: Sequence[provenance.DataSource]  # of the data
     gpus: float  # of a trial
 
 
-def require(folder: Path, source: provenance.DataSource, gpus: float) -> Need:
+def require(folder: Path, sources: Sequence[provenance.DataSource], gpus: float) -> Need:
     """Writes down, in a study's folder, what this process has. Raises data.DataError."""
-    need = Need(file=str(folder / FILE), id=uuid.uuid4().hex, source=source, gpus=gpus)
-    content = {"id": need["id"], **provenance.decisive(source)}
+    need = Need(file=str(folder / FILE), id=uuid.uuid4().hex, sources=sources, gpus=gpus)
+    content = {"id": need["id"], "has": [provenance.decisive(source) for source in sources]}
     part = folder / f".{FILE}.part"
     part.write_text(json.dumps(content), "utf-8")
     part.replace(folder / FILE)
@@ -50,23 +51,22 @@ def require(folder: Path, source: provenance.DataSource, gpus: float) -> Need:
 def faults(need: Need) -> list[str]:
     """Why this machine may not train trials, a line each with the cure; none if it may."""
     file = Path(need["file"])
-    try:
+    wanted: dict[str, Any] = {"id": None}
+    with suppress(OSError, ValueError):
         wanted = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        wanted = {"id": None}
     if wanted["id"] != need["id"]:
         return [f"does not see {file.parent}: out_dir must be a folder that all machines share"]
+    differing: dict[str, None] = {}
     try:
-        differing = provenance.differences(wanted, provenance.decisive(need["source"]))
+        for has, source in zip(wanted["has"], need["sources"], strict=True):
+            differing |= dict.fromkeys(provenance.differences(has, provenance.decisive(source)))
     except InputError as error:
         return [f"cannot load the data: {error}"]
     lines = []
     if differing:
-        lines.append(f"differs from the driver's: {', '.join(differing)}: install the same there")
+        lines.append(f"is not as the driver was: {', '.join(differing)}: make it the same")
     if need["gpus"] and (seen := _accelerator()) != "gpu":
-        lines.append(
-            f"jax sees no GPU but {seen}: install the extra for its CUDA (docs/cluster.md)"
-        )
+        lines.append(f"jax sees no GPU but {seen}: install its CUDA there (docs/cluster.md)")
     return lines
 
 
@@ -88,7 +88,8 @@ class Look(NamedTuple):
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _look(need: Need) -> Look:
-    return Look(faults(need), time.time())
+    # Without a GPU, which trials may hold; the workers there look at it.
+    return Look(faults({**need, "gpus": 0}), time.time())
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -152,14 +153,26 @@ class Machines:
         return self.all[node].address if node in self.all else "a machine"
 
     def leave_out(self, node: str, why: str) -> bool:
-        """Gives a machine no more trials; returns whether another one has room for them."""
+        """Gives a machine no new trials; returns whether another one has room for them."""
         if node in self.all:
             self.all[node].faults.append(why)
         return any(m.alive and m.room and not m.faults for m in self.all.values())
 
+    def take_back(self, node: str) -> None:
+        """Gives a machine trials again."""
+        if node in self.all:
+            self.all[node].faults.clear()
+
     def left_out(self) -> list[str]:
-        """The node ids of machines that are alive but must not be given trials (yet)."""
-        return [m.id for m in self.all.values() if m.alive and not m.fit]
+        """The node ids of machines that must not be given trials."""
+        return [m.id for m in self.all.values() if m.alive and m.faults]
+
+    def hindrance(self) -> str | None:
+        """The faults of all machines, if there are some but none that is fit or may be."""
+        there = [m for m in self.all.values() if m.alive and m.room]
+        if not there or not all(m.faults for m in there):
+            return None
+        return "; ".join(f"{m.address} {', '.join(m.faults)}" for m in there)
 
     def refresh(self) -> tuple[list[Machine], list[Machine]]:
         """(the machines that have joined, those that are gone) since the last call; those that have
@@ -177,9 +190,7 @@ class Machines:
                 joined.append(machine)
                 if room and id != self.own:
                     machine.asked = time.time()
-                    machine.look = _look.options(
-                        scheduling_strategy=_on(id), num_gpus=self.trial["gpu"]
-                    ).remote(self.need)
+                    machine.look = _look.options(scheduling_strategy=_on(id)).remote(self.need)
         return joined, gone
 
     def surveyed(self, seconds: float = 0.0) -> list[Machine]:

@@ -194,7 +194,7 @@ def measure(
             out_dir=Path(folder),
             resume=False,
             manifest=replace(manifest, past=[]),
-            data=provenance.source_of(study.options),
+            data=[provenance.source_of(study.options)],
             kept={"options": {}},
             command="",
             metric=study.metric,

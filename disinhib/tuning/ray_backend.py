@@ -8,6 +8,7 @@ own record is a copy, of the trials that ran since the study was last started.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from disinhib.tuning.event_log import TrialConfig
 from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Lost, Outcome, Resized, Started
 from disinhib.tuning.machines import Machines, end_process, node_label
 from disinhib.tuning.ray_workaround import deaths_counted_once
-from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, Policy
+from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, UNFIT, Policy
 
 FOLDER = "ray"  # in the study's folder
 LEFT_OUT = "left_out"  # in what Tune knows of a trial: machines (Ray's node ids)
@@ -40,6 +41,9 @@ LOOK_SECONDS = 1.0  # between two looks at the cluster
 PATIENCE, QUIET_SECONDS = 20.0, 60.0
 
 
+HOLD_SECONDS = 15.0  # before a lost worker is said: it may be its machine that is gone
+
+
 @dataclass
 class Running:
     """A trial's worker, as far as its reports tell."""
@@ -47,8 +51,8 @@ class Running:
     heard: float  # when it last reported, by time.monotonic()
     node: str = ""
     pid: int = 0
-    saved: int = 0  # epochs in the trial's checkpoint
     longest: float = 0.0  # s between two reports
+    checks: bool = False  # its next report is a final trial's last, which has checks to do
 
 
 @dataclass(eq=False)
@@ -73,7 +77,10 @@ class RayBackend(tune.Callback):
     queue: deque[TrialConfig] = field(default_factory=deque)
     running: dict[int, Running] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)  # the newest of each trial
-    lost: list[tuple[int, Running]] = field(default_factory=list)  # and not yet said
+    saved: dict[int, int] = field(default_factory=dict)  # epochs in each trial's checkpoint
+    accused: dict[int, list[str]] = field(default_factory=dict)  # machines, by each trial
+    # Trials that lost their worker, and where and when, until it is said.
+    lost: list[tuple[int, str, float]] = field(default_factory=list)
     looked: float = 0.0  # at the cluster, by time.monotonic()
     error: Exception | None = None  # why the study cannot continue
     over: bool = False
@@ -111,6 +118,7 @@ class RayBackend(tune.Callback):
             try:
                 with environment.variables(VARIABLES), deaths_counted_once(), _handlers_restored():
                     tuner.fit()
+                self._say_lost(math.inf)
             except Exception:
                 if self.error is None:  # Ray wraps errors of its callbacks
                     raise
@@ -129,24 +137,28 @@ class RayBackend(tune.Callback):
             self.error, self.over = error, True
         return True
 
+    def room(self) -> int:
+        """How many trials there may be: those that fit, and those that end where no other may
+        begin."""
+        fit = {id for id, machine in self.machines.all.items() if machine.fit}
+        elsewhere = sum(bool(w.node) and w.node not in fit for w in self.running.values())
+        return self.machines.room() + elsewhere
+
     def hear(self, trial: Trial, result: Mapping[str, Any]) -> bool:
         """Tells the loop of a worker's report; returns whether the trial has ended."""
         number, now = trial.config["number"], time.monotonic()
         worker = self.running.setdefault(number, Running(now))
         worker.longest = max(worker.longest, now - worker.heard)
-        worker.heard, worker.pid = now, result["pid"]
-        worker.node, worker.saved = result.get(NODE, ""), result.get(SAVED, 0)
+        worker.heard, worker.pid, worker.node = now, result["pid"], result.get(NODE, "")
+        self.saved[number] = result.get(SAVED, 0)
         if FAILURE in result or MACHINE in result:
             # The worker raises it in its next step; running the trial again would not help, except
             # on another machine.
             trial.max_failures = 0
             if FAILURE in result:
                 self.tell(Failed(number, result[FAILURE]))
-            elif self.machines.leave_out(worker.node, result[MACHINE]):
-                trial.max_failures = trial.num_failures + WORKERS_LOST
-                self.say(f"{result[MACHINE]}: this machine is left out")
             else:
-                self.tell(Hindered(number, result[MACHINE]))
+                self._blame(trial, worker.node, result)
             return False
         report = json.loads(result[REPORT])
         if report.pop("over_cap", False):
@@ -154,10 +166,28 @@ class RayBackend(tune.Callback):
         if report["epoch"] > self.epochs.get(number, 0):  # deaths count if nothing has come of it
             self.epochs[number] = report["epoch"]
             trial.max_failures = trial.num_failures + WORKERS_LOST
+        worker.checks = trial.config["final"] and report["epoch"] >= trial.config["epochs"] - 1
         ended = self.tell(Epoch(trial=number, **report))
         if ended:
             self.running.pop(number, None)
         return ended
+
+    def _blame(self, trial: Trial, node: str, result: Mapping[str, Any]) -> None:
+        """A machine that is at fault is left out, and its trial goes elsewhere. If that is so on a
+        second one, it is not the machines."""
+        number, reason = trial.config["number"], result[MACHINE]
+        others = self.accused.setdefault(number, [])
+        if others and not result.get(UNFIT):
+            for other in others:
+                self.machines.take_back(other)
+            self.tell((Failed if number in self.epochs else Hindered)(number, reason))
+        elif self.machines.leave_out(node, reason):
+            if not result.get(UNFIT):
+                others.append(node)
+            trial.max_failures = trial.num_failures + WORKERS_LOST
+            self.say(f"{reason}: this machine is left out")
+        else:
+            self.tell(Hindered(number, reason))
 
     def setup(self, **_: Any) -> None:
         # Tune has taken this signal for itself; with ours, the exit code tells which it was.
@@ -170,10 +200,9 @@ class RayBackend(tune.Callback):
         self.tell(Started(number))
 
     def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
-        number = trial.config["number"]
-        trial.update_resources(_request(self.resources, {LEFT_OUT: self.machines.left_out()}))
-        self.lost.append((number, self.running.pop(number, Running(time.monotonic()))))
-        self.looked = 0.0  # a machine may have gone with it
+        number, now = trial.config["number"], time.monotonic()
+        worker = self.running.pop(number, Running(now))
+        self.lost.append((number, worker.node, now))
         self.tell(Lost(number))
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
@@ -184,15 +213,21 @@ class RayBackend(tune.Callback):
     def on_step_end(self, **_: Any) -> None:
         if self.error is not None:
             raise self.error
-        if time.monotonic() - self.looked > LOOK_SECONDS:
+        now = time.monotonic()
+        if now - self.looked > LOOK_SECONDS:
+            stood_still = now - self.looked if self.looked else 0.0
+            self.looked = now
+            if stood_still > 10 * LOOK_SECONDS:  # the driver itself: reports may be waiting
+                for worker in self.running.values():
+                    worker.heard += stood_still
             self.look()
-            self.looked = time.monotonic()
         self.on_step()
 
     def look(self) -> None:
         """Looks at the cluster: says which machines have come and gone, and where lost trials go
-        on; lets the loop fill new room; ends workers that have long been silent."""
-        before = self.machines.room()
+        on; lets the loop fill new room; ends workers that have long been silent; ends the study if
+        no machine is fit."""
+        now, before = time.monotonic(), self.machines.room()
         _, gone = self.machines.refresh()
         for machine in gone:
             self.say(f"{machine.address} is gone{self._go_on(machine.id)}")
@@ -201,30 +236,37 @@ class RayBackend(tune.Callback):
                 self.say(f"{machine.address} is left out: {'; '.join(machine.faults)}")
             elif machine.fit:
                 self.say(f"{machine.address} joined: {machine.room} more at once")
-        for node in dict.fromkeys(worker.node for _, worker in self.lost):
-            name = self.machines.name(node)
-            self.say(f"a worker on {name} is lost{self._go_on(node)}")
+        self._say_lost(now - HOLD_SECONDS)
         if self.machines.room() != before:
             self.tell(Resized())
         for number, worker in self.running.items():
-            quiet = time.monotonic() - worker.heard
-            if worker.pid and quiet > max(QUIET_SECONDS, PATIENCE * worker.longest):
+            quiet = now - worker.heard
+            limit = max(QUIET_SECONDS, PATIENCE * worker.longest)
+            if worker.pid and not worker.checks and quiet > limit:
                 self.say(f"trial {number} has been silent for {quiet:.0f} s: its worker is ended")
                 end_process(worker.node, worker.pid)
-                worker.heard = time.monotonic()
+                worker.heard = now
+        if not self.running and (hindrance := self.machines.hindrance()):
+            self.tell(Hindered(0, hindrance))
+
+    def _say_lost(self, until: float) -> None:
+        """Says which workers were lost until then, without their machines being gone."""
+        for node in dict.fromkeys(node for _, node, when in self.lost if when <= until):
+            self.say(f"a worker on {self.machines.name(node)} is lost{self._go_on(node)}")
 
     def _go_on(self, node: str) -> str:
         """`: trials 4, 7 go on from epochs 11, 6`, of those that were lost on a machine."""
-        own = sorted((number, worker.saved) for number, worker in self.lost if worker.node == node)
-        self.lost = [(number, worker) for number, worker in self.lost if worker.node != node]
+        own = sorted({number for number, where, _ in self.lost if where == node})
+        self.lost = [entry for entry in self.lost if entry[1] != node]
         if not own:
             return ""
-        numbers, epochs = (", ".join(map(str, each)) for each in zip(*own, strict=True))
-        one = len(own) == 1
-        return (
-            f": trial{'' if one else 's'} {numbers} go{'es' if one else ''} on from"
-            f" epoch{'' if one else 's'} {epochs}"
-        )
+        numbers = ", ".join(map(str, own))
+        several = len(own) > 1
+        start = f": trials {numbers} go on" if several else f": trial {numbers} goes on"
+        if any(number not in self.saved for number in own):
+            return f"{start} from {'their checkpoints' if several else 'its checkpoint'}"
+        epochs = ", ".join(str(self.saved[number]) for number in own)
+        return f"{start} from epoch{'s' if several else ''} {epochs}"
 
     def __getstate__(self) -> dict:
         return {}  # Ray pickles its parts; the state is in the log
@@ -281,6 +323,12 @@ class RayScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
         ended = self.backend.hear(trial, result)
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_error(tune_controller, trial)
+        if trial.status == Trial.ERROR:  # it is about to wait for another worker
+            left_out = {LEFT_OUT: self.backend.machines.left_out()}
+            trial.update_resources(_request(self.backend.resources, left_out))
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def job(study: Study) -> Job:
         out_dir=study.out_dir,
         resume=study.resume,
         manifest=begun,
-        data=provenance.source_of(study.options),
+        data=[provenance.source_of(study.options)],
         kept=kept(study),
         command=shlex.join(["python", "tune_main.py", *study.overrides]),
         numbered=study.options["study"] is None,

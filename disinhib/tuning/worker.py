@@ -33,6 +33,7 @@ from disinhib.tuning.retention import checkpoint_file, model_file, sizes
 # and the machine (Ray's node id), with the epoch from which another would go on.
 REPORT, FAILURE, MACHINE = "report", "failure", "machine"
 NODE, SAVED = "node", "saved"
+UNFIT = "unfit"  # the machine has not proved itself
 
 
 class Policy(TypedDict):
@@ -84,8 +85,9 @@ class TrainingTrial(tune.Trainable):
         except Exception as error:
             self._failure = error
             if of_machine(error, self._begun):
-                why = str(error) if isinstance(error, Unfit) else one_line(error)
-                result = {MACHINE: f"{platform.node()}: {why}"}
+                unfit = isinstance(error, Unfit)
+                why = str(error) if unfit else one_line(error)
+                result = {MACHINE: f"{platform.node()}: {why}", UNFIT: unfit}
             else:
                 result = {FAILURE: reason_of(error)}
         return {**result, NODE: self._node, SAVED: self._saved_epochs}
