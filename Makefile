@@ -15,8 +15,8 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test kill hostile lint lint-format lint-check lint-types \
-	format lock wheel wheel-check
+.PHONY: help install study figures test test-slurm kill hostile lint lint-format lint-check \
+	lint-types format lock wheel wheel-check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (AR
 # A file is one process's, as its tests share fixtures: a Ray, a trained network.
 test: lint ## lint, then every test, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slurm: $(STAMP) ## cluster/slurm.sbatch on a real SLURM (Debian: slurm-wlm, munge); not part of test
+	$(BIN)/python -m tests.slurm $(ARGS)
 
 kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
 	$(BIN)/python -m tests.kill $(ARGS)

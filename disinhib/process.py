@@ -8,14 +8,17 @@ nothing.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
+LATER = 0.05  # s until a signal that came where exceptions are dropped comes again
 INTERRUPTED = 128  # the exit code of a command that a signal ends is this plus the signal's number
 # Beside SIGINT, which is Ctrl-C.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -39,10 +42,24 @@ def end_on_signals() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if _received:
         return
+    if _drops_exceptions(frame):
+        threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
+        return
     _received.append(signal.Signals(number))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
+
+
+def _drops_exceptions(frame: FrameType | None) -> bool:
+    """Whether Python ignores what is raised in `frame`: in a callback of its garbage collector (jax
+    has one), or in a destructor."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def interrupted() -> tuple[int, str]:

@@ -47,6 +47,18 @@ def test_a_command_in_the_background_ends_on_signals_too():
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted by SIGTERM\n")
 
 
+def test_a_signal_amid_garbage_collection_is_not_lost():
+    # As jax's callback: what it raises is printed and dropped. It kills once.
+    body = """
+    import gc, time
+    kills = [signal.SIGTERM]
+    gc.callbacks.append(lambda *_: kills and os.kill(os.getpid(), kills.pop()))
+    gc.collect()
+    time.sleep(10)"""
+    done = run(command(body))
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted by SIGTERM\n")
+
+
 def test_only_the_first_of_several_signals_counts():
     body = """
     signal.signal(signal.SIGINT, lambda *_: print("interrupted"))  # as Ray Tune's
