@@ -159,6 +159,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
                 raise InputError(f"{argument!r}: not understood, allowed is text in UTF-8")
         code = main(sys.argv[1:])
         sys.stdout.flush()
+        process.check_written()
     except Help as text:
         print(text)
         code = 0

@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
@@ -26,6 +27,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe's reader, a terminal, a descriptor
 
 _received: list[signal.Signals] = []
+_unwritten: list[OSError] = []
 
 
 def end_on_signals() -> None:
@@ -60,6 +62,28 @@ def _drops_exceptions(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Within it, a signal ends nothing: what is left is to write down what there is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, _note)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if not _received:
+        _received.append(signal.Signals(number))
 
 
 def interrupted() -> tuple[int, str]:
@@ -113,4 +137,11 @@ class _Stream(io.TextIOWrapper):
         with suppress(OSError):
             super().flush()
         if error.errno not in GONE:  # a full disk: somebody wants these words
-            raise error
+            _unwritten.append(error)
+
+
+def check_written() -> None:
+    """Raises the OSError for which words were lost, if any: not where they were written, as the
+    work is worth more than they are."""
+    if _unwritten:
+        raise _unwritten.pop()

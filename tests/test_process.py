@@ -59,6 +59,19 @@ def test_a_signal_amid_garbage_collection_is_not_lost():
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted by SIGTERM\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_being_finished_is_finished(number):
+    body = f"""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from disinhib import process
+    with process.finishing():
+        os.kill(os.getpid(), {int(number)})
+        print("finished")
+    return process.interrupted()[0]"""
+    done = run(command(body))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "finished\n", "")
+
+
 def test_only_the_first_of_several_signals_counts():
     body = """
     signal.signal(signal.SIGINT, lambda *_: print("interrupted"))  # as Ray Tune's

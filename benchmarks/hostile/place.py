@@ -29,7 +29,7 @@ MARK = "DISINHIB_HOSTILE_CASE"
 ENOUGH = 600.0  # s after which a command is ended in any case
 AFTERLIFE = 30.0  # s in which the processes of a command are gone
 # What may be left in a case's place, beside its out_dir: caches, and what Ray leaves.
-LEFT = ("home/.cache", "home/.ray", "tmp/ray")
+LEFT = ("home/.cache", "home/.ray", "tmp/ray", "cwd/runs.csv")
 SHOWN = 300  # characters of an output in a line
 
 

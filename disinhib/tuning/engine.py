@@ -20,7 +20,7 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib import numerics
+from disinhib import numerics, process
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, machines, manifest, progress, retention
@@ -144,9 +144,10 @@ def run(
         finally:
             ended = all(record.ended for record in records.values())
             whole = ended and len(records) == job.trials(records)
-            for outbox in outboxes:
-                outbox.stop()
-            missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
+            with process.finishing():
+                for outbox in outboxes:
+                    outbox.stop()
+                missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
         if whole and not any(missing.values()):  # MLflow has the models
             retention.remove(job.checkpoint_folder, retention.MODELS)
         for record in records.values():

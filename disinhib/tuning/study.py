@@ -68,7 +68,8 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
         again = f"resume: {resume_command(study, study.name)}" if begun else "give it again"
         print(f"error: {obstacle}, then {again}", file=sys.stderr)
         return 1, None
-    summary(finished, study, console)
+    with process.finishing():
+        summary(finished, study, console)
     if not finished.whole:
         return process.interrupted()[0], finished
     return 0 if progress.best(finished.records) else 1, finished
