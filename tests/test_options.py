@@ -57,6 +57,7 @@ REFUSED = {
     "resume=auto": ["resume: given auto", "without the name of a study (study=NAME)"],
     "cluster.gpus_per_trial=1.5": ["cluster.gpus_per_trial: given 1.5", "a share of a GPU below 1"],
     "cluster.gpus_per_trial=2": ["cluster.gpus_per_trial: given 2", "or 1"],
+    "out_dir=s3://bucket/out": ["out_dir: given s3://bucket/out", "a folder that all machines"],
     "gpu_id=1": ["gpu_id: given 1", "Ray chooses"],
     "resume=true": ["resume: given true", "false without the name of a study (study=NAME)"],
     "extend=true": ["extend: given true", "false without the name of a study (study=NAME)"],

@@ -46,7 +46,10 @@ CHECKS: dict[str, Check] = {
     "extend": FLAG,
     "plan": FLAG,
     "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
-    "out_dir": TEXT,
+    "out_dir": (
+        lambda v: TEXT[0](v) and "://" not in v,
+        "a folder that all machines share (a server at tracking.uri may keep artifacts elsewhere)",
+    ),
     "trials": COUNT,
     "epochs": COUNT,
     "replicates": COUNT,
