@@ -41,7 +41,7 @@ LONG = ("experiment=smoke", "trials=16", "epochs=6", "checkpoints.every_seconds=
 LIMIT = ("--time=2", "--signal=B:USR1@30")  # SLURM looks at limits twice a minute
 PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-AMID = 12.0  # s after the study's first words: amid its trials
+AMID = 5.0  # s after the study's first words: amid its trials
 START = 60.0  # s in which SLURM starts
 
 # Credentials expire soon, as SLURM waits for that before it starts a requeued job.
@@ -71,7 +71,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=30
-ReturnToService=2
+ReturnToService=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=main Nodes=n1,n2 PriorityTier=1 GraceTime=60 Default=YES
@@ -222,12 +222,11 @@ def node(slurm: Slurm) -> Iterator[Job]:
     """the second node fails"""
     job = slurm.job("node", LONG)
     job.amid_trials()
-    state = lambda name: slurm.call(
-        "scontrol", "update", "NodeName=n2", f"State={name}", "Reason=test"
-    )
-    state("DOWN")
-    yield job.end()
-    state("RESUME")
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    try:
+        yield job.end()
+    finally:
+        slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def neighbour(slurm: Slurm) -> Iterator[Job]:
