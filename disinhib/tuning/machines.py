@@ -216,7 +216,7 @@ def _answer(look: Any, asked: float) -> list[str]:
 
 
 def survey(machines: Machines) -> None:
-    """Waits until every machine has proved itself or is gone. Raises ConfigError with all faults."""
+    """Waits until every machine has proved itself or is gone. Raises ConfigError with faults."""
     machines.refresh()
     while any(machine.look is not None for machine in machines.all.values()):
         machines.surveyed(SURVEY_SECONDS)
