@@ -41,7 +41,7 @@ LONG = ("experiment=smoke", "trials=16", "epochs=6", "checkpoints.every_seconds=
 LIMIT = ("--time=2", "--signal=B:USR1@30")  # SLURM looks at limits twice a minute
 PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-AMID = 12.0  # s after the study's first words: amid its trials
+AMID = 5.0  # s after the study's first words: amid its trials
 START = 60.0  # s in which SLURM starts
 
 # Credentials expire soon, as SLURM waits for that before it starts a requeued job.
@@ -71,7 +71,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=30
-ReturnToService=2
+ReturnToService=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=main Nodes=n1,n2 PriorityTier=1 GraceTime=60 Default=YES
@@ -86,6 +86,7 @@ class Slurm:
     folder: Path
     environment: dict[str, str]
     daemons: list[subprocess.Popen] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
 
     def call(self, *words: str) -> str:
         """Runs a command of SLURM; returns what it says."""
@@ -119,11 +120,15 @@ class Slurm:
             time.sleep(1)
 
     def processes(self, kind: str = "") -> list[psutil.Process]:
-        """Those of this SLURM and its jobs, which have its environment; `ray`: of Ray alone."""
+        """Those of this SLURM and its jobs, which have its environment or, as slurmstepd writes its
+        title there, its log; `ray`: of Ray alone."""
         found = []
         for process in psutil.process_iter():
             try:
                 own = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if process.name().startswith("slurmstepd"):
+                    files = [Path(file.path) for file in process.open_files()]
+                    own = any(file.is_relative_to(self.folder) for file in files)
                 if own and process.pid != os.getpid() and kind in " ".join(process.cmdline()):
                     found.append(process)
             except psutil.Error:  # another user's, or it has just ended
@@ -143,6 +148,8 @@ class Slurm:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(self.processes(), timeout=5)
+        for job in self.jobs:  # of those that were killed here
+            job.token().unlink(missing_ok=True)
 
     def job(self, study: str, options: Sequence[str], limits: Sequence[str] = ()) -> Job:
         """Submits the study, with `limits` on the command line of sbatch."""
@@ -150,7 +157,8 @@ class Slurm:
         where = (f"study={study}", f"out_dir={self.folder / 'out'}", "seeds=1")
         words = (*EDITED, *limits, f"--output={log}", str(SCRIPT), *where, *options)
         number = self.call("sbatch", "--parsable", *words)
-        return Job(self, number, Path(str(log).replace("%j", number)))
+        self.jobs.append(Job(self, number, Path(str(log).replace("%j", number))))
+        return self.jobs[-1]
 
 
 @dataclass
@@ -222,12 +230,11 @@ def node(slurm: Slurm) -> Iterator[Job]:
     """the second node fails"""
     job = slurm.job("node", LONG)
     job.amid_trials()
-    state = lambda name: slurm.call(
-        "scontrol", "update", "NodeName=n2", f"State={name}", "Reason=test"
-    )
-    state("DOWN")
-    yield job.end()
-    state("RESUME")
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    try:
+        yield job.end()
+    finally:
+        slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def neighbour(slurm: Slurm) -> Iterator[Job]:

@@ -64,3 +64,12 @@ def test_the_source_of_data_is_that_of_training_options():
     options = {"dataset": {"name": "digits", "path": "/x", "valid_split": 0.2, "loss": {}}}
     assert provenance.source_of(options) == ("digits", "/x", 0.2)
     assert DIGITS[0] in DATASETS
+
+
+def test_a_machine_that_dies_amid_its_survey_is_no_obstacle(monkeypatch):
+    seen = object.__new__(machines.Machines)  # without a Ray
+    dead = machines.Machine("dead", "10.0.0.2", 1, faults=["cannot be asked: its node has died"])
+    seen.all = {"dead": dead}
+    monkeypatch.setattr(machines.ray, "nodes", lambda: [])
+    machines.survey(seen)
+    assert not dead.alive

@@ -227,11 +227,12 @@ def _answer(look: Any, asked: float) -> list[str]:
 
 
 def survey(machines: Machines) -> None:
-    """Waits until every machine has proved itself. Raises ConfigError with the faults of all."""
+    """Waits until every machine has proved itself or is gone. Raises ConfigError with faults."""
     machines.refresh()
     while any(machine.look is not None for machine in machines.all.values()):
         machines.surveyed(SURVEY_SECONDS)
-    unfit = [machine for machine in machines.all.values() if machine.faults]
+    machines.refresh()  # one that has died meanwhile could not answer
+    unfit = [machine for machine in machines.all.values() if machine.alive and machine.faults]
     if unfit:
         words = "; ".join(f"{m.address} {', '.join(m.faults)}" for m in unfit)
         raise ConfigError(f"cluster: {words}")
