@@ -81,14 +81,15 @@ def _check_flags(arguments: list[str]) -> None:
     """Raises ConfigError for a flag that is wrong, where Hydra would print its usage."""
     rest = list(arguments)
     while rest:
-        flag, _, value = rest.pop(0).partition("=")
+        argument = rest.pop(0)
+        flag, _, value = argument.partition("=")
         if flag in WITH_VALUE:
             value = value or (rest.pop(0) if rest else "")
             allowed = WITH_VALUE[flag]
             if not value or (allowed and value not in allowed):
                 raise refusal(flag, value or "nothing", f"one of {', '.join(allowed or ['NAME'])}")
         elif flag.startswith("-") and flag not in PLAIN:
-            raise ConfigError(f"{flag}: has no meaning here, allowed is option=value")
+            raise ConfigError(f"{argument}: has no meaning here, allowed is option=value")
 
 
 def _task(composed: DictConfig) -> None:

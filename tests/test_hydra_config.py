@@ -159,6 +159,8 @@ BAD = [
     (["dataset=fmnist", "dataset.path=/tmp/dünn"], "/tmp/dünn"),
     (["dataset=fmnist", "dataset.path=a=b, (c)"], "a=b, (c)"),
     (["--config-name=x"], "--config-name=x: has no meaning here"),
+    (["--cfg", "nonsense"], "--cfg: given nonsense, allowed is one of job, hydra, all"),
+    (["--package"], "--package: given nothing, allowed is one of NAME"),
     (["epochs"], "epochs: not understood, allowed is option=value"),
 ]
 
