@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from disinhib import process
 from disinhib.checks import refusal
 from disinhib.errors import ConfigError, one_line
 from disinhib.tuning import environment
@@ -63,7 +64,7 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
                 raise refusal("cluster.gpus_per_trial", gpus, allowed)
             yield
         finally:
-            with _own_handler(signal.SIGTERM):
+            with process.finishing(), _own_handler(signal.SIGTERM):
                 ray.shutdown()
 
 
