@@ -467,11 +467,16 @@ def ended(asked, *records, uri="sqlite:////m.db", undelivered=None):
 
 def test_the_exit_code_says_how_a_study_ended(tmp_path, monkeypatch, capsys):
     endings = {
-        0: lambda asked, _: ended(asked, record(0), record(1, FAILED, "E: x")),
-        1: lambda asked, _: ended(asked, record(0, PRUNED)),
-        130: lambda asked, _: ended(asked, record(0), record(1, KILLED)),
+        0: (record(0), record(1, FAILED, "E: x")),
+        1: (record(0, PRUNED),),
+        130: (record(0), record(1, KILLED)),
     }
-    for code, run in endings.items():
+    for code, records in endings.items():
+
+        def run(asked, _, tell, records=records):
+            tell(finished := ended(asked, *records))
+            return finished
+
         monkeypatch.setattr(study, "run", run)
         assert study.main([f"out_dir={tmp_path}"]) == code
         said = capsys.readouterr().out
@@ -479,7 +484,7 @@ def test_the_exit_code_says_how_a_study_ended(tmp_path, monkeypatch, capsys):
 
 
 def test_a_study_that_cannot_go_on_says_how_to_when_it_can(tmp_path, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, **__):
         (tmp_path / "mine").mkdir()
         raise loop.StudyStopped("no space left: /disk: make room")
 

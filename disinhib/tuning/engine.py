@@ -90,10 +90,12 @@ def run(
     console: Console,
     trainable: type[tune.Trainable] = TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
+    tell: Callable[[Finished], object] = lambda finished: None,
 ) -> Finished:
     """Runs the trials of `job` that have not ended, shows them on `console`, and records them in
     the event log, in MLflow and in Optuna's store. Ray calls `callbacks` first. An interrupt ends
-    the study as it is, once it has a folder.
+    the study as it is, once it has a folder. `tell` is called with the result before Ray ends: Ray
+    takes its seconds for that, in which a signal ends the process at once.
 
     Raises ConfigError, before any trial, if a store, the cluster or the folder cannot be used;
     StudyStopped if the study cannot continue.
@@ -153,16 +155,19 @@ def run(
         for record in records.values():
             if not record.ended:
                 record.state = KILLED
-    mlflow = outboxes[0].store if outboxes else None
-    return Finished(
-        job,
-        [records[number] for number in sorted(records)],
-        mlflow.address if mlflow else "",
-        getattr(mlflow, "study_run", None),
-        time.monotonic() - started,
-        {name: count for name, count in missing.items() if count},
-        whole,
-    )
+        mlflow = outboxes[0].store if outboxes else None
+        finished = Finished(
+            job,
+            [records[number] for number in sorted(records)],
+            mlflow.address if mlflow else "",
+            getattr(mlflow, "study_run", None),
+            time.monotonic() - started,
+            {name: count for name, count in missing.items() if count},
+            whole,
+        )
+        with process.finishing():
+            tell(finished)
+    return finished
 
 
 def obstacle(error: BaseException | None) -> str | None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,6 @@ LOOK_SECONDS = 1.0  # between two looks at the cluster
 # A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
 # taken, and for QUIET_SECONDS. (Of one that has never reported, nobody knows how long it takes.)
 PATIENCE, QUIET_SECONDS = 20.0, 60.0
-
-
 HOLD_SECONDS = 15.0  # before a lost worker is said: it may be its machine that is gone
 
 
@@ -276,8 +274,15 @@ def _request(
     resources: Mapping[str, float], config: Mapping[str, Any]
 ) -> tune.PlacementGroupFactory:
     """What a trial needs of a machine, and the machines that it may not have."""
-    bundle = {kind.upper(): share for kind, share in resources.items()}
-    if not (left_out := config.get(LEFT_OUT)):
+    return _placement(tuple(resources.items()), tuple(config.get(LEFT_OUT) or ()))
+
+
+@lru_cache(maxsize=256)  # Tune asks again and again whether two trials need the same
+def _placement(
+    resources: tuple[tuple[str, float], ...], left_out: tuple[str, ...]
+) -> tune.PlacementGroupFactory:
+    bundle = {kind.upper(): share for kind, share in resources}
+    if not left_out:
         return tune.PlacementGroupFactory([bundle])
     return tune.PlacementGroupFactory([bundle], bundle_label_selector=[node_label(left_out)])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray import tune
 from rich.console import Console
@@ -60,7 +60,8 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
         if study.plan:
             plan.run(study, console)
             return 0, None
-        finished = run(study, console)
+        tell = lambda finished: summary(finished, study, console)
+        finished = run(study, console, tell=tell)
     except Exception as error:
         if (obstacle := engine.obstacle(error)) is None:
             raise
@@ -68,8 +69,6 @@ def carry_out(study: Study) -> tuple[int, Finished | None]:
         again = f"resume: {resume_command(study, study.name)}" if begun else "give it again"
         print(f"error: {obstacle}, then {again}", file=sys.stderr)
         return 1, None
-    with process.finishing():
-        summary(finished, study, console)
     if not finished.whole:
         return process.interrupted()[0], finished
     return 0 if progress.best(finished.records) else 1, finished
@@ -80,9 +79,10 @@ def run(
     console: Console,
     trainable: type[tune.Trainable] = TrainingTrial,
     callbacks: Sequence[tune.Callback] = (),
+    tell: Callable[[Finished], object] = lambda finished: None,
 ) -> Finished:
     """Runs the trials of `study` that have not ended, as `engine.run` does."""
-    return engine.run(job(study), console, trainable, callbacks)
+    return engine.run(job(study), console, trainable, callbacks, tell)
 
 
 def job(study: Study) -> Job:
