@@ -15,11 +15,11 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test test-slurm kill hostile lint lint-format lint-check \
-	lint-types format lock wheel wheel-check
+.PHONY: help install study figures test test-cluster test-slurm kill hostile lint lint-format \
+	lint-check lint-types format lock wheel wheel-check
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the environment .venv; done again only when the lock or pyproject.toml changes
 
@@ -35,6 +35,10 @@ test: lint ## lint, then every test, in two processes
 
 test-slurm: $(STAMP) ## cluster/slurm.sbatch on a real SLURM (Debian: slurm-wlm, munge); not part of test
 	$(BIN)/python -m tests.slurm $(ARGS)
+
+test-cluster: $(STAMP) ## three hosts, MLflow on PostgreSQL, and what happens to them (root; ARGS="data=FOLDER"); not part of test
+	$(BIN)/uv pip install -q --python $(BIN)/python "psycopg[binary]"
+	$(BIN)/python -m tests.hosts $(ARGS)
 
 kill: $(STAMP) ## kill real studies again and again, and compare what is left (ARGS="times=25")
 	$(BIN)/python -m tests.kill $(ARGS)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -46,6 +47,9 @@ FOLLOWED = ("MLFLOW_TRACKING_URI", "JAX_ENABLE_X64", "JAX_PLATFORMS", "XLA_FLAGS
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets what child processes and Ray's workers inherit."""
+    slow = [hypothesis.HealthCheck.too_slow]  # a busy machine is no fault of a test
+    hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("busy")
     home = Path(tempfile.mkdtemp(prefix="disinhib-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update(

@@ -77,8 +77,8 @@ START, TABLES, RECONCILE, END = (
 SINCE = {START: (0.5, 15.0), TABLES: (0.0, 3.0), RECONCILE: (0.0, 3.0), END: (0.0, 2.5)}
 MORE, AFTER = "trials more", (0.0, 1.0)
 OF_WORKERS = (0.0, 3.0)  # s after the last kill of a worker, or the first epoch of all
-PATIENCE = 300.0  # s for which a driver may run
-AFTERLIFE = 60.0  # s in which the processes of a killed driver are gone; Ray's agents take 30
+PATIENCE = 1800.0  # s for which a driver may run, on a busy machine
+AFTERLIFE = 600.0  # s in which the processes of a killed driver are gone; Ray's agents take 30
 REPLAYED = 2  # trials of a study that are trained again
 # Titles that Ray gives to the process of a worker that trains, and of one between two calls, which
 # may be about to get another trial.
@@ -207,7 +207,7 @@ class _Driver:
     def __init__(self, folder: Path, start: int, trials: int, options: Sequence[str]):
         self.folder, self.study, self.trials = folder, folder / "out" / NAME, trials
         self.resumed = self.study.exists()
-        records = replay(_events(self.study)).values() if self.resumed else ()
+        records = replay(read_log(self.study)).values() if self.resumed else ()
         self.ended = frozenset(record.number for record in records if record.ended)
         self.texts = [folder / f"{start:02d}.{stream}" for stream in ("stdout", "stderr")]
         new = (*OPTIONS, f"trials={trials}", *options)
@@ -305,7 +305,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _events(study: Path) -> list[Logged]:
+def read_log(study: Path) -> list[Logged]:
     with closing(EventLog(study)) as log:
         return log.events()
 
@@ -315,7 +315,7 @@ def inspect(study: Path) -> list[Trial]:
     the last session."""
     trials = [
         Trial("log", number, record.state, dict(enumerate(record.scores, start=1)))
-        for number, record in replay(_events(study)).items()
+        for number, record in replay(read_log(study)).items()
     ]
     for trial in _ray(study):
         last, budget = trial.last_result or {}, trial.config["epochs"]
@@ -359,7 +359,8 @@ def _client(study: Path) -> MlflowClient:
 
 
 def _uri(study: Path) -> str:
-    return f"sqlite:///{study.parent.absolute() / 'mlflow.db'}"
+    given = yaml.safe_load((study / FILE).read_text())["options"]["tracking"]["uri"]
+    return given or f"sqlite:///{study.parent.absolute() / 'mlflow.db'}"
 
 
 def runs(study: Path, trials: bool = True) -> list[Any]:
@@ -407,7 +408,7 @@ def check(study: Path, ended_before: Collection[int] = ()) -> list[str]:
                 f"trial {trial.number} has epochs {[*trial.scores]} in {trial.store}, not"
                 f" {[*same.scores]}, or other scores"
             )
-    events = _events(study)
+    events = read_log(study)
     return [*wrong, *_check_runs(study, events), *_check_decisions(events, options)]
 
 

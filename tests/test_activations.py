@@ -16,7 +16,7 @@ CASES = [
     ("softrelu", SOFTRELU),
 ]
 TABLE = pytest.mark.parametrize(("kind", "scalars"), CASES)
-FIXED = settings(deadline=None, derandomize=True, max_examples=40)
+FIXED = settings(derandomize=True, max_examples=40)
 POTENTIALS = st.lists(st.floats(-15, 15), min_size=8, max_size=8)
 
 

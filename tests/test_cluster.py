@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE, NODE, SAVED
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,11 @@ def placed(machines=2):
             return super().step()
 
     return Placed
+
+
+def free_port():
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        return unused.getsockname()[1]
 
 
 def run(asked, trainable, *callbacks):
@@ -93,6 +104,15 @@ def test_only_if_no_machine_is_left_does_the_study_stop(compose):
 
     with pytest.raises(StudyStopped, match="planted: mend it"):
         study.run(compose(), tiny.quiet(), Faulty)
+
+
+def test_a_worker_that_is_never_born_is_no_failed_trial(compose):
+    class Unborn(tiny.played()):
+        def setup(self, config):
+            os._exit(1)
+
+    with pytest.raises(StudyStopped, match=r"^Ray starts no worker .*: mend it$"):
+        study.run(compose(), tiny.quiet(), Unborn)
 
 
 class Change(Callback):
@@ -233,6 +253,50 @@ def test_our_own_ray_has_a_token_that_is_in_no_file(monkeypatch):
     assert cluster._token() == {"RAY_AUTH_TOKEN": cluster.TOKEN} and len(cluster.TOKEN) == 64
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/mine")
     assert cluster._token() == {}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """The address of a Ray that asks for a token."""
+    folder = tmp_path_factory.mktemp("guarded")
+    address = f"127.0.0.1:{free_port()}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+    host, port = address.split(":")
+    words = ("--head", "--block", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=1")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, (folder / "log").open("w") as log:
+        head = subprocess.Popen(
+            [*RAY, "start", *words, "--include-dashboard=false", f"--temp-dir={short}"],
+            **{"env": os.environ | token, "stdout": log, "stderr": log},
+        )
+        while subprocess.run(
+            [*RAY, "health-check", f"--address={address}"],
+            **{"env": os.environ | token, "capture_output": True},
+        ).returncode:
+            assert head.poll() is None, (folder / "log").read_text()
+        yield address
+        head.terminate()
+        head.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("RAY_AUTH_TOKEN", "0" * 64, "Authentication token is missing or incorrect"),
+        ("RAY_AUTH_TOKEN_PATH", "/missing", "file cannot be opened or is empty: /missing"),
+    ],
+)
+def test_a_token_that_is_wrong_or_missing_is_named(name, value, says, guarded, tmp_path):
+    own = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}
+    place = [f"cluster.address={guarded}", f"out_dir={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [sys.executable, "tune_main.py", "experiment=smoke", *place],
+        **{"env": {**own, "RAY_AUTH_MODE": "token", name: value}, "capture_output": True},
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: cluster.address: {guarded}: ")
+    assert says in done.stderr and "RAY_AUTH_TOKEN_PATH as where" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):

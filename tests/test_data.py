@@ -176,7 +176,7 @@ def test_digits_are_scikit_learns_in_its_order():
     np.testing.assert_array_equal(np.concatenate([p.labels for p in parts]), labels)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(valid_split=st.floats(1 / 1437, 1, exclude_max=True) | st.just(np.nextafter(1, 0)))
 def test_splits_are_disjoint_and_lose_nothing(valid_split):
     numbered = data.Split(np.arange(1437)[:, None], np.arange(1437))

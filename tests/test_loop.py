@@ -154,7 +154,7 @@ def log(tmp_path):
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([None, 1, 3]), st.randoms())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_so_many_trials_so_many_at_a_time(trials, at_once, batch, order):
     with tempfile.TemporaryDirectory() as folder, closing(Mortal(Path(folder))) as log:
         play = Play(log, trials, at_once, batch=batch)
@@ -445,7 +445,7 @@ deaths = st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=4)
 
 
 @given(deaths, st.integers(0, 99), st.integers(0, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_study_killed_anywhere_ends_as_one_that_was_not(lives, order, seed):
     """In batches, whatever the order in which its workers report."""
     given_ = {"trials": 8, "at_once": 3, "batch": 4}
@@ -459,7 +459,7 @@ def test_such_studies_have_trials_of_every_state():
 
 
 @given(deaths, st.integers(0, 99), st.sampled_from([1, 2, 4]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_killed_study_loses_and_doubles_no_trial(lives, order, at_once):
     """And with one trial at a time it is the same study without batches, too."""
     killed, points = play(lives, order, trials=7, at_once=at_once)

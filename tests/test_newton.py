@@ -28,7 +28,7 @@ PAIRS = pytest.mark.parametrize(
     ("kind_e", "kind_i"), [(kind_e, kind_i) for kind_e in ACTIVATIONS for kind_i in ACTIVATIONS]
 )
 HYPER = hyperparameters()
-FIXED = settings(deadline=None, derandomize=True, max_examples=15)
+FIXED = settings(derandomize=True, max_examples=15)
 
 
 def traced(hyper):

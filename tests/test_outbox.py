@@ -180,7 +180,7 @@ faults = st.lists(st.one_of(st.none(), st.integers(0, 6)), max_size=8)
 
 
 @given(faults=faults, trials=st.lists(st.integers(0, 3), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_store_that_fails_for_a_while_gets_everything(faults, trials):
     with tempfile.TemporaryDirectory() as folder, open_log(Path(folder)) as log:
         store = Fake(faults)
@@ -327,7 +327,7 @@ def test_optuna_shows_what_the_log_has(study, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_what_optuna_is_given_again_changes_nothing(data):
     with tempfile.TemporaryDirectory() as name, open_log(Path(name)) as log:
         folder = Path(name)

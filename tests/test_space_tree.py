@@ -8,7 +8,7 @@ from functools import cache
 import optuna
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from disinhib import hydra_config
 from disinhib.checks import flatten
@@ -341,7 +341,6 @@ def ranges(draw):
 
 
 @given(ranges(), st.integers(1, 12))
-@settings(deadline=None)
 def test_a_range_of_a_grid_is_ordered_even_and_from_end_to_end(drawn, points):
     kind, arguments = drawn
     low, high = arguments["low"], arguments["high"]

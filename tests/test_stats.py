@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from analysis import stats
 from benchmarks.coverage import coverage
@@ -113,7 +113,6 @@ def test_a_seed_gives_an_interval_whatever_the_order_and_another_seed_another():
     assert stats.bootstrap_interval(VALUES, seed=1) != first
 
 
-@settings(deadline=None)
 @given(samples, floats, st.floats(0.01, 100))
 def test_the_interval_moves_and_stretches_with_the_values(values, shift, scale):
     moved = [scale * value + shift for value in values]
@@ -122,7 +121,6 @@ def test_the_interval_moves_and_stretches_with_the_values(values, shift, scale):
     assert list(found) == pytest.approx(expected, abs=1e-7)
 
 
-@settings(deadline=None)
 @given(samples)
 def test_the_interval_lies_within_the_range(values):
     low, high = stats.bootstrap_interval(values, resamples=200)

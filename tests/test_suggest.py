@@ -452,7 +452,7 @@ def test_a_batch_learns_from_earlier_batches_only(name):
     told=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 3), st.booleans()), max_size=40),
     balanced=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_known_of_a_batch_is_that_it_runs(number, told, balanced):
     """The history that a proposal may learn from does not depend on what its own batch, or a later
     one, has reported: so the order of reports does not matter."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from disinhib import process
 from disinhib.checks import refusal
@@ -36,6 +40,7 @@ LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sock
 # Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
 # in the user's home that others can read.)
 TOKEN = secrets.token_hex(32)
+HEALTH_SECONDS = 30.0  # in which Ray's own command says whether a cluster takes our token
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
@@ -79,6 +84,8 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
                     tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
                     if not tls and not there.recv(9):
                         raise ConnectionError("closed by its other end")
+            if address:
+                _refuse_token(address)
             # "local", as None would join whatever cluster was last started on this machine, even
             # if it is no longer there.
             local = {"address": "local", "num_cpus": cores(), "include_dashboard": False}
@@ -89,13 +96,36 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
+        except ConfigError:
+            raise
         except Exception as error:  # Ray raises many kinds
             if address is None:
                 logs = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs")
                 words = f"Ray did not start on this machine ({one_line(error)}); its logs: {logs}"
                 raise ConfigError(words) from error
+            if isinstance(error, AuthenticationError):  # there is none
+                raise _no_entry(address, one_line(error)) from error
             allowed = f"auto or HOST:PORT of a running Ray cluster, or null ({one_line(error)})"
             raise refusal("cluster.address", address, allowed) from error
+
+
+def _refuse_token(address: str) -> None:
+    """Raises ConfigError if the cluster does not take the token in our environment. (`ray.init`
+    would not say so, but fail to connect, after half a minute and as many lines.)"""
+    place = [] if address == "auto" else ["--address", address]
+    words = [sys.executable, "-m", "ray.scripts.scripts", "health-check", *place]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=HEALTH_SECONDS)
+    except subprocess.TimeoutExpired:  # then Ray itself says what is wrong
+        return
+    if found := re.search(r"AuthenticationError: .*", done.stderr):
+        raise _no_entry(address, found[0])
+
+
+def _no_entry(address: str, words: str) -> ConfigError:
+    why = re.sub(r"^AuthenticationError: (RPC error: \w+: )?", "", words).split(". ")[0]
+    cure = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where that Ray was started"
+    return ConfigError(f"cluster.address: {address}: {why}: {cure}")
 
 
 @contextmanager

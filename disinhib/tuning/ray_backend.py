@@ -205,8 +205,11 @@ class RayBackend(tune.Callback):
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
-        self.running.pop(number, None)
-        self.tell(Failed(number, f"worker lost {WORKERS_LOST + 1} times"))
+        if self.running.pop(number, None) is None:  # it was not even born
+            why = "what it says is in ray.log and its own logs; has it the same token?"
+            self.tell(Hindered(number, f"Ray starts no worker ({why})"))
+        else:
+            self.tell(Failed(number, f"worker lost {WORKERS_LOST + 1} times"))
 
     def on_step_end(self, **_: Any) -> None:
         if self.error is not None:
