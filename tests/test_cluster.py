@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+import requests
 import tiny
 from ray.cluster_utils import Cluster
 from ray.tune import Callback
@@ -297,6 +299,38 @@ def test_a_token_that_is_wrong_or_missing_is_named(name, value, says, guarded, t
     assert done.stderr.startswith(f"error: cluster.address: {guarded}: ")
     assert says in done.stderr and "RAY_AUTH_TOKEN_PATH as where" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+OWN = """
+import sys, time
+from disinhib.tuning import cluster
+with cluster.cluster({"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0}):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
+        own = {driver.pid, *(p.pid for p in psutil.Process(driver.pid).children(recursive=True))}
+        places = {
+            connection.laddr[:2]
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.pid in own
+        }
+        answers = [answer for place in places for answer in http(*place)]
+        driver.communicate()
+    assert len(places) > 3 and {*answers} == {401}
+
+
+def http(host, port):
+    """The status that it answers, unless it speaks Ray's own language, which asks for a token."""
+    with suppress(requests.ConnectionError):  # it has greeted first, in HTTP/2
+        yield requests.get(f"http://{host.replace('::', '127.0.0.1')}:{port}").status_code
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):

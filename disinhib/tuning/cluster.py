@@ -41,6 +41,8 @@ LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sock
 # in the user's home that others can read.)
 TOKEN = secrets.token_hex(32)
 HEALTH_SECONDS = 30.0  # in which Ray's own command says whether a cluster takes our token
+# Ray's only port that would answer everybody, with its metrics: what is no port is not opened.
+CLOSED = {"AUTOSCALER_METRIC_PORT": "-1"}
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
@@ -55,7 +57,7 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
-    own = {} if options["address"] else {"RAY_TMPDIR": temporary_folder(), **_token()}
+    own = {} if options["address"] else {"RAY_TMPDIR": temporary_folder(), **CLOSED, **_token()}
     with environment.variables({**SWITCHES, **own}, also=SET_BY_RAY), _without_summary():
         try:
             _connect(options["address"], environment.of_worker(cpus, gpus))

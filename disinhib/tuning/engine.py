@@ -25,6 +25,7 @@ from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, machines, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
+from disinhib.tuning.lease import Lease, held
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.outbox import Outbox, Store
@@ -104,6 +105,7 @@ def run(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with ExitStack() as stack:
         if job.resume:  # first: another process may be running it
+            lease = stack.enter_context(held(job.folder))
             log = stack.enter_context(closing(EventLog(job.folder, existing=True)))
         numerics.check()
         _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
@@ -111,6 +113,7 @@ def run(
         if not job.resume:
             name = manifest.write(job.folder, job.manifest, job.kept, job.numbered)
             job = replace(job, name=name)
+            lease = stack.enter_context(held(job.folder))
             log = stack.enter_context(closing(EventLog(job.folder)))
         records = replay(log.events())
         shown = progress.Progress(console, job.trials(records), job.metric)
@@ -136,7 +139,7 @@ def run(
                 outbox.start()
             begun = True
             with shown:
-                _run_loop(job, log, records, nodes, trainable, callbacks, shown)
+                _run_loop(job, log, lease, records, nodes, trainable, callbacks, shown)
         except ConfigError:
             if not begun:  # the name becomes free again
                 shutil.rmtree(job.folder)
@@ -241,6 +244,7 @@ def _say_resumed(
 def _run_loop(
     job: Job,
     log: EventLog,
+    lease: Lease,
     records: dict[int, Record],
     nodes: machines.Machines,
     trainable: type[tune.Trainable],
@@ -250,7 +254,11 @@ def _run_loop(
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
     say_once = cache(shown.say)
-    update = lambda: shown.update(records.values())
+
+    def update() -> None:
+        lease.check()
+        shown.update(records.values())
+
     retention.remove(folder, retention.PARTS)
     kept = retention.tidy(folder, records.values(), job.keep_best)
 

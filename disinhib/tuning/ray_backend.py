@@ -222,7 +222,11 @@ class RayBackend(tune.Callback):
                 for worker in self.running.values():
                     worker.heard += stood_still
             self.look()
-        self.on_step()
+        try:
+            self.on_step()
+        except Exception as error:  # kept, because Ray wraps it
+            self.error, self.over = error, True
+            raise
 
     def look(self) -> None:
         """Looks at the cluster: says which machines have come and gone, and where lost trials go
