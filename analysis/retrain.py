@@ -28,7 +28,8 @@ from analysis.configurations import Configuration
 from analysis.store import Refused, StudyRun
 from disinhib import cli, config, hydra_config, process, training
 from disinhib.checks import refusal
-from disinhib.tuning import engine, mlflow_settings, provenance
+from disinhib.errors import masked
+from disinhib.tuning import engine, lease, mlflow_settings, provenance
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -121,12 +122,15 @@ def job(
         manifest = read(folder, name)
         if manifest.space is not None:
             raise refusal("study", name, f"another name: {folder} is a search")
+        lease.refuse_live(folder)
         with closing(EventLog(folder, existing=True)) as log:
             records = replay(log.events())
         check_code(records)
     else:
         first = config.parse(planned[0].options)
         manifest = Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
+    uri = settings["tracking"]["uri"]
+    tracking = {**settings["tracking"], "uri": masked(uri) if uri else None}  # no password
     origin = {OF_STUDY: manifest.id if study is None else study.id}
     asked = lacking(planned, seeds, records, threads, origin)
     return Job(
@@ -135,7 +139,7 @@ def job(
         resume=resume,
         manifest=manifest,
         data=list(dict.fromkeys(provenance.source_of(one.options) for one in planned)),
-        kept={"options": {**settings, "metric": runs.DEFAULT_METRIC}},
+        kept={"options": {**settings, "tracking": tracking, "metric": runs.DEFAULT_METRIC}},
         command=command,
         metric=runs.DEFAULT_METRIC,
         source=from_list(asked),

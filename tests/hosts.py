@@ -498,6 +498,7 @@ def carry_out(
         study.start()
         scenario(study)
         study.end()
+        study.noticed = study.noticed or study.line("is lost|is gone|silent|does not take")
     except kill.Failure as error:
         faults.append(str(error))
     finally:

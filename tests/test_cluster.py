@@ -113,7 +113,7 @@ def test_a_worker_that_is_never_born_is_no_failed_trial(compose):
         def setup(self, config):
             os._exit(1)
 
-    with pytest.raises(StudyStopped, match=r"^Ray starts no worker .*: mend it$"):
+    with pytest.raises(StudyStopped, match=r"^Ray could not start a worker .*: mend it$"):
         study.run(compose(), tiny.quiet(), Unborn)
 
 
@@ -316,6 +316,9 @@ def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
         [sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
+        log = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs/monitor.log")
+        while "Starting autoscaler metrics server" not in log.read_text():
+            assert driver.poll() is None
         own = {driver.pid, *(p.pid for p in psutil.Process(driver.pid).children(recursive=True))}
         places = {
             connection.laddr[:2]
@@ -330,7 +333,8 @@ def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
 def http(host, port):
     """The status that it answers, unless it speaks Ray's own language, which asks for a token."""
     with suppress(requests.ConnectionError):  # it has greeted first, in HTTP/2
-        yield requests.get(f"http://{host.replace('::', '127.0.0.1')}:{port}").status_code
+        address = f"http://{host.replace('::', '127.0.0.1')}:{port}"
+        yield requests.get(address, timeout=300).status_code
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):

@@ -1,73 +1,126 @@
 """One driver a study, whatever the file system's locks are worth."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import tiny
 
 from disinhib.errors import ConfigError
 from disinhib.tuning import lease, options, study
+from disinhib.tuning.event_log import COMPLETE
 
 OTHER = {"id": "0", "machine": "another", "host": "far", "pid": 7}
 
 
+def write(folder, **more):
+    (Path(folder) / lease.FILE).write_text(json.dumps({**OTHER, **more}))
+
+
 @pytest.fixture
-def other(tmp_path):
-    """Writes the lease of another machine's driver, again and again until the end."""
+def live(tmp_path):
+    """Another machine's driver, which writes its lease again and again."""
     over = threading.Event()
 
-    def live():
-        count = 0
-        while not over.is_set():
-            (tmp_path / lease.FILE).write_text(json.dumps({**OTHER, "beat": count}))
-            count += 1
+    def beat():
+        for count in range(10**9):
+            if over.is_set():
+                return
+            write(tmp_path / "next", beat=count)
+            (tmp_path / "next" / lease.FILE).replace(tmp_path / lease.FILE)
 
-    thread = threading.Thread(target=live)
-    yield thread
+    (tmp_path / "next").mkdir()
+    write(tmp_path)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield
     over.set()
     thread.join()
 
 
-def test_a_study_that_another_machine_runs_is_refused(other, tmp_path):
-    (tmp_path / lease.FILE).write_text(json.dumps(OTHER))
-    other.start()
-    with pytest.raises(ConfigError, match=r"is run from far \(process 7\)$"), lease.held(tmp_path):
-        pass
+@pytest.mark.usefixtures("live")
+def test_a_study_that_another_machine_runs_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is run from far \(process 7\)$"):
+        lease.refuse_live(tmp_path)
 
 
-def test_a_dead_drivers_lease_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "SILENT_SECONDS", 0.1)
-    (tmp_path / lease.FILE).write_text(json.dumps(OTHER))
+@pytest.mark.parametrize("left", ["", '{"id": ', json.dumps(OTHER)], ids=["none", "half", "whole"])
+def test_what_a_dead_driver_has_left_is_no_obstacle(left, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    if left:
+        (tmp_path / lease.FILE).write_text(left)
+    lease.refuse_live(tmp_path)
     with lease.held(tmp_path) as own:
         assert json.loads((tmp_path / lease.FILE).read_text())["id"] == own.id
+        own.check()
     assert not (tmp_path / lease.FILE).exists()
 
 
-def test_a_lease_of_this_machine_is_no_obstacle(tmp_path):
-    with lease.held(tmp_path) as first, lease.held(tmp_path) as second:
-        assert first.machine == second.machine
+def test_on_this_machine_the_log_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 1e9)  # it does not wait
+    with lease.held(tmp_path):
+        lease.refuse_live(tmp_path)
 
 
-def test_a_removed_folder_is_not_made_again(tmp_path):
+def test_the_lease_is_renewed_until_another_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    with lease.held(tmp_path) as own:
+        while own.beats < 3:
+            pass
+        while own.taken_by() is None:  # a beat that was under way may come after it
+            write(tmp_path)
+        with pytest.raises(lease.TakenOver, match=r"is now run from far \(process 7\)"):
+            own.check()
+    assert json.loads((tmp_path / lease.FILE).read_text()) == OTHER
+
+
+def test_a_removed_lease_is_not_made_again(tmp_path):
     own = lease.Lease(tmp_path)
-    own.beat(0)
+    own.write()
     (tmp_path / lease.FILE).unlink()
-    own.beat(1)
+    own.write()
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("copied_stores", "one_ray")
-def test_a_driver_whose_study_another_has_taken_over_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
-    words = ["experiment=smoke", "space=bp", "study=taken", f"out_dir={tmp_path}"]
-    asked = options.compose(words)
+@pytest.fixture
+def asked(tmp_path):
+    place = f"out_dir={tmp_path / 'out'}"
+    return options.compose(["experiment=smoke", "space=bp", "study=mine", place])
 
-    class Waiting(tiny.played()):
+
+@pytest.mark.usefixtures("copied_stores", "one_ray")
+def test_a_driver_whose_study_another_has_taken_over_ends(asked):
+    file, text = asked.folder / lease.FILE, json.dumps(OTHER)
+
+    class Taken(tiny.played()):
         def step(self):
-            (asked.folder / lease.FILE).write_text(json.dumps(OTHER))
+            file.write_text(text)
             return super().step()
 
-    with pytest.raises(ConfigError, match=r"is now run from far \(process 7\)$"):
-        study.run(asked, tiny.quiet(), Waiting)
-    assert json.loads((asked.folder / lease.FILE).read_text()) == OTHER
+    with pytest.raises(lease.TakenOver, match=r"is now run from far \(process 7\)"):
+        study.run(asked, tiny.quiet(), Taken)
+    assert json.loads(file.read_text()) == OTHER
+
+
+@pytest.mark.usefixtures("copied_stores", "one_ray")
+def test_the_same_command_again_is_refused_and_the_first_goes_on(asked, tmp_path):
+    said = tmp_path / "said"
+
+    class Twice(tiny.played()):
+        def step(self):
+            if not said.exists():
+                said.touch()
+                place = ["study=mine", f"out_dir={asked.out_dir}", "resume=true"]
+                done = subprocess.run(
+                    [sys.executable, "tune_main.py", *place], capture_output=True, text=True
+                )
+                said.write_text(f"{done.returncode} {done.stderr}")
+            return super().step()
+
+    finished = study.run(asked, tiny.quiet(), Twice)
+    assert {record.state for record in finished.records} == {COMPLETE}
+    assert said.read_text().startswith("2 error: study: ")
+    assert "is open in another process" in said.read_text()

@@ -41,7 +41,7 @@ LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sock
 # Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
 # in the user's home that others can read.)
 TOKEN = secrets.token_hex(32)
-HEALTH_SECONDS = 30.0  # in which Ray's own command says whether a cluster takes our token
+HEALTH_SECONDS = 120.0  # in which Ray's own command says whether a cluster takes our token
 # Ray's only port that would answer everybody, with its metrics: what is no port is not opened.
 CLOSED = {"AUTOSCALER_METRIC_PORT": "-1"}
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
@@ -106,7 +106,7 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
                 logs = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs")
                 words = f"Ray did not start on this machine ({one_line(error)}); its logs: {logs}"
                 raise ConfigError(words) from error
-            if isinstance(error, AuthenticationError):  # there is none
+            if isinstance(error, AuthenticationError):  # no token was found
                 raise _no_entry(address, one_line(error)) from error
             allowed = f"auto or HOST:PORT of a running Ray cluster, or null ({one_line(error)})"
             raise refusal("cluster.address", address, allowed) from error

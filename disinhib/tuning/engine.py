@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,9 @@ from rich.console import Console
 from disinhib import numerics, process
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import cluster, machines, manifest, progress, retention
+from disinhib.tuning import cluster, lease, machines, manifest, progress, retention
 from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
-from disinhib.tuning.lease import Lease, held
+from disinhib.tuning.lease import TakenOver
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.outbox import Outbox, Store
@@ -102,10 +102,11 @@ def run(
     StudyStopped if the study cannot continue.
     """
     started = time.monotonic()
+    begun = job.resume
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with ExitStack() as stack:
         if job.resume:  # first: another process may be running it
-            lease = stack.enter_context(held(job.folder))
+            lease.refuse_live(job.folder)
             log = stack.enter_context(closing(EventLog(job.folder, existing=True)))
         numerics.check()
         _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
@@ -113,12 +114,15 @@ def run(
         if not job.resume:
             name = manifest.write(job.folder, job.manifest, job.kept, job.numbered)
             job = replace(job, name=name)
-            lease = stack.enter_context(held(job.folder))
+            # After the log is closed: NFS keeps what is open.
+            stack.enter_context(_removed_if_refused(job.folder, lambda: begun))
             log = stack.enter_context(closing(EventLog(job.folder)))
+        own = stack.enter_context(lease.held(job.folder))
+        log.guard = own.check
         records = replay(log.events())
         shown = progress.Progress(console, job.trials(records), job.metric)
         outboxes: list[Outbox] = []
-        begun = job.resume
+        missing: dict[str, int] = {}
         try:
             outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job)]
             where = f", recorded in {masked(outboxes[0].store.address)}" if outboxes else ""
@@ -139,20 +143,18 @@ def run(
                 outbox.start()
             begun = True
             with shown:
-                _run_loop(job, log, lease, records, nodes, trainable, callbacks, shown)
-        except ConfigError:
-            if not begun:  # the name becomes free again
-                shutil.rmtree(job.folder)
-            raise
+                _run_loop(job, log, records, nodes, trainable, callbacks, shown)
         except KeyboardInterrupt:  # Tune itself ends in good order, when it runs
             pass
         finally:
             ended = all(record.ended for record in records.values())
-            whole = ended and len(records) == job.trials(records)
+            mine = not own.taken_by()
+            whole = mine and ended and len(records) == job.trials(records)
             with process.finishing():
                 for outbox in outboxes:
                     outbox.stop()
-                missing = {outbox.store.name: outbox.finish(records, whole) for outbox in outboxes}
+                for outbox in outboxes if mine else ():
+                    missing[outbox.store.name] = outbox.finish(records, whole)
         if whole and not any(missing.values()):  # MLflow has the models
             retention.remove(job.checkpoint_folder, retention.MODELS)
         for record in records.values():
@@ -173,11 +175,22 @@ def run(
     return finished
 
 
+@contextmanager
+def _removed_if_refused(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Removes the folder of a study that was refused before it began: its name is free again."""
+    try:
+        yield
+    except ConfigError:
+        if not begun():
+            shutil.rmtree(folder)
+        raise
+
+
 def obstacle(error: BaseException | None) -> str | None:
     """What is in the way, and what to do about it, if the study can then be resumed: a full disk,
     or a fault of a machine; else None."""
     while error is not None:
-        if isinstance(error, StudyStopped):
+        if isinstance(error, StudyStopped | TakenOver):
             return str(error)
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             return f"{error.strerror} {error.filename or ''}".strip() + ": make room"
@@ -244,7 +257,6 @@ def _say_resumed(
 def _run_loop(
     job: Job,
     log: EventLog,
-    lease: Lease,
     records: dict[int, Record],
     nodes: machines.Machines,
     trainable: type[tune.Trainable],
@@ -254,11 +266,7 @@ def _run_loop(
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
     say_once = cache(shown.say)
-
-    def update() -> None:
-        lease.check()
-        shown.update(records.values())
-
+    update = lambda: shown.update(records.values())
     retention.remove(folder, retention.PARTS)
     kept = retention.tidy(folder, records.values(), job.keep_best)
 

@@ -14,7 +14,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,6 +222,7 @@ class EventLog:
     def __init__(self, folder: Path, existing: bool = False):
         if existing and not (folder / FILE).exists():
             raise ConfigError(f"study: {folder} has no {FILE}: it is no whole copy of the study")
+        self.guard: Callable[[], object] = lambda: None  # called before every write; may raise
         self._lock = threading.Lock()  # the outboxes' threads read it
         self._connection = sqlite3.connect(
             folder / FILE, timeout=1, isolation_level=None, check_same_thread=False
@@ -280,6 +281,7 @@ class EventLog:
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
+        self.guard()
         try:
             with self._connection as connection:  # commits, or rolls back after an error
                 connection.execute("BEGIN IMMEDIATE")

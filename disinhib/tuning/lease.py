@@ -23,7 +23,11 @@ from disinhib.errors import ConfigError
 
 FILE = "driver.lease"  # in a study's folder
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 15.0  # after which another machine's driver has ended, or its machine is gone
+LOOKS, LOOK_SECONDS = 60, 0.25  # at another machine's lease, until its driver counts as ended
+
+
+class TakenOver(RuntimeError):
+    """Another driver runs this study now."""
 
 
 def _machine() -> str:
@@ -40,61 +44,62 @@ class Lease:
 
     folder: Path
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    machine: str = field(default_factory=_machine)
-    taken: dict[str, Any] | None = None  # the lease of a driver that has taken the study over
+    beats: int = 0
+
+    def taken_by(self) -> dict[str, Any] | None:
+        """The lease of another driver that has taken the study over."""
+        there = _read(self.folder)
+        return there if there is not None and there["id"] != self.id else None
 
     def check(self) -> None:
-        """Raises ConfigError if another driver has taken the study over."""
-        if self.taken is not None:
-            raise ConfigError(f"study: {self.folder} is now run {_from(self.taken)}")
+        """Raises TakenOver. (Before every write: this machine may have been suspended.)"""
+        if there := self.taken_by():
+            raise TakenOver(f"study {self.folder} is now run {_from(there)}: end that one")
 
-    def beat(self, count: int) -> None:
-        """Writes the lease, unless another driver has, or removed it. (In place: who opens the file
-        sees the newest content, on NFS too. What cannot be written now is written next time.)"""
-        there = _read(self.folder)
-        if there is not None and there["id"] != self.id and count:
-            self.taken = there
-            return
-        own = {"id": self.id, "machine": self.machine, "host": platform.node(), "pid": os.getpid()}
-        with suppress(OSError), (self.folder / FILE).open("r+" if count else "w") as file:
-            file.write(json.dumps({**own, "beat": count}))
+    def write(self) -> None:
+        """Writes the lease, in place: whoever opens the file sees the newest content, on NFS too.
+        One that is gone is not made again; what cannot be written now is written the next time."""
+        own = {"id": self.id, "machine": _machine(), "host": platform.node(), "pid": os.getpid()}
+        with suppress(OSError), (self.folder / FILE).open("r+" if self.beats else "w") as file:
+            file.write(json.dumps({**own, "beat": self.beats}))
             file.truncate()
+        self.beats += 1
+
+
+def refuse_live(folder: Path) -> None:
+    """Raises ConfigError if a driver on another machine runs the study in `folder`. If there is a
+    lease of one, that takes LOOKS * LOOK_SECONDS to find out."""
+    first = None
+    for look in range(LOOKS):
+        there = _read(folder)
+        if there is None and (look > 1 / LOOK_SECONDS or not (folder / FILE).exists()):
+            return  # there is none, or one that was never finished
+        if there is not None and there["machine"] == _machine():
+            return
+        first = first or there
+        if there is not None and there != first:
+            raise ConfigError(f"study: {folder} is run {_from(there)}")
+        time.sleep(LOOK_SECONDS)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[Lease]:
-    """Holds the lease on the study in `folder`. If another machine has one, waits until it is known
-    whether its driver still lives.
+    """Holds the lease on the study in `folder`, which nobody else runs."""
+    lease, over = Lease(folder), threading.Event()
 
-    Raises ConfigError if it does.
-    """
-    lease = Lease(folder)
-    first, began = _read(folder), time.monotonic()
-    while first is None and (folder / FILE).exists() and time.monotonic() - began < BEAT_SECONDS:
-        first = _read(folder)  # it is being written
-    while first is not None and first["machine"] != lease.machine:
-        if _read(folder) not in (first, None):
-            raise ConfigError(f"study: {folder} is run {_from(first)}")
-        if time.monotonic() - began > SILENT_SECONDS:
-            break
-        time.sleep(BEAT_SECONDS / 4)
-    over = threading.Event()
+    def renew() -> None:
+        while not over.wait(BEAT_SECONDS) and not lease.taken_by():
+            lease.write()
 
-    def write() -> None:
-        count = 1
-        while not over.wait(BEAT_SECONDS) and lease.taken is None:
-            lease.beat(count)
-            count += 1
-
-    lease.beat(0)
-    thread = threading.Thread(target=write, daemon=True)
+    lease.write()
+    thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
         yield lease
     finally:
         over.set()
         thread.join()
-        if lease.taken is None:
+        if not lease.taken_by():
             (folder / FILE).unlink(missing_ok=True)
 
 

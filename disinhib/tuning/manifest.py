@@ -18,7 +18,7 @@ import yaml
 from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
-from disinhib.tuning import provenance, retention, space_tree, suggest
+from disinhib.tuning import lease, provenance, retention, space_tree, suggest
 from disinhib.tuning.event_log import Asked, EventLog, Record, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
@@ -103,6 +103,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
                 f" {now[option]}: their scores are not comparable"
             )
     earlier = read(folder, name).past
+    lease.refuse_live(folder)
     with closing(EventLog(folder, existing=True)) as log:
         records = replay(log.events()).values()
     space = SPACES[study.space]

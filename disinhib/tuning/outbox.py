@@ -16,6 +16,7 @@ from typing import Protocol
 from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.tuning.event_log import Asked, EventLog, Logged, Record, replay
+from disinhib.tuning.lease import TakenOver
 
 BATCH = 200  # events in one delivery
 PAUSE = 1.0  # s between deliveries, each of all events of the meantime
@@ -106,6 +107,8 @@ class Outbox:
                 if not self.loaded:
                     self._load()
                 more = self._deliver()
+            except TakenOver:  # the other driver delivers
+                return
             except Exception as error:  # each store raises its own kinds; events wait
                 self._failed(error)
                 deadline = deadline or (time.monotonic() + PATIENCE if last_round else None)

@@ -205,9 +205,9 @@ class RayBackend(tune.Callback):
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
-        if self.running.pop(number, None) is None:  # it was not even born
-            why = "what it says is in ray.log and its own logs; has it the same token?"
-            self.tell(Hindered(number, f"Ray starts no worker ({why})"))
+        if self.running.pop(number, None) is None and not self.saved:  # no worker was ever born
+            why = "see ray.log; do all machines have the same token?"
+            self.tell(Hindered(number, f"Ray could not start a worker ({why})"))
         else:
             self.tell(Failed(number, f"worker lost {WORKERS_LOST + 1} times"))
 
@@ -222,11 +222,7 @@ class RayBackend(tune.Callback):
                 for worker in self.running.values():
                     worker.heard += stood_still
             self.look()
-        try:
-            self.on_step()
-        except Exception as error:  # kept, because Ray wraps it
-            self.error, self.over = error, True
-            raise
+        self.on_step()
 
     def look(self) -> None:
         """Looks at the cluster: says which machines have come and gone, and where lost trials go
