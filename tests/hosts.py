@@ -4,8 +4,8 @@ The hosts are network namespaces of this machine, each with its own address, nam
 folder; the study's folder is shared. MLflow's server, on a PostgreSQL of its own, runs beside them.
 In each scenario a study runs from the first host, something happens amid its trials, and at its end
 its trials are compared in all stores, as `tests.kill` does. Exit code 0: every study is whole and
-said what happened, and no process is left. It needs root, Linux, and Debian's `iproute2` and
-`postgresql`. Expect a quarter of an hour on two cores.
+said what happened, and left no process of its own on the first host. It needs root, Linux, and
+Debian's `iproute2` and `postgresql`. Expect a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from disinhib.tuning import event_log, retention
 from tests import kill
 
 NET = "10.203.77"  # .1 is this machine, with MLflow's server; .2 and so on are the hosts
-RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 5000, 5432
+RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 55000, 55432
 NAMES = ("a", "b", "c")
 PATIENCE = 300.0  # s for anything to come
 EPOCHS = 100  # of a trial
@@ -56,6 +56,7 @@ source {kill.ROOT}/cluster/ray.env
 exec {sys.executable} -m ray.scripts.scripts start --block --disable-usage-stats \
     --object-store-memory 100000000 "$@"
 """
+STUDY_START = 'source cluster/ray.env; exec "$@"'
 # A namespace of its own for mounts and the host's name: PAIRS OF FOLDERS -- COMMAND
 ENTER = """
 set -e
@@ -179,6 +180,8 @@ class Server:
         wait_until(self.answers, "MLflow's server answers")
 
     def answers(self) -> bool:
+        if self.process is not None and self.process.poll() is not None:
+            raise kill.Failure(f"mlflow server ended with {self.process.returncode}")
         with suppress(OSError):
             urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
             return True
@@ -220,9 +223,8 @@ class Study:
         place = [f"study={self.folder.name}", f"out_dir={self.folder.parent}"]
         where = [f"tracking.uri={self.server.uri}", f"cluster.address={head.address}:{RAY_PORT}"]
         begin = log.stat().st_size if log.exists() else 0
-        self.driver = head.start(
-            [sys.executable, "tune_main.py", *STUDY, *place, *where, *self.options], log
-        )
+        words = [sys.executable, "tune_main.py", *STUDY, *place, *where, *self.options]
+        self.driver = head.start(["bash", "-c", STUDY_START, "bash", *words], log)
         threading.Thread(target=self._follow, args=(log, begin, self.driver), daemon=True).start()
 
     def _follow(self, log: Path, begin: int, driver: subprocess.Popen) -> None:
@@ -291,6 +293,16 @@ class Study:
             raise kill.Failure("the study does not end") from None
         if self.code != code:
             raise kill.Failure(f"the study ended with {self.code}, not {code}")
+
+    def processes(self) -> list[str]:
+        """Commands of the study, or of its workers, that run on the first host."""
+        words = []
+        for pid in self.hosts["a"].pids():
+            with suppress(OSError):
+                words.append(
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                )
+        return [w for w in words if "tune_main.py" in w or "ray::TrainingTrial" in w]
 
     def lost_epochs(self) -> int:
         """Epochs that were reported before the fault and are trained again after it, as the lines
@@ -433,7 +445,7 @@ COMMAND = cli.Command(
     (
         Option("only", None, OPTIONAL_TEXT, "the scenarios whose names match"),
         Option("data", None, OPTIONAL_TEXT, "a folder with Fashion-MNIST; null: no no_data"),
-        Option("keep", None, OPTIONAL_TEXT, "folder to leave everything in; null: none"),
+        Option("keep", None, OPTIONAL_TEXT, "new folder to leave everything in; null: none"),
     ),
 )
 
@@ -451,6 +463,8 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as stack:
         folder = Path(options["keep"] or stack.enter_context(_temporary())).absolute()
         folder.mkdir(exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"keep: given {folder}, allowed is a folder that is new or empty")
         stack.enter_context(network())
         server = Server(folder / "server")
         stack.callback(server.end)
@@ -489,7 +503,6 @@ def carry_out(
     options = ["dataset=fmnist", f"dataset.path={data}"] if scenario is no_data else []
     study = Study(hosts, server, folder / name / "out" / name, options)
     study.folder.parent.mkdir()
-    Path("/tmp/ray").mkdir(exist_ok=True)
     try:
         hosts["a"].join(hosts["a"], cpus=1)
         wait_until(lambda: len(_nodes(hosts["a"])) == 1, "Ray has started")
@@ -498,6 +511,7 @@ def carry_out(
         study.start()
         scenario(study)
         study.end()
+        wait_until(lambda: not study.processes(), "the study's processes are gone")
         study.noticed = study.noticed or study.line("is lost|is gone|silent|does not take")
     except kill.Failure as error:
         faults.append(str(error))
@@ -542,8 +556,14 @@ for node in ray.nodes():
 @contextmanager
 def network() -> Iterator[None]:
     """A bridge and a namespace for each of NAMES, cabled to it."""
-    bridge = "disinhib"
+    bridge, rays = "disinhib", Path("/tmp/ray")
+    for left in [("link", "del", bridge), *(("netns", "del", f"disinhib-{n}") for n in NAMES)]:
+        with suppress(kill.Failure):  # of a run that was killed
+            call("ip", *left)
     with ExitStack() as stack:
+        if not rays.exists():  # each host mounts its own there
+            rays.mkdir()
+            stack.callback(rays.rmdir)
         call("ip", "link", "add", bridge, "type", "bridge")
         stack.callback(call, "ip", "link", "del", bridge)
         call("ip", "address", "add", f"{NET}.1/24", "dev", bridge)
