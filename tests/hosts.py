@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from disinhib import cli, compilation_cache
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError
 from disinhib.tuning import event_log, retention
-from tests import kill
+from tests import kill, mlflow_server
 
 NET = "10.203.77"  # .1 is this machine, with MLflow's server; .2 and so on are the hosts
 RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 55000, 55432
@@ -47,7 +46,7 @@ EPOCHS = 100  # of a trial
 # Trials of half a minute, so that what happens does so amid them.
 STUDY = (
     *("experiment=smoke", "space=bp", "scheduler=none", "trials=5", f"epochs={EPOCHS}"),
-    *("batchsize=1", "model.vf.sizes_hidden=[512]", "checkpoints.every_seconds=3", "resume=auto"),
+    *("model.vf.sizes_hidden=[512]", "checkpoints.every_seconds=3", "resume=auto"),
 )
 # As `ray start` is told on a user's hosts, with the settings of cluster/ray.env.
 START = f"""
@@ -77,11 +76,7 @@ class Host:
 
     @property
     def namespace(self) -> str:
-        return f"disinhib-{self.name}"
-
-    @property
-    def link(self) -> str:
-        """This machine's end of its cable."""
+        """Also the name of this machine's end of its cable."""
         return f"disinhib-{self.name}"
 
     def start(
@@ -120,10 +115,10 @@ class Host:
             time.sleep(0.1)
 
     def cut(self) -> None:
-        call("ip", "link", "set", self.link, "down")
+        call("ip", "link", "set", self.namespace, "down")
 
     def mend(self) -> None:
-        call("ip", "link", "set", self.link, "up")
+        call("ip", "link", "set", self.namespace, "up")
 
     def listening(self) -> list[str]:
         """What listens there: ADDRESS:PORT PROCESS."""
@@ -165,27 +160,7 @@ class Server:
         (self.folder / "data" / "postgresql.auto.conf").write_text("".join(lines))
         self.postgres("start")
         store = f"postgresql+psycopg://postgres@127.0.0.1:{POSTGRES_PORT}/postgres"
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", f"{NET}.1"),
-                *("--port", str(MLFLOW_PORT), "--workers", "1", "--backend-store-uri", store),
-                *("--allowed-hosts", f"{NET}.1:{MLFLOW_PORT}"),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # its workers go with it
-        )
-        wait_until(self.answers, "MLflow's server answers")
-
-    def answers(self) -> bool:
-        if self.process is not None and self.process.poll() is not None:
-            raise kill.Failure(f"mlflow server ended with {self.process.returncode}")
-        with suppress(OSError):
-            urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-            return True
-        return False
+        self.process = mlflow_server.serve(f"{NET}.1", MLFLOW_PORT, store, self.folder)
 
     def end(self) -> None:
         if self.process is not None:
@@ -212,7 +187,6 @@ class Study:
     options: Sequence[str] = ()
     said: list[tuple[float, str]] = field(default_factory=list)  # (s since 1970, a line)
     driver: subprocess.Popen | None = None
-    code: int | None = None
     ended_before: frozenset[int] = frozenset()  # trials that no driver but the first has had
     fault: float = 0.0  # when it happened
     noticed: float | None = None  # when the study, or the user, did
@@ -284,15 +258,15 @@ class Study:
         self.wait(lambda: self.line(pattern) is not None, f"'{pattern}' is said")
         self.noticed = self.line(pattern)
 
-    def end(self, code: int = 0) -> None:
+    def end(self) -> None:
         """Waits for the driver's end."""
         assert self.driver is not None
         try:
-            self.code = self.driver.wait(2 * PATIENCE)
+            code = self.driver.wait(2 * PATIENCE)
         except subprocess.TimeoutExpired:
             raise kill.Failure("the study does not end") from None
-        if self.code != code:
-            raise kill.Failure(f"the study ended with {self.code}, not {code}")
+        if code:
+            raise kill.Failure(f"the study ended with {code}")
 
     def processes(self) -> list[str]:
         """Commands of the study, or of its workers, that run on the first host."""
@@ -500,7 +474,9 @@ def carry_out(
         # Set, it makes Ray's workers compile all that they import.
         given = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         hosts[host] = Host(host, f"{NET}.{index + 2}", home, {**given, **own})
-    options = ["dataset=fmnist", f"dataset.path={data}"] if scenario is no_data else []
+    options = ["batchsize=1"]
+    if scenario is no_data:
+        options = ["batchsize=500", "dataset=fmnist", f"dataset.path={data}"]
     study = Study(hosts, server, folder / name / "out" / name, options)
     study.folder.parent.mkdir()
     try:
@@ -569,7 +545,7 @@ def network() -> Iterator[None]:
         call("ip", "address", "add", f"{NET}.1/24", "dev", bridge)
         call("ip", "link", "set", bridge, "up")
         for index, name in enumerate(NAMES):
-            space, link = f"disinhib-{name}", f"disinhib-{name}"
+            space = link = f"disinhib-{name}"
             call("ip", "netns", "add", space)
             stack.callback(call, "ip", "netns", "del", space)
             call(

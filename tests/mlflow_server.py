@@ -12,6 +12,29 @@ from contextlib import closing
 from pathlib import Path
 
 
+def serve(host: str, port: int, store: str, folder: Path) -> subprocess.Popen:
+    """Starts a server whose artifacts are in `folder`, and waits until it answers."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)),
+            *("--workers", "1", "--backend-store-uri", store),
+            *("--allowed-hosts", f"{host}:{port}"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # its workers go with it
+    )
+    while True:
+        assert process.poll() is None, "mlflow server ended"
+        try:
+            urllib.request.urlopen(f"http://{host}:{port}/health", timeout=1).close()
+            return process
+        except OSError:
+            time.sleep(0.1)
+
+
 class Server:
     def __init__(self, folder: Path, template: Path):
         """Keeps its store in `folder`: at first a copy of `template`."""
@@ -23,24 +46,7 @@ class Server:
 
     def start(self):
         store = f"sqlite:///{self.folder / 'server.db'}"
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-                *("--port", str(self.port), "--workers", "1", "--backend-store-uri", store),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # its workers go with it
-        )
-        while True:
-            assert self.process.poll() is None, "mlflow server ended"
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.1)
+        self.process = serve("127.0.0.1", self.port, store, self.folder)
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGKILL)

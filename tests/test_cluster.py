@@ -317,8 +317,9 @@ def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
     ) as driver:
         assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
         log = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs/monitor.log")
-        while "Starting autoscaler metrics server" not in log.read_text():
+        while not (log.exists() and "Starting autoscaler metrics server" in log.read_text()):
             assert driver.poll() is None
+            time.sleep(0.05)
         own = {driver.pid, *(p.pid for p in psutil.Process(driver.pid).children(recursive=True))}
         places = {
             connection.laddr[:2]

@@ -53,6 +53,8 @@ def test_what_a_dead_driver_has_left_is_no_obstacle(left, tmp_path, monkeypatch)
     if left:
         (tmp_path / lease.FILE).write_text(left)
     lease.refuse_live(tmp_path)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 1e9)  # it does not wait again
+    lease.refuse_live(tmp_path)
     with lease.held(tmp_path) as own:
         assert json.loads((tmp_path / lease.FILE).read_text())["id"] == own.id
         own.check()

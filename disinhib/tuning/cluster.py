@@ -32,7 +32,7 @@ SWITCHES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # its tables cannot be switched off; the old output's can
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the log
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # `progress` prints a line for each
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # nor of one that nobody waits for
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # nor a traceback when nobody waits for it
 }
 # And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
 # and what another Ray starts without it could not speak to it.)

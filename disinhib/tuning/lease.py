@@ -63,23 +63,24 @@ class Lease:
         with suppress(OSError), (self.folder / FILE).open("r+" if self.beats else "w") as file:
             file.write(json.dumps({**own, "beat": self.beats}))
             file.truncate()
-        self.beats += 1
+            self.beats += 1
 
 
 def refuse_live(folder: Path) -> None:
     """Raises ConfigError if a driver on another machine runs the study in `folder`. If there is a
-    lease of one, that takes LOOKS * LOOK_SECONDS to find out."""
+    lease of one, that takes LOOKS * LOOK_SECONDS to find out; a dead one's is then removed."""
     first = None
     for look in range(LOOKS):
         there = _read(folder)
         if there is None and (look > 1 / LOOK_SECONDS or not (folder / FILE).exists()):
-            return  # there is none, or one that was never finished
+            break  # there is none, or one that was never finished
         if there is not None and there["machine"] == _machine():
             return
         first = first or there
         if there is not None and there != first:
             raise ConfigError(f"study: {folder} is run {_from(there)}")
         time.sleep(LOOK_SECONDS)
+    (folder / FILE).unlink(missing_ok=True)
 
 
 @contextmanager
