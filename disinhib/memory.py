@@ -47,6 +47,12 @@ def peak_mb(mark: Memory) -> float:
     return (now.peak if now.peak > mark.peak else max(now.in_use, mark.in_use)) / 1e6
 
 
+def device_mb() -> float | None:
+    """What this process may take of its device's memory, in MB; None on a CPU."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else limit / 1e6
+
+
 def _now() -> Memory:
     device = jax.devices()[0].memory_stats() or {}  # none of a CPU
     if "peak_bytes_in_use" in device:

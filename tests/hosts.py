@@ -533,9 +533,11 @@ for node in ray.nodes():
 def network() -> Iterator[None]:
     """A bridge and a namespace for each of NAMES, cabled to it."""
     bridge, rays = "disinhib", Path("/tmp/ray")
-    for left in [("link", "del", bridge), *(("netns", "del", f"disinhib-{n}") for n in NAMES)]:
+    spaces = [f"disinhib-{name}" for name in NAMES]
+    # Cables first: a namespace takes its own along only after a while.
+    for kind, name in [("link", n) for n in (bridge, *spaces)] + [("netns", n) for n in spaces]:
         with suppress(kill.Failure):  # of a run that was killed
-            call("ip", *left)
+            call("ip", kind, "del", name)
     with ExitStack() as stack:
         if not rays.exists():  # each host mounts its own there
             rays.mkdir()
@@ -544,15 +546,14 @@ def network() -> Iterator[None]:
         stack.callback(call, "ip", "link", "del", bridge)
         call("ip", "address", "add", f"{NET}.1/24", "dev", bridge)
         call("ip", "link", "set", bridge, "up")
-        for index, name in enumerate(NAMES):
-            space = link = f"disinhib-{name}"
+        for index, space in enumerate(spaces):  # and the cable of the same name
             call("ip", "netns", "add", space)
             stack.callback(call, "ip", "netns", "del", space)
             call(
-                *("ip", "link", "add", link, "type", "veth"),
+                *("ip", "link", "add", space, "type", "veth"),
                 *("peer", "name", "eth0", "netns", space),
             )
-            call("ip", "link", "set", link, "master", bridge, "up")
+            call("ip", "link", "set", space, "master", bridge, "up")
             inside = ("ip", "-n", space)
             call(*inside, "link", "set", "lo", "up")
             call(*inside, "address", "add", f"{NET}.{index + 2}/24", "dev", "eth0")

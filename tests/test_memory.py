@@ -65,9 +65,10 @@ def test_on_a_gpu_only_what_is_known_to_be_the_trials(later, expected, monkeypat
         def memory_stats(self):
             return self.stats
 
-    gpu = Gpu({"peak_bytes_in_use": 900, "bytes_in_use": 200})
+    gpu = Gpu({"peak_bytes_in_use": 900, "bytes_in_use": 200, "bytes_limit": 20_000_000})
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     mark = memory.start()
+    assert memory.device_mb() == 20
     gpu.stats = later
     assert memory.peak_mb(mark) == pytest.approx(expected)
 
@@ -76,4 +77,5 @@ def test_without_proc_it_is_the_processs_peak(tmp_path, monkeypatch, unwritable)
     monkeypatch.setattr(memory, "STATUS", tmp_path / "missing")
     mark = memory.start()
     assert mark.peak == mark.in_use > 1e6
+    assert memory.device_mb() is None
     assert memory.peak_mb(mark) >= mark.peak / 1e6

@@ -71,6 +71,22 @@ def test_disk_is_for_trials_that_run_and_the_best_of_each_rule():
     assert plan.disk_mb({"bp": []}, at_once=3, keep_best=2) == 0
 
 
+@pytest.mark.parametrize(
+    ("gpus", "may_take", "fits", "share"),
+    [
+        (0.25, 20_000, 133, "0.007"),
+        (1, 80_000, 133, "0.007"),
+        (1, 500, 1, "1.0"),
+        (0.5, 900, 3, "0.333"),
+    ],
+)
+def test_a_plan_says_how_many_trials_the_memory_of_a_gpu_has_room_for(gpus, may_take, fits, share):
+    costs = [FREE, FREE._replace(memory_mb=600.0)]
+    words = plan._memory([cost._replace(gpu_mb=may_take) for cost in costs], 4, gpus)
+    assert f"600 MB a trial, which cluster.gpus_per_trial={gpus} lets take {may_take} MB" in words
+    assert f"of one GPU {fits} trials fit (cluster.gpus_per_trial={share})" in words
+
+
 def test_structures_of_the_shipped_space():
     smoke = asked("experiment=smoke")
     structures = plan.structures(smoke, check_space(smoke))

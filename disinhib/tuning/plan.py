@@ -32,6 +32,7 @@ from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
 from disinhib.tuning.suggest import SAMPLERS
+from disinhib.tuning.worker import GPU_MB
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
@@ -66,6 +67,7 @@ class Cost(NamedTuple):
     memory_mb: float  # the worker's peak
     checkpoint_mb: float
     ready_at: float  # s since 1970: code and data were loaded
+    gpu_mb: float = math.nan  # what the worker may take of its GPU's memory, if it has one
 
 
 Costs = Mapping[str, Sequence[Cost]]  # of the structures of each rule that could be timed
@@ -209,11 +211,13 @@ def measure(
         if not finished.whole:
             raise KeyboardInterrupt
         reports: dict[int, list[tuple[float, dict[str, float]]]] = {}  # when, metrics
+        places: dict[int, dict[str, str]] = {}
         with closing(EventLog(job.folder)) as log:
             for _, when, event in log.events():
                 if isinstance(event, EpochDone):
                     metrics = {name: values[0] for name, values in event.metrics.items()}
                     reports.setdefault(event.trial, []).append((when, metrics))
+                    places[event.trial] = event.place
         costs: dict[str, Cost | str] = {}
         for structure, record in zip(structures, finished.records, strict=True):
             if record.epochs < TIMED:
@@ -229,6 +233,7 @@ def measure(
                 memory_mb=last["peak_memory_mb"],
                 checkpoint_mb=file.stat().st_size / 1e6 if file.exists() else 0.0,
                 ready_at=ended - seconds,
+                gpu_mb=float(places[record.number].get(GPU_MB, "nan")),
             )
     return costs
 
@@ -301,13 +306,26 @@ def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list
     )
     if failing := ", ".join(rule for rule, own in costs.items() if not own):
         lines.append(f"not counted, because none of their structures could be timed: {failing}")
-    memory = max(cost.memory_mb for cost in timed)
     keep, cap = study.checkpoints["keep_best"], study.checkpoints["cap_gb"]
     disk = disk_mb(costs, at_once, keep)
-    of_what = "GPU memory" if study.cluster["gpus_per_trial"] else "memory"
     return [
         *lines,
-        f"\n{of_what}: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all",
+        _memory(timed, at_once, study.cluster["gpus_per_trial"]),
         f"disk: at most {disk:.1f} MB of checkpoints ({at_once} running, {keep} kept for each"
         f" rule; measured), {'over' if disk > cap * 1e3 else 'under'} checkpoints.cap_gb={cap:g}",
     ]
+
+
+def _memory(timed: Sequence[Cost], at_once: int, gpus: float) -> str:
+    """What trials need, and how many of them the memory of a GPU has room for."""
+    memory = max(cost.memory_mb for cost in timed)
+    if not gpus:
+        return f"\nmemory: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all"
+    may_take = min(cost.gpu_mb for cost in timed)
+    fitting = max(1, int(may_take / gpus / memory))
+    share = math.floor(1000 / fitting) / 1000
+    return (
+        f"\nGPU memory: {memory:.0f} MB a trial, which cluster.gpus_per_trial={in_hydra(gpus)} lets"
+        f" take {may_take:.0f} MB; of one GPU {fitting} trials fit"
+        f" (cluster.gpus_per_trial={in_hydra(share)})"
+    )

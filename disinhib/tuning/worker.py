@@ -34,6 +34,7 @@ from disinhib.tuning.retention import checkpoint_file, model_file, sizes
 REPORT, FAILURE, MACHINE = "report", "failure", "machine"
 NODE, SAVED = "node", "saved"
 UNFIT = "unfit"  # the machine has not proved itself
+GPU_MB = "gpu_memory_mb"  # in a report's place: what the worker may take of its GPU's memory
 
 
 class Policy(TypedDict):
@@ -164,6 +165,8 @@ class TrainingTrial(tune.Trainable):
         metrics["compilation_seconds"] = [sum(compilations)]
         metrics["peak_memory_mb"] = [memory.peak_mb(self._memory)]
         place = {"device": jax.devices()[0].device_kind, "host": platform.node()}
+        if (limit := memory.device_mb()) is not None:
+            place[GPU_MB] = f"{limit:.0f}"
         return {"metrics": metrics, "place": place, "diverged": diverged}
 
     def _diverged(self) -> dict[str, str]:
