@@ -26,6 +26,7 @@ from disinhib import cli, training
 from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
 from disinhib.config import RunConfig, published
 from disinhib.hyperparameters import Architecture, Newton, Ode
+from disinhib.rules import RULES
 
 BATCH = 100
 ODE_STEPS = 2  # it is that slow
@@ -46,7 +47,7 @@ class Row(NamedTuple):
 
 def architecture(rule: str, hidden: int, solver: Newton | Ode) -> Architecture:
     return Architecture(
-        rule,
+        RULES[rule].family.name,
         "non-dale" if rule == "bp" else "dale",
         (784, *[256] * hidden, 10),
         batch_size=BATCH,
@@ -71,8 +72,10 @@ def prepared(
     """A function that runs `steps` training steps of every lane, compiled, and returns seconds a
     step (of all lanes)."""
     structure = architecture(rule, hidden, solver)
-    hyper = training.as_arrays(published(structure))
-    config = RunConfig(structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0, 0.9, 1e3)
+    hyper = training.as_arrays(published(structure, rule))
+    config = RunConfig(
+        rule, structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0, 0.9, 1e3
+    )
     state = training.initial_state(config, range(lanes))
     data = random_data(steps)
 

@@ -23,7 +23,6 @@ from flax import serialization
 from disinhib.checks import flatten
 from disinhib.config import RunConfig
 from disinhib.errors import ConfigError
-from disinhib.hyperparameters import Architecture
 from disinhib.training import TrainingState, initial_state
 
 
@@ -45,7 +44,7 @@ def save(
     it did. A reader sees the old file or the whole new one."""
     content = serialization.msgpack_serialize(
         {
-            "architecture": _described(config.architecture),
+            "architecture": _described(config),
             "state": serialization.to_state_dict(jax.device_get(_plain(state))),
             "results": json.dumps([dict(epoch) for epoch in results]),
         }
@@ -79,7 +78,7 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
         raise ConfigError(f"resume: given {path}, which does not exist") from error
     except Exception as error:  # msgpack names its errors freely
         raise _no_checkpoint(path, error) from error
-    wanted = _described(config.architecture)
+    wanted = _described(config)
     differences = [
         f"{name} {saved.get(name, 'none')} (checkpoint) and {wanted.get(name, 'none')} (this run)"
         for name in sorted({*saved, *wanted})
@@ -122,7 +121,7 @@ def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"resume: given {path}, which is no checkpoint ({type(error).__name__})")
 
 
-def _described(architecture: Architecture) -> dict[str, str]:
-    description = asdict(architecture)
-    description["solver"]["name"] = type(architecture.solver).__name__.lower()
+def _described(config: RunConfig) -> dict[str, str]:
+    description = {"rule": config.rule, **asdict(config.architecture)}
+    description["solver"]["name"] = type(config.architecture.solver).__name__.lower()
     return {name: str(value) for name, value in flatten(description).items()}

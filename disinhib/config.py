@@ -7,7 +7,7 @@ is wrong with them is a ConfigError of one line: the option, what was given, wha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from disinhib.activations import ACTIVATIONS, RATE
@@ -35,7 +35,7 @@ from disinhib.errors import ConfigError, nearest
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.optimizers import OPTIMIZERS
-from disinhib.rules import RULES
+from disinhib.rules import FAMILIES, RULES
 
 CIRCUITS = ("dale", "non-dale")  # E-I microcircuits, and the plain MLP
 
@@ -44,6 +44,7 @@ CIRCUITS = ("dale", "non-dale")  # E-I microcircuits, and the plain MLP
 class RunConfig:
     """Everything that decides a training run's outcome, and where it runs."""
 
+    rule: str
     architecture: Architecture
     hyperparameters: Hyperparameters
     dataset: str
@@ -89,26 +90,26 @@ class _Options:
 # A part of Hyperparameters: the field of Architecture that names its entry, and the table.
 PARTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "optimizer": ("optimizer", OPTIMIZERS),
-    "rule": ("rule", RULES),
+    "rule": ("family", FAMILIES),
     "controller": ("controller", CONTROLLERS),
     "loss": ("loss", LOSSES),
     "activation_e": ("activation_e", ACTIVATIONS),
     "activation_i": ("activation_i", ACTIVATIONS),
 }
-STRUCTURE = {field.name for field in fields(Architecture)}
 
 
 def _traced(values: Mapping[str, Any]) -> dict[str, float]:
-    """Those of an entry's options that are no structure: numbers, and flags as 0 or 1."""
-    return {name: float(value) for name, value in values.items() if name not in STRUCTURE}
+    """Numbers, and flags as 0 or 1."""
+    return {name: float(value) for name, value in values.items()}
 
 
-def published(architecture: Architecture) -> Hyperparameters:
-    """The published defaults of every scalar of a structure."""
+def published(architecture: Architecture, rule: str) -> Hyperparameters:
+    """The published defaults of every scalar of a structure, trained by `rule` (of its family)."""
     parts: dict[str, Any] = {
         part: _traced(defaults(table[getattr(architecture, field)].options))
         for part, (field, table) in PARTS.items()
     }
+    parts["rule"] |= RULES[rule].chosen
     return Hyperparameters(**parts)
 
 
@@ -118,8 +119,9 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
     take = given.take
     dataset = take("dataset.name", one_of(DATASETS))
     data = given.take_all("dataset", DATASETS[dataset].options, ANY_NUMBER)
+    rule = RULES[take("trainer.name", one_of(RULES))]
     structure: dict[str, Any] = {
-        "rule": take("trainer.name", one_of(RULES)),
+        "family": rule.family.name,
         "circuit": take("model.vf.name", one_of(CIRCUITS)),
         "use_bias": take("model.vf.use_bias", FLAG),
         "loss": take("dataset.loss.name", one_of(LOSSES)),
@@ -132,8 +134,8 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
         "weight_scale": take("model.vf.weight_scale", POSITIVE),
         "soft_target": data["soft_target_val"] if data["soft_targets"] else 1.0,
     }
-    _check_rule_fits(structure["rule"], structure["circuit"])
-    places = {"optimizer": "optimizer", "rule": "trainer", "loss": "dataset.loss"}
+    _check_rule_fits(rule.name, structure["circuit"])
+    places = {"optimizer": "optimizer", "loss": "dataset.loss"}
     if structure["circuit"] == "dale":
         places |= {
             "activation_e": "model.vf.actE",
@@ -154,17 +156,20 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
             structure[field] = take(f"{place}.name", one_of(table))
     # The rates of the rule are the interneurons', if it has any.
     inhibitory = structure.get("activation_i", structure["activation_e"])
+    rates = ACTIVATIONS[inhibitory].rates
     for part, place in places.items():
         field, table = PARTS[part]
-        values = given.take_all(
-            place, table[structure[field]].options, ACTIVATIONS[inhibitory].rates
-        )
-        structure |= {name: value for name, value in values.items() if name in STRUCTURE}
-        hyper[part] = _traced(values)
+        hyper[part] = _traced(given.take_all(place, table[structure[field]].options, rates))
+    hyper["rule"] = {
+        **_traced(defaults(rule.family.options)),
+        **_traced(given.take_all("trainer", rule.options, rates)),
+        **rule.chosen,
+    }
     on_train = take("OL_eval_on_train", FLAG)
     take("out_dir", TEXT)
     take("resume", OPTIONAL_TEXT)
     config = RunConfig(
+        rule=rule.name,
         architecture=Architecture(**structure),
         hyperparameters=Hyperparameters(**hyper),
         dataset=dataset,

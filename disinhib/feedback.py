@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from disinhib.checks import FLAG, POSITIVE, Option
-from disinhib.hyperparameters import Architecture, Hyperparameters
+from disinhib.hyperparameters import Hyperparameters
 from disinhib.microcircuit import Microcircuit
 from disinhib.network import NetworkState, Parameters
 
@@ -27,7 +27,7 @@ OPTIONS = (
     Option("target_nudge", 0.015, POSITIVE, "of weak feedback: how far from the open-loop output"),
 )
 
-FeedbackWeights = tuple[Float[Array, "#batch out _neurons"], ...]
+FeedbackWeights = tuple[Float[Array, "batch out _neurons"], ...]
 
 
 def jacobian_weights(
@@ -44,19 +44,17 @@ def jacobian_weights(
     return tuple(reversed(weights))
 
 
-def modified(
-    architecture: Architecture, hyper: Hyperparameters, weights: FeedbackWeights
-) -> FeedbackWeights:
-    """Average over the batch (leaving one matrix, `[1, out, neurons]`), clip, normalise."""
-    if architecture.average_fb_weights:
-        weights = tuple(jnp.mean(q, axis=0, keepdims=True) for q in weights)
-    if architecture.clip_fb_weights:
-        weights = tuple(
-            jnp.clip(q, -hyper.rule["clip_val"], hyper.rule["clip_val"]) for q in weights
-        )
-    if architecture.norm_fb_weights:
-        weights = tuple(q * (hyper.rule["norm_val"] / _frobenius(q)) for q in weights)
-    return weights
+def modified(hyper: Hyperparameters, weights: FeedbackWeights) -> FeedbackWeights:
+    """Average over the batch, clip, normalise: each where its flag is set, which is traced, so that
+    all combinations are one compiled program."""
+    flag = {name: hyper.rule[f"{name}_fb_weights"] != 0 for name in ("average", "clip", "norm")}
+    limit = jnp.where(flag["clip"], hyper.rule["clip_val"], jnp.inf)
+    changed = []
+    for q in weights:
+        q = jnp.where(flag["average"], jnp.mean(q, axis=0, keepdims=True), q)
+        q = jnp.clip(q, -limit, limit)
+        changed.append(q * jnp.where(flag["norm"], hyper.rule["norm_val"] / _frobenius(q), 1))
+    return tuple(changed)
 
 
 def disinhibition(
@@ -64,14 +62,7 @@ def disinhibition(
 ) -> list[Float[Array, "batch _neurons"]]:
     """s_l = c Q_l of each hidden layer."""
     # Products, not sums: XLA would fuse a sum into every use of s and do it again for each.
-    return [
-        control @ q[0] if len(q) == 1 else jnp.einsum("bo,bon->bn", control, q) for q in weights
-    ]
-
-
-def per_sample(weights: FeedbackWeights, batch: int) -> FeedbackWeights:
-    """Averaged feedback weights `[1, out, neurons]` repeated for each sample."""
-    return tuple(jnp.broadcast_to(q, (batch, *q.shape[1:])) for q in weights)
+    return [jnp.einsum("bo,bon->bn", control, q) for q in weights]
 
 
 def _frobenius(q):

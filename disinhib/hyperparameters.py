@@ -47,12 +47,9 @@ class Ode:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Structure of a network and of the rule that trains it; names are keys of the tables.
+    """Structure of a network and of what trains it; names are keys of the tables."""
 
-    An option of an entry that has the name of a field here is structure; every other is traced.
-    """
-
-    rule: str
+    family: str  # of rules, which one program trains
     circuit: str  # "dale": E-I microcircuits; "non-dale": plain MLP
     sizes: tuple[int, ...]  # inputs, hidden ..., outputs
     use_bias: bool = True
@@ -61,9 +58,6 @@ class Architecture:
     controller: str = "leaky-pi"
     loss: str = "softmax-cross-entropy"
     fb_to_readout: bool = True
-    average_fb_weights: bool = False
-    clip_fb_weights: bool = False
-    norm_fb_weights: bool = True
     optimizer: str = "adam"
     batch_size: int = 100
     solver: Newton | Ode = Newton()
@@ -80,7 +74,7 @@ class Hyperparameters(NamedTuple):
     """
 
     optimizer: Mapping[str, Scalar] = {}
-    rule: Mapping[str, Scalar] = {}  # with those of the feedback, if it runs closed loop
+    rule: Mapping[str, Scalar] = {}  # of its family, and which of its rules it is
     controller: Mapping[str, Scalar] = {}
     loss: Mapping[str, Scalar] = {}
     activation_e: Mapping[str, Scalar] = {}

@@ -73,24 +73,20 @@ def search_from(u_e: Neurons) -> Search:
     return Search(u_e, -unknown, unknown, unknown)
 
 
-def relax(
-    circuit: Microcircuit, search: Search, a: Neurons, s: Neurons | float, steps: int
-) -> Search:
-    """`steps` Newton steps on f within the root's bracket; after one that did not halve |f|, the
-    bracket is halved instead. (Saturating activations make f neither convex nor concave, and
-    Newton's method can jump from one side of the root to the other for ever.)"""
-    for _ in range(steps):
-        u_e, low, high, last = search
-        f, slope = imbalance(circuit, u_e, a, s)
-        # f' >= 1 puts the root within |f| of u.
-        low = jnp.maximum(low, u_e - jnp.maximum(f, 0))
-        high = jnp.minimum(high, u_e - jnp.minimum(f, 0))
-        newton = jnp.clip(u_e - f / slope, low, high)
-        stalled = 2 * jnp.abs(f) > last
-        search = Search(
-            jnp.where(stalled, 0.5 * (low + high), newton),
-            low,
-            high,
-            jnp.where(stalled, jnp.inf, jnp.abs(f)),
-        )
-    return search
+def relax(circuit: Microcircuit, search: Search, a: Neurons, s: Neurons | float) -> Search:
+    """One Newton step on f within the root's bracket; after one that did not halve |f|, the bracket
+    is halved instead. (Saturating activations make f neither convex nor concave, and Newton's
+    method can jump from one side of the root to the other for ever.)"""
+    u_e, low, high, last = search
+    f, slope = imbalance(circuit, u_e, a, s)
+    # f' >= 1 puts the root within |f| of u.
+    low = jnp.maximum(low, u_e - jnp.maximum(f, 0))
+    high = jnp.minimum(high, u_e - jnp.minimum(f, 0))
+    newton = jnp.clip(u_e - f / slope, low, high)
+    stalled = 2 * jnp.abs(f) > last
+    return Search(
+        jnp.where(stalled, 0.5 * (low + high), newton),
+        low,
+        high,
+        jnp.where(stalled, jnp.inf, jnp.abs(f)),
+    )

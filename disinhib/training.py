@@ -28,7 +28,7 @@ from disinhib.losses import accuracy, bind, soft_targets
 from disinhib.metrics import METRICS
 from disinhib.network import Parameters, initial_parameters
 from disinhib.optimizers import OPTIMIZERS
-from disinhib.rules import RULES, RuleState
+from disinhib.rules import FAMILIES, RuleState
 from disinhib.solvers import open_loop
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _initial_state(architecture, hyper, seeds):
         return TrainingState(
             parameters,
             OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer).init(parameters),
-            RULES[architecture.rule].initial_state(architecture, hyper, keys.rule),
+            FAMILIES[architecture.family].initial_state(architecture, hyper, keys.rule),
             jnp.zeros((), jnp.int32),
             seed,
         )
@@ -178,7 +178,7 @@ def epoch(
     batch sit this epoch out.
     """
     loss = bind(architecture.loss, hyper.loss).value
-    rule = RULES[architecture.rule]
+    family = FAMILIES[architecture.family]
     optimizer = OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer)
 
     def step(carry, batch):
@@ -186,7 +186,7 @@ def epoch(
         labels = data.train.labels[batch]
         x = data.train.images[batch].astype(data.scale.dtype) * data.scale
         target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
-        update = rule.update(architecture, parameters, rule_state, hyper, x, target)
+        update = family.update(architecture, parameters, rule_state, hyper, x, target)
         changes, optimizer_state = optimizer.update(update.gradients, optimizer_state, parameters)
         parameters = jax.tree.map(jnp.add, parameters, changes)
         solution = update.solution
@@ -198,9 +198,7 @@ def epoch(
             "converged_share": jnp.mean(solution.converged),
         }
         if taken := RESERVED & update.metrics.keys():
-            raise ValueError(
-                f"metrics of {architecture.rule}: {', '.join(taken)} is training's own"
-            )
+            raise ValueError(f"metrics of {family.name}: {', '.join(taken)} is training's own")
         batch_metrics |= update.metrics
         return (parameters, optimizer_state, update.rule_state), batch_metrics
 
@@ -212,11 +210,11 @@ def epoch(
     (parameters, optimizer_state, rule_state), metrics = jax.lax.scan(step, carry, batches)
     largest = jnp.max(metrics.pop("residual"))
     means = {name: jnp.mean(values) for name, values in metrics.items()}
-    leaves = jax.tree.leaves(parameters)
+    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(parameters)]
     means |= {
         "residual": largest,
         "weight_norm": jnp.mean(jnp.stack([jnp.linalg.norm(leaf) for leaf in leaves])),
-        "largest_weight": jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])),
+        "largest_weight": jnp.max(jnp.abs(jnp.concatenate(leaves))),
     }
     next_state = TrainingState(parameters, optimizer_state, rule_state, state.epoch + 1, state.seed)
     return next_state, means

@@ -171,20 +171,21 @@ def hyperparameters() -> Any:
 
     rule: dict[str, Any] = {}
     for entry in RULES.values():
-        rule |= defaults(entry.options)
+        rule |= {**defaults(entry.options), **entry.chosen}
     rule = {name: float(value) for name, value in rule.items()}
-    return published(Architecture("bp", "dale", (1, 1)))._replace(rule=rule)
+    return published(Architecture("bp", "dale", (1, 1)), "bp")._replace(rule=rule)
 
 
 @pytest.fixture
 def problem() -> Callable[..., Problem]:
-    """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero."""
+    """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero; left out,
+    they are those of dis-inhibition in the E-I network."""
     from disinhib.hyperparameters import Architecture
     from disinhib.losses import soft_targets
     from disinhib.network import initial_parameters
 
     def make(seed=0, weight_scale=2.0, batch=6, **fields) -> Problem:
-        defaults = {"rule": "exact-inv", "circuit": "dale", "sizes": (5, 8, 7, 4)}
+        defaults = {"family": "disinhibition", "circuit": "dale", "sizes": (5, 8, 7, 4)}
         architecture = Architecture(**{**defaults, **fields})
         key = jax.random.fold_in(jax.random.key(1), seed)
         weights, biases, images, labels = jax.random.split(key, 4)

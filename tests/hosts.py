@@ -46,7 +46,7 @@ EPOCHS = 100  # of a trial
 # Trials of half a minute, so that what happens does so amid them.
 STUDY = (
     *("experiment=smoke", "space=bp", "scheduler=none", "trials=5", f"epochs={EPOCHS}"),
-    *("model.vf.sizes_hidden=[512]", "checkpoints.every_seconds=3", "resume=auto"),
+    *("checkpoints.every_seconds=3", "resume=auto"),
 )
 # As `ray start` is told on a user's hosts, with the settings of cluster/ray.env.
 START = f"""
@@ -474,9 +474,10 @@ def carry_out(
         # Set, it makes Ray's workers compile all that they import.
         given = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         hosts[host] = Host(host, f"{NET}.{index + 2}", home, {**given, **own})
-    options = ["batchsize=1"]
+    options = ["batchsize=1", "model.vf.sizes_hidden=[512]"]
     if scenario is no_data:
-        options = ["batchsize=500", "dataset=fmnist", f"dataset.path={data}"]
+        size = ["batchsize=500", "model.vf.sizes_hidden=[32]", "epochs=30"]
+        options = [*size, "dataset=fmnist", f"dataset.path={data}"]
     study = Study(hosts, server, folder / name / "out" / name, options)
     study.folder.parent.mkdir()
     try:

@@ -81,9 +81,9 @@ def test_a_write_that_fails_leaves_the_old_file(config, tmp_path, monkeypatch):
 def test_another_architecture_is_refused_with_the_difference(config, tmp_path):
     path = tmp_path / "state.msgpack"
     checkpoint.save(path, config, training.initial_state(config, [0]))
-    structure = replace(config.architecture, sizes=(64, 9, 10), rule="exact-inv")
+    structure = replace(config.architecture, sizes=(64, 9, 10))
     with pytest.raises(ConfigError) as refused:
-        checkpoint.load(path, replace(config, architecture=structure))
+        checkpoint.load(path, replace(config, rule="exact-inv", architecture=structure))
     message = str(refused.value)
     assert "rule lin-thresh (checkpoint) and exact-inv (this run)" in message
     assert "sizes (64, 8, 10) (checkpoint) and (64, 9, 10) (this run)" in message

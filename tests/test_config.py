@@ -3,6 +3,7 @@
 import re
 from copy import deepcopy
 
+import jax
 import pytest
 
 from disinhib import hydra_config
@@ -15,6 +16,7 @@ from disinhib.errors import ConfigError
 from disinhib.hyperparameters import Architecture, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.rules import RULES
+from disinhib.rules.disinhibition import TANGENT_AT_MEAN
 
 CIRCUIT = {"dale": ["model/vf=dale"], "non-dale": ["model/vf=non-dale"]}
 
@@ -47,11 +49,11 @@ def test_published_defaults():
     assert (hyper.tau_e, hyper.tau_i, hyper.soft_target) == (20e-3, 5e-3, 0.99)
     assert hyper.rule == {
         **{"avg_inh_lambda": 1.0, "avg_inh_init": 0.8, "norm_val": 1.0, "clip_val": 1.0},
-        **{"strong_fb": 1.0, "target_nudge": 0.015},
+        **{"strong_fb": 1.0, "target_nudge": 0.015, "y0": 1.0, "estimate": TANGENT_AT_MEAN},
+        **{"average_fb_weights": 0.0, "clip_fb_weights": 0.0, "norm_fb_weights": 1.0},
     }
     assert hyper.optimizer["learning_rate"] == 1e-3
-    assert structure.norm_fb_weights and structure.fb_to_readout
-    assert not structure.average_fb_weights and not structure.clip_fb_weights
+    assert structure.fb_to_readout
     assert isinstance(structure.solver, Newton)
     assert (config.min_converged_share, config.max_weight) == (0.9, 1000)
 
@@ -64,15 +66,16 @@ def test_defaults_of_files_are_those_of_the_code(rule, solver):
     config = parse(
         options(f"trainer={rule}", f"model/vf={circuit}", f"solver={solver.__name__.lower()}")
     )
-    structure = Architecture(rule, circuit, (64, 256, 256, 256, 10), solver=solver())
-    assert config.architecture == structure
-    wanted, hyper = published(structure), config.hyperparameters
+    family = RULES[rule].family.name
+    structure = Architecture(family, circuit, (64, 256, 256, 256, 10), solver=solver())
+    assert (config.rule, config.architecture) == (rule, structure)
+    wanted, hyper = published(structure, rule), config.hyperparameters
     unused = {} if circuit == "dale" else {"controller": {}, "activation_i": {}}
     assert hyper == wanted._replace(**unused)
 
 
 def test_a_scalar_that_is_not_there_is_not_updated():
-    hyper = published(Architecture("exact-inv", "dale", (4, 3)))
+    hyper = published(Architecture("disinhibition", "dale", (4, 3)), "exact-inv")
     changed = hyper.updated(g_ei=2.0, rule={"norm_val": 3.0})
     assert (changed.g_ei, changed.rule["norm_val"]) == (2.0, 3.0)
     assert changed.rule.keys() == hyper.rule.keys()
@@ -81,11 +84,16 @@ def test_a_scalar_that_is_not_there_is_not_updated():
             hyper.updated(**wrong)
 
 
-def test_strong_feedback_is_no_structure(dale):
-    strong, weak = parse(dale), parse(with_value(dale, "trainer.strong_fb", False))
-    assert strong.hyperparameters.rule["strong_fb"] == 1
-    assert weak.hyperparameters.rule["strong_fb"] == 0
-    assert strong.architecture == weak.architecture
+def test_all_rules_of_dis_inhibition_and_their_feedback_are_one_structure(dale):
+    runs = [parse(dale), *(parse(options("model/vf=dale", f"trainer={rule}")) for rule in RULES)]
+    feedback = [run for run in runs if run.rule != "bp"]
+    for flag in ("strong_fb", "average_fb_weights", "clip_fb_weights", "norm_fb_weights"):
+        on, off = (parse(with_value(dale, f"trainer.{flag}", value)) for value in (True, False))
+        assert (on.hyperparameters.rule[flag], off.hyperparameters.rule[flag]) == (1, 0)
+        feedback += [on, off]
+    assert {run.rule for run in feedback} == {"exact-inv", "lin-thresh", "taylor"}
+    (_,) = {run.architecture for run in feedback}
+    (_,) = {jax.tree.structure(run.hyperparameters) for run in feedback}
 
 
 def test_published_integration_settings():
@@ -207,7 +215,7 @@ def test_a_missing_option_is_named(dale):
 def test_a_rule_trains_only_the_circuits_it_is_for(rule, circuit):
     tree = options(*CIRCUIT[circuit], f"trainer={rule}")
     if circuit in RULES[rule].circuits:
-        assert parse(tree).architecture.rule == rule
+        assert parse(tree).rule == rule
     else:
         needed = " or ".join(RULES[rule].circuits)
         with pytest.raises(ConfigError, match=f"trainer={rule}: needs model/vf={needed}"):

@@ -34,7 +34,7 @@ def test_published_commands_compose(arguments):
     options, _ = hydra_config.compose("train", arguments.split())
     config = parse(options)
     assert config.architecture.sizes == (784, 256, 256, 256, 10)
-    assert config.dataset in arguments and config.architecture.rule in arguments
+    assert config.dataset in arguments and config.rule in arguments
 
 
 @pytest.mark.parametrize(

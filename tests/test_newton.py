@@ -15,7 +15,7 @@ from disinhib import losses
 from disinhib.activations import ACTIVATIONS, bind
 from disinhib.checks import POSITIVE, Option, defaults
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import jacobian_weights, modified, per_sample
+from disinhib.feedback import jacobian_weights, modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import Microcircuit, microcircuit, relax, search_from
@@ -51,7 +51,7 @@ def neurons(kind_e, kind_i):
     @jax.jit
     def search(a, s, g_ei, g_ie):
         circuit = Microcircuit(bind(kind_e), bind(kind_i), g_ei, g_ie)
-        step = lambda _, search: relax(circuit, search, a, s, steps=1)
+        step = lambda _, search: relax(circuit, search, a, s)
         return jax.lax.fori_loop(0, 120, step, search_from(a)).u_e
 
     return search
@@ -121,7 +121,7 @@ def both_loops(architecture, parameters, hyper, x, target):
     """(open loop, closed loop, feedback weights) with the solver of `architecture`."""
     opened = newton.open_loop(architecture, parameters, hyper, x)
     raw = jacobian_weights(microcircuit(architecture, hyper), parameters, opened.state)
-    weights = modified(architecture, hyper, raw)
+    weights = modified(hyper, raw)
     closed = newton.closed_loop(architecture, parameters, hyper, x, target, weights, opened.state)
     return opened, closed, weights
 
@@ -139,7 +139,7 @@ def speed(problem, hyper, solution, weights):
     architecture, parameters, x, target = problem
     error = LOSSES[architecture.loss].error(solution.state.u_y, target)
     z = error / hyper.controller["leak"]  # the integral's own equilibrium
-    control = ode.Control(target, per_sample(weights, len(x)))
+    control = ode.Control(target, weights)
     first = x @ parameters[f"kernel_{0 if architecture.hidden_layers else 'out'}"]
     first = first + parameters.get("bias_0", jnp.zeros(first.shape[-1]))
     rate, signal = jax.vmap(partial(ode.velocity, architecture, parameters, hyper))(
@@ -159,23 +159,25 @@ VARIANTS = {
         "controller": "proportional",
         "use_bias": False,
     },
-    "averaged": {"sizes": (5, 8, 4), "average_fb_weights": True},
-    "clipped": {"sizes": (5, 8, 4), "clip_fb_weights": True, "norm_fb_weights": False},
+    "averaged": {"sizes": (5, 8, 4), "average_fb_weights": 1.0},
+    "clipped": {"sizes": (5, 8, 4), "clip_fb_weights": 1.0, "norm_fb_weights": 0.0},
     "other activations": {"sizes": (5, 8, 4), "activation_e": "relu", "activation_i": "tanh"},
 }
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_nothing_moves_at_the_steady_state_in_closed_loop(fields, problem):
-    small = problem(solver=TIGHT, **fields)
-    hyper = HYPER.updated(g_ei=1.3, g_ie=0.7, controller={"leak": 0.5}, rule={"clip_val": 0.05})
+    flags = {name: value for name, value in fields.items() if name in HYPER.rule}
+    small = problem(solver=TIGHT, **{k: v for k, v in fields.items() if k not in flags})
+    rule = {"clip_val": 0.05, **flags}
+    hyper = HYPER.updated(g_ei=1.3, g_ie=0.7, controller={"leak": 0.5}, rule=rule)
     _, closed, weights = solved(small, hyper)
     assert np.all(closed.converged)
     assert speed(small, hyper, closed, weights) < 1e-9
     # Control does something, so that standing still says something.
     assert np.min(np.max(np.abs(closed.control), axis=-1)) > 0.05
-    if small.architecture.average_fb_weights:
-        assert all(len(q) == 1 for q in weights)
+    if flags.get("average_fb_weights"):
+        assert all(np.all(q == q[:1]) for q in weights)
 
 
 def test_without_hidden_layers_the_closed_loop_has_a_closed_form(problem):
@@ -219,7 +221,7 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
                 / hyper.controller["leak"],
             )
             first = small.x @ small.parameters["kernel_0"] + small.parameters["bias_0"]
-            control = ode.Control(small.target, per_sample(weights, len(small.x)))
+            control = ode.Control(small.target, weights)
             moved, _ = jax.vmap(partial(rate, small.architecture, small.parameters, hyper))(
                 state, first, control
             )

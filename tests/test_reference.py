@@ -20,12 +20,12 @@ from conftest import hyperparameters
 
 from disinhib.config import published
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import jacobian_weights, per_sample
+from disinhib.feedback import jacobian_weights
 from disinhib.hyperparameters import Architecture, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import microcircuit
 from disinhib.optimizers import OPTIMIZERS
-from disinhib.rules import RULES, disinhibition
+from disinhib.rules import FAMILIES, RULES, disinhibition
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -94,9 +94,9 @@ def read(file, solver):
     prefix = "init_" if "init_kernel_out" in data else ""
     names = [*(str(layer) for layer in range(vf["nb_hidden"])), "out"]
     kernels = [data[f"{prefix}kernel_{name}"] for name in names]
-    flags = ("average_fb_weights", "clip_fb_weights", "norm_fb_weights")
+    rule = trainer.get("rule", "exact-inv")
     architecture = Architecture(
-        rule=trainer.get("rule", "exact-inv"),
+        family=RULES[rule].family.name,
         circuit="dale",
         sizes=(kernels[0].shape[0], *(kernel.shape[1] for kernel in kernels)),
         use_bias=vf["use_bias"],
@@ -108,20 +108,20 @@ def read(file, solver):
         optimizer=optimizer_name,
         batch_size=data["x"].shape[-2],
         solver=NEWTON,
-        **{flag: trainer[flag] for flag in flags if flag in trainer},
     )
     # The training cases have one rule; the static ones are read for all of them.
     known = hyperparameters()
     hyper = (
-        published(architecture)
+        published(architecture, rule)
         ._replace(rule=known.rule)
         .updated(
             optimizer=optimizer,
-            activation_e=among(published(architecture).activation_e, vf["actE"]),
-            activation_i=among(published(architecture).activation_i, vf["actI"]),
-            controller=among(published(architecture).controller, control),
+            activation_e=among(published(architecture, rule).activation_e, vf["actE"]),
+            activation_i=among(published(architecture, rule).activation_i, vf["actI"]),
+            controller=among(published(architecture, rule).controller, control),
             rule=among(known.rule, {**config, **trainer})
-            | renamed({**config, **trainer}, {"taylor_y0": "y0"}),
+            | renamed({**config, **trainer}, {"taylor_y0": "y0"})
+            | dict(RULES[rule].chosen),
             **renamed(vf, {"g_EI": "g_ei", "g_IE": "g_ie", "tauE": "tau_e", "tauI": "tau_i"}),
         )
     )
@@ -197,9 +197,10 @@ def test_a_static_case(file, solver, monkeypatch):
         monkeypatch.setattr(disinhibition, "closed_loop", closed)
         found = {}
         for short, rule in RULE_OF.items():
-            entry = RULES[rule]
-            memory = entry.initial_state(architecture, hyper, jax.random.key(0))
-            update = entry.update(architecture, parameters, memory, hyper, x, target)
+            family = RULES[rule].family
+            own = hyper.updated(rule=RULES[rule].chosen)
+            means = family.initial_state(architecture, own, jax.random.key(0))
+            update = family.update(architecture, parameters, means, own, x, target)
             for name, gradient in update.gradients.items():
                 found[f"grad_{short}_{name}"] = gradient
             if rule == "lin-thresh":
@@ -209,7 +210,7 @@ def test_a_static_case(file, solver, monkeypatch):
         jacobians = jacobian_weights(microcircuit(architecture, hyper), parameters, state)
         layers = {
             "jac": jacobians,
-            "Q": per_sample(weights, len(x)),
+            "Q": weights,
             "ol_uE": state.u_e,
             "ol_uI": state.u_i,
             "cl_uE": closed.result.state.u_e,
@@ -232,18 +233,18 @@ def test_a_training_case(file):
     architecture, hyper = read(file, "newton")
     data = arrays(file)
     optimizer = OPTIMIZERS[architecture.optimizer].transformation(hyper.optimizer)
-    rule = RULES[architecture.rule]
+    family = FAMILIES[architecture.family]
 
     def step(carry, batch):
         parameters, optimizer_state, memory = carry
-        update = rule.update(architecture, parameters, memory, hyper, *batch)
+        update = family.update(architecture, parameters, memory, hyper, *batch)
         loss = LOSSES[architecture.loss].value(update.solution.state.u_y, batch[1])
         changes, optimizer_state = optimizer.update(update.gradients, optimizer_state)
         parameters = optax.apply_updates(parameters, changes)
         return (parameters, optimizer_state, update.rule_state), jnp.mean(loss)
 
     parameters = parameters_in(data, "init_")
-    memory = rule.initial_state(architecture, hyper, jax.random.key(0))
+    memory = family.initial_state(architecture, hyper, jax.random.key(0))
     carry = (parameters, optimizer.init(parameters), memory)
     batches = tuple(jnp.asarray(data[name], float) for name in ("x", "target"))
     (parameters, *_), losses = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, batches)

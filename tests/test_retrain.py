@@ -150,7 +150,7 @@ def test_a_model_loads_and_is_as_good_as_was_said(study, rows, tmp_path):
         output = network(parameters, jnp.asarray(test.images / 16, jnp.float32))
         right = np.mean(np.argmax(np.asarray(output), axis=1) == test.labels)
         assert 100 * right == pytest.approx(row["test_accuracy"], abs=1e-4)
-        assert network.architecture.rule == row["rule"]
+        assert network.options["trainer"]["name"] == row["rule"]
 
 
 def test_the_dynamics_are_checked_where_there_are_any(rows):

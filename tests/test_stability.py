@@ -11,7 +11,6 @@ import pytest
 
 from disinhib import hydra_config, rules, solvers, training
 from disinhib.config import parse
-from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import LOSSES, soft_targets
 from disinhib.network import initial_parameters
@@ -89,10 +88,11 @@ def test_an_equilibrium_that_is_unstable_is_flagged():
     """Training itself would have taken it: Newton's method converges."""
     config = configured(*UNSTABLE)
     parameters, x, target = batch_for(config)
-    entry = rules.RULES["exact-inv"]
+    family = rules.RULES["exact-inv"].family
     hyper = training.as_arrays(config.hyperparameters)
-    update = jax.jit(entry.update, static_argnums=0)
-    solution = update(config.architecture, parameters, (), hyper, x, target).solution
+    update = jax.jit(family.update, static_argnums=0)
+    means = family.initial_state(config.architecture, hyper, jax.random.key(0))
+    solution = update(config.architecture, parameters, means, hyper, x, target).solution
     assert bool(solution.converged.all())
     found = probed(config, parameters, x, target)
     assert found.gap > 0.1 and found.reached == 0 and found.growth > 1
@@ -205,7 +205,7 @@ def depart(architecture, solver, parameters, hyper, x, target, times):
     error = LOSSES[architecture.loss].error(closed.u_y, aim)
     rest = ode.DynamicState(closed, error / hyper.controller["leak"])
     start = jax.tree.map(lambda value: value + 1e-8 * jnp.cos(value), rest)
-    control = ode.Control(aim, per_sample(weights, 1))
+    control = ode.Control(aim, weights)
     by_ode = replace(architecture, solver=solver)
     moved, _ = ode.trajectory(by_ode, parameters, hyper, x, control, start, times)
     off = jax.tree.map(lambda at, end: at[0] - end, moved, rest)

@@ -312,7 +312,7 @@ def test_what_runs_a_trial_again_is_kept_with_it(finished, runs, tmp_path):
     command = (tmp_path / "command.txt").read_text().strip()
     assert command == children[1].data.tags["command"]
     kept = config.parse(yaml.safe_load((tmp_path / "config.yaml").read_text()))
-    assert kept.architecture.rule == "exact-inv"
+    assert kept.rule == "exact-inv"
     assert [kept.seed] == suggest.trial_seeds(0, 1)
     provenance = json.loads((tmp_path / "provenance.json").read_text())
     assert provenance["data"]["sha256"] == children[1].data.tags["data_sha256"]

@@ -15,7 +15,7 @@ from disinhib.errors import ConfigError
 from disinhib.losses import LOSSES, soft_targets
 from disinhib.metrics import METRICS, Metric
 from disinhib.optimizers import OPTIMIZERS
-from disinhib.rules import RULES
+from disinhib.rules import FAMILIES, RULES, Family
 from disinhib.solvers import open_loop
 
 # The small programs of many structures: compiling them is what takes the time. The programs that
@@ -381,7 +381,7 @@ def test_a_new_metric_is_reported_of_every_split(monkeypatch, recompiled):
 def with_draws(*arguments):
     """A rule that remembers a random key, and reports what it draws from it."""
     *rest, state, hyper, x, target = arguments
-    update = RULES["bp"].update(*rest, (), hyper, x, target)
+    update = FAMILIES["bp"].update(*rest, (), hyper, x, target)
     key, use = jax.random.split(state["key"])
     state = {"key": key, "batches": state["batches"] + 1, "nothing": None}
     draw = jax.random.uniform(use)
@@ -394,8 +394,10 @@ def random_rule(monkeypatch, recompiled):
         "key": key, "batches": jnp.zeros((), jnp.int32), "nothing": None
     }  # fmt: skip
     own = (Option("scale", 2.0, POSITIVE, "dimensionless"),)
-    entry = RULES["bp"]._replace(name="random", update=with_draws, options=own, initial_state=start)
+    family = Family("random", with_draws, options=own, initial_state=start)
+    entry = RULES["bp"]._replace(name="random", family=family, options=own)
     monkeypatch.setitem(RULES, "random", entry)
+    monkeypatch.setitem(FAMILIES, "random", family)
     options, _ = hydra_config.compose("train", TINY)
     return parse({**options, "trainer": {"name": "random", "scale": 3.0}})
 
@@ -421,7 +423,7 @@ def test_a_rule_may_be_random_and_report_metrics_of_its_own(random_rule, tmp_pat
 
 def test_a_rules_metric_may_not_take_the_name_of_trainings(monkeypatch, random_rule):
     taken = lambda *arguments: with_draws(*arguments)._replace(metrics={"loss": jnp.ones(())})
-    monkeypatch.setitem(RULES, "random", RULES["random"]._replace(update=taken))
+    monkeypatch.setitem(FAMILIES, "random", FAMILIES["random"]._replace(update=taken))
     with pytest.raises(ValueError, match="metrics of random: loss is training's own"):
         losses(random_rule, [0], epochs=1)
 

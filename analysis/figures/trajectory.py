@@ -62,10 +62,10 @@ def trained(path: Path) -> tuple[RunConfig, Parameters]:
     architecture = config.architecture
     if architecture.circuit == "non-dale":
         raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")
-    if not RULES[architecture.rule].has_feedback:
-        rules = ", ".join(name for name, rule in RULES.items() if rule.has_feedback)
+    if not RULES[config.rule].family.has_feedback:
+        rules = ", ".join(name for name, rule in RULES.items() if rule.family.has_feedback)
         raise InputError(
-            f"run: given {path}, trained by {architecture.rule}, which has no closed loop;"
+            f"run: given {path}, trained by {config.rule}, which has no closed loop;"
             f" needed is one of {rules}"
         )
     return config, parameters

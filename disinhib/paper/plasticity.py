@@ -35,7 +35,7 @@ STEP, STEPS = 1 / 50, 600  # of the published integration: in time constants, nu
 UNIT_TIME = Hyperparameters(tau_e=1.0, tau_i=1.0)
 # Of Newton's method: steps a round, rounds at most, the residual that ends it (float32 stays above
 # it, and uses all rounds), and the largest that counts as solved.
-NEWTON_STEPS, ROUNDS, TOLERANCE, SOLVED = 2, 60, 1e-10, 1e-5
+NEWTON_STEPS, TOLERANCE, SOLVED = 120, 1e-10, 1e-5
 
 Points = Float[Array, " points"]  # an experiment's inputs, or what belongs to each of them
 Inverse = Callable[[Points], Points]  # of r_I: an estimate of u_I
@@ -103,9 +103,10 @@ def solved(circuit: Microcircuit, a: Points, s: Points) -> State:
     """Equilibrium of separate microcircuits for the inputs `a` and dis-inhibitions `s`; NaN, and so
     a gap in the curve, where Newton's method has not found it."""
     column = lambda values: values[:, None]  # of a batch with one neuron each
-    start = jnp.zeros_like(a)
-    found, residual, _ = settle(
-        *(circuit, column(start), column(a), column(s)), NEWTON_STEPS, TOLERANCE, ROUNDS
+    unknown = jnp.full_like(a, jnp.inf)
+    (found,), residual, _ = settle(
+        *(circuit, {}, column(a), (column(jnp.zeros_like(a)),), (column(s),)),
+        *(unknown, TOLERANCE, NEWTON_STEPS),
     )
     u_e = jnp.where(residual <= SOLVED, found[:, 0], jnp.nan)
     return State(u_e, inhibitory_potential(circuit, u_e, s))

@@ -53,8 +53,10 @@ SAMPLES = 5000  # of an epoch: one a millisecond
 Y0 = 0.5  # a rate: where the approximate rule's tangent touches
 SOLVER = Ode()  # Tsit5, rtol 1e-3, atol 1e-6, first step 1 ms
 # The output layer is a hidden layer whose readout is the identity: its Jacobian is the core's.
-ARCHITECTURE = Architecture("exact-inv", "dale", (INPUTS, HIDDEN, OUTPUTS, OUTPUTS), solver=SOLVER)
-HYPER = published(ARCHITECTURE).updated(
+ARCHITECTURE = Architecture(
+    "disinhibition", "dale", (INPUTS, HIDDEN, OUTPUTS, OUTPUTS), solver=SOLVER
+)
+HYPER = published(ARCHITECTURE, "exact-inv").updated(
     activation_e={"scale": 5.0, "shift": 3.0},
     activation_i={"shift": 3.0},
     controller={"k_p": 30.0, "k_i": 15.0, "leak": 0.5},
@@ -202,7 +204,7 @@ def _feedback_target(parameters, u_e, u_i):
     batch_of_one = lambda layers: tuple(u[None] for u in layers)
     state = NetworkState(batch_of_one(u_e), batch_of_one(u_i), jnp.zeros((1, OUTPUTS)))
     weights = jacobian_weights(_circuit(), parameters, state)
-    return tuple(q[0] for q in modified(ARCHITECTURE, HYPER, weights))
+    return tuple(q[0] for q in modified(HYPER, weights))
 
 
 def _output(student: Student) -> Float[Array, " outputs"]:

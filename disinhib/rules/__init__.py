@@ -2,15 +2,16 @@
 
 Every rule has one signature,
 
-    rule(architecture, parameters, rule_state, hyper, x, target) -> Update
+    update(architecture, parameters, rule_state, hyper, x, target) -> Update
 
-and one entry in RULES: a new rule is a file here and its entry in the table.
+and one entry in RULES: a new rule is a file here and its entry in the table. Rules of one family
+are one compiled program.
 """
 
 from __future__ import annotations
 
 from disinhib.rules.backprop import BP
-from disinhib.rules.base import Branch, Competitor, Rule, RuleState, Update
+from disinhib.rules.base import Branch, Competitor, Family, Rule, RuleState, Update
 from disinhib.rules.disinhibition import (
     EXACT_INVERSE,
     LINEAR_THRESHOLD,
@@ -21,9 +22,11 @@ from disinhib.rules.disinhibition import (
 __all__ = [
     "BRANCHES",
     "COMPETITORS",
+    "FAMILIES",
     "RULES",
     "Branch",
     "Competitor",
+    "Family",
     "Rule",
     "RuleState",
     "Update",
@@ -42,6 +45,8 @@ RULES: dict[str, Rule] = {
         TAYLOR,
     )
 }
+
+FAMILIES: dict[str, Family] = {rule.family.name: rule.family for rule in RULES.values()}
 
 
 def reported_name(trainer: str, circuit: str) -> str:

@@ -15,7 +15,7 @@ from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.losses import bind
 from disinhib.microcircuit import microcircuit
 from disinhib.network import Parameters, implicit_output, mlp_forward
-from disinhib.rules.base import Competitor, Rule, RuleState, Update
+from disinhib.rules.base import Competitor, Family, Rule, RuleState, Update
 from disinhib.rules.branches import interneurons, log_uniform
 from disinhib.solvers import open_loop
 
@@ -59,7 +59,7 @@ def _on_microcircuits(trial):
 
 BP = Rule(
     "bp",
-    backpropagation,
+    Family("bp", backpropagation),
     {
         "non-dale": Competitor(
             "back-propagation through a plain network, which the others are compared with",

@@ -1,4 +1,7 @@
-"""What a learning rule is: a function from a batch to gradients, and an entry of the table."""
+"""What a learning rule is: a function from a batch to gradients, and an entry of the table.
+
+Rules that differ in the values of scalars alone are a family: one compiled program trains them.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +45,32 @@ class Competitor(NamedTuple):
 InitialState = Callable[[Architecture, Hyperparameters, PRNGKeyArray], RuleState]
 
 
-class Rule(NamedTuple):
-    """An entry of RULES.
+class Family(NamedTuple):
+    """What its rules have in common; an entry of FAMILIES.
 
-    `update(architecture, parameters, rule_state, hyper, x, target)` is the rule; `circuits` are
-    those it can train, the one that search spaces take first; `has_feedback` says that it runs
-    closed loop; `options` are its scalars in `hyper.rule`, those of the feedback included if it
-    has any; `initial_state(architecture, hyper, key)` is what it remembers between batches, which
-    may be random.
+    `update(architecture, parameters, rule_state, hyper, x, target)` learns from a batch;
+    `has_feedback` says that it runs closed loop; `options` are its scalars in `hyper.rule`;
+    `initial_state(architecture, hyper, key)` is what it remembers between batches, which may be
+    random.
     """
 
     name: str
     update: Callable[..., Update]
-    circuits: Mapping[str, Competitor]
     has_feedback: bool = False
     options: tuple[Option, ...] = ()
     initial_state: InitialState = lambda architecture, hyper, key: ()
+
+
+class Rule(NamedTuple):
+    """An entry of RULES.
+
+    `circuits` are those it can train, the one that search spaces take first; `options` are those of
+    the family's that can be set (the others keep their defaults), and `chosen` are scalars in
+    `hyper.rule` by which the family tells its rules apart.
+    """
+
+    name: str
+    family: Family
+    circuits: Mapping[str, Competitor]
+    options: tuple[Option, ...] = ()
+    chosen: Mapping[str, float] = {}

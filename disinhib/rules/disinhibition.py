@@ -11,9 +11,6 @@ Published: `src/models/dale/trainer.py`, `src/core/trainer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -23,47 +20,43 @@ from disinhib.checks import UNIT, Option
 from disinhib.feedback import FeedbackWeights, jacobian_weights, modified
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.losses import bind
-from disinhib.microcircuit import microcircuit
+from disinhib.microcircuit import Microcircuit, microcircuit
 from disinhib.network import NetworkState, Parameters
 from disinhib.rules import branches
-from disinhib.rules.base import Competitor, Rule, RuleState, Update
+from disinhib.rules.base import Competitor, Family, Rule, RuleState, Update
 from disinhib.rules.branches import interneurons, log_uniform
 from disinhib.solvers import closed_loop, open_loop
 
-Estimate = Callable[..., tuple[list[Array], RuleState]]
+# In `hyper.rule["estimate"]`: how a neuron reads v off the rate of its interneuron.
+INVERSE, TANGENT_AT_MEAN, TANGENT_AT_RATE = 0.0, 1.0, 2.0
 
 
-def _exact_inverse(architecture, hyper, circuit, rule_state, opened, closed):
-    """v = phi_I^-1(r_I) = u_I."""
-    return closed.u_i, rule_state
-
-
-def _linear_threshold(architecture, hyper, circuit, rule_state, opened, closed):
-    """Tangent at a running mean over batches of the open-loop r_I, updated before its use."""
-    memory = hyper.rule["avg_inh_lambda"]
-    y0 = tuple(
-        (1 - memory) * old + memory * jnp.mean(circuit.phi_i.value(u_i), axis=0)
-        for old, u_i in zip(rule_state, opened.u_i, strict=True)
-    )
-    return _tangents(circuit, closed, y0), y0
-
-
-def _taylor(architecture, hyper, circuit, rule_state, opened, closed):
-    """Tangent at the fixed rate y0."""
-    y0 = [jnp.full(u_i.shape[-1:], hyper.rule["y0"], u_i.dtype) for u_i in closed.u_i]
-    return _tangents(circuit, closed, y0), rule_state
-
-
-def _tangents(circuit, closed: NetworkState, y0):
-    estimates = []
-    for u_i, rate in zip(closed.u_i, y0, strict=True):
+def _estimates(
+    hyper: Hyperparameters, circuit: Microcircuit, means: RuleState, closed: NetworkState
+) -> list[Array]:
+    """v_l of each hidden layer: phi_I^-1(r_I) = u_I, or its tangent at the mean or the fixed rate.
+    Chosen by value, so that all rules are one compiled program."""
+    estimate, estimates = hyper.rule["estimate"], []
+    for u_i, mean in zip(closed.u_i, means, strict=True):
+        rate = jnp.where(estimate == TANGENT_AT_MEAN, mean, hyper.rule["y0"])
         intercept, slope = tangent_of_inverse(circuit.phi_i, rate)
-        estimates.append(intercept + slope * circuit.phi_i.value(u_i))
+        tangent = intercept + slope * circuit.phi_i.value(u_i)
+        estimates.append(jnp.where(estimate == INVERSE, u_i, tangent))
     return estimates
 
 
+def _updated_means(
+    hyper: Hyperparameters, circuit: Microcircuit, means: RuleState, opened: NetworkState
+) -> RuleState:
+    """The running means over batches of the open-loop r_I `[neurons]`, of each hidden layer."""
+    memory = hyper.rule["avg_inh_lambda"]
+    return tuple(
+        (1 - memory) * mean + memory * jnp.mean(circuit.phi_i.value(u_i), axis=0)
+        for mean, u_i in zip(means, opened.u_i, strict=True)
+    )
+
+
 def disinhibitory_control(
-    estimate: Estimate,
     architecture: Architecture,
     parameters: Parameters,
     rule_state: RuleState,
@@ -71,15 +64,14 @@ def disinhibitory_control(
     x: Float[Array, "batch in"],
     target: Float[Array, "batch out"],
 ) -> Update:
-    """A feedback rule; `estimate` gives v_l of each hidden layer and the next rule state."""
+    """Learns from the difference that feedback makes; `rule_state` has the mean rates."""
     loss = bind(architecture.loss, hyper.loss)
     circuit = microcircuit(architecture, hyper)
     opened = open_loop(architecture, parameters, hyper, x)
     weights, aim = feedback_and_aim(architecture, parameters, hyper, opened.state, target)
     closed = closed_loop(architecture, parameters, hyper, x, aim, weights, opened.state)
-    estimates, rule_state = estimate(
-        architecture, hyper, circuit, rule_state, opened.state, closed.state
-    )
+    means = _updated_means(hyper, circuit, rule_state, opened.state)
+    estimates = _estimates(hyper, circuit, means, closed.state)
 
     gradients, rate = {}, x
     for layer, (v, u_e) in enumerate(zip(estimates, closed.state.u_e, strict=True)):
@@ -94,7 +86,7 @@ def disinhibitory_control(
     else:
         delta = -loss.error(opened.state.u_y, target)
     gradients["kernel_out"] = rate.T @ (delta / len(x))
-    return Update(gradients, rule_state, closed)
+    return Update(gradients, means, closed)
 
 
 def feedback_and_aim(
@@ -107,7 +99,7 @@ def feedback_and_aim(
     """What closes the loop, from the open-loop state: feedback weights, and what the controller
     aims at (the target itself, or with weak feedback a nudge towards it)."""
     circuit = microcircuit(architecture, hyper)
-    weights = modified(architecture, hyper, jacobian_weights(circuit, parameters, opened))
+    weights = modified(hyper, jacobian_weights(circuit, parameters, opened))
     loss = bind(architecture.loss, hyper.loss)
     # Chosen by value: strong and weak feedback are one compiled program.
     nudge = loss.nudged_target(opened.u_y, target, hyper.rule["target_nudge"])
@@ -142,9 +134,22 @@ def _linear_threshold_branch(trial):
     }
 
 
+_MEAN_OPTIONS = (
+    Option("avg_inh_lambda", 1.0, UNIT, "weight of the newest batch in the running mean"),
+    Option("avg_inh_init", 0.8, RATE, "the mean before the first batch, dimensionless"),
+)
+_RATE_OPTIONS = (Option("y0", 1.0, RATE, "where the tangent touches the inverse, dimensionless"),)
+
+DISINHIBITION = Family(
+    "disinhibition",
+    disinhibitory_control,
+    has_feedback=True,
+    options=(*feedback.OPTIONS, *_MEAN_OPTIONS, *_RATE_OPTIONS),
+    initial_state=_initial_mean_rates,
+)
 EXACT_INVERSE = Rule(
     "exact-inv",
-    partial(disinhibitory_control, _exact_inverse),
+    DISINHIBITION,
     {
         "dale": Competitor(
             "dis-inhibitory control, by which each excitatory neuron of a microcircuit learns from"
@@ -153,12 +158,12 @@ EXACT_INVERSE = Rule(
             _exact_inverse_branch,
         )
     },
-    has_feedback=True,
-    options=feedback.OPTIONS,
+    feedback.OPTIONS,
+    chosen={"estimate": INVERSE},
 )
 LINEAR_THRESHOLD = Rule(
     "lin-thresh",
-    partial(disinhibitory_control, _linear_threshold),
+    DISINHIBITION,
     {
         "dale": Competitor(
             "the same where a neuron knows its interneuron's activation only as a straight line at"
@@ -167,21 +172,13 @@ LINEAR_THRESHOLD = Rule(
             _linear_threshold_branch,
         )
     },
-    has_feedback=True,
-    options=(
-        *feedback.OPTIONS,
-        Option("avg_inh_lambda", 1.0, UNIT, "weight of the newest batch in the running mean"),
-        Option("avg_inh_init", 0.8, RATE, "the mean before the first batch, dimensionless"),
-    ),
-    initial_state=_initial_mean_rates,
+    (*feedback.OPTIONS, *_MEAN_OPTIONS),
+    chosen={"estimate": TANGENT_AT_MEAN},
 )
 TAYLOR = Rule(
     "taylor",
-    partial(disinhibitory_control, _taylor),
+    DISINHIBITION,
     {"dale": Competitor("the same with that line at a fixed rate", "#009E73")},
-    has_feedback=True,
-    options=(
-        *feedback.OPTIONS,
-        Option("y0", 1.0, RATE, "where the tangent touches the inverse, dimensionless"),
-    ),
+    (*feedback.OPTIONS, *_RATE_OPTIONS),
+    chosen={"estimate": TANGENT_AT_RATE},
 )

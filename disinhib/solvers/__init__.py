@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from disinhib.feedback import FeedbackWeights, per_sample
+from disinhib.feedback import FeedbackWeights
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton
 from disinhib.network import NetworkState, Parameters, mlp_forward
 from disinhib.solvers import newton, ode
@@ -45,6 +45,6 @@ def closed_loop(
     """The state under control towards `target`, started from the open-loop state `start`."""
     if isinstance(architecture.solver, Newton):
         return newton.closed_loop(architecture, parameters, hyper, x, target, weights, start)
-    control = ode.Control(target, per_sample(weights, len(x)))
+    control = ode.Control(target, weights)
     begin = ode.DynamicState(start, jnp.zeros_like(start.u_y))
     return ode.steady_state(architecture, parameters, hyper, x, control, begin)

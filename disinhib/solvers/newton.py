@@ -6,20 +6,23 @@ is c (as many numbers a sample as there are outputs): the root of
 
     F(c) = K e(y(c)) - c,        K the controller's equilibrium gain.
 
-Broyden's method finds it from an analytic first Jacobian; every evaluation starts from the last
-potentials. Where it has not converged after `BROYDEN_EVALUATIONS`, Newton's method with the exact
-Jacobian goes on up to the solver's cap. Nothing raises: residual, evaluations and convergence of
-every sample come back as data.
+Broyden's method finds it from an analytic first Jacobian, and every evaluation is one Newton step
+of every neuron from its last potential. Where it has not converged after `BROYDEN_EVALUATIONS`,
+neurons are settled at every control and Newton's method with the exact Jacobian goes on, up to the
+solver's cap. Nothing raises: residual, evaluations and convergence of every sample come back as
+data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import FeedbackWeights, disinhibition
@@ -29,16 +32,17 @@ from disinhib.microcircuit import (
     Microcircuit,
     imbalance,
     inhibitory_potential,
+    loop_gain,
     microcircuit,
     relax,
     search_from,
 )
-from disinhib.network import NetworkState, Parameters, feedforward_input
+from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 
 BROYDEN_EVALUATIONS = 12
-NEAR = (
-    1e-2  # residual from which Newton's steps on the neurons can be left to converge by themselves
-)
+SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
+NOT_SETTLED = 2.0  # in place of a share: neurons have to settle before the first step
+NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 
 
 class Solution(NamedTuple):
@@ -66,52 +70,106 @@ def open_loop(
     solver = architecture.solver
     assert isinstance(solver, Newton)
     circuit = microcircuit(architecture, hyper)
-    potentials, rate = [], x
-    residual, rounds = jnp.zeros(len(x), x.dtype), 0
-    for layer in range(architecture.hidden_layers):
-        a = feedforward_input(parameters, layer, rate)
-        # Newton's first step from u = 0 is the same line for every neuron.
-        zero = jnp.zeros((), a.dtype)
-        f_0, slope_0 = imbalance(circuit, zero, zero, 0.0)
-        u_e, layer_residual, layer_rounds = settle(
-            circuit, (a - f_0) / slope_0, a, 0.0, 2, solver.tolerance, solver.max_iterations
-        )
-        potentials.append(u_e)
-        rate = circuit.phi_e.value(u_e)
-        residual = jnp.maximum(residual, layer_residual)
-        rounds = jnp.maximum(rounds, layer_rounds)
-    u_y = rate @ parameters["kernel_out"]
-    state = NetworkState(
-        tuple(potentials), tuple(inhibitory_potential(circuit, u, 0.0) for u in potentials), u_y
+    zero = jnp.zeros((), x.dtype)
+    # Newton's first step from u = 0 is the same line for every neuron.
+    f_0, slope_0 = imbalance(circuit, zero, zero, 0.0)
+
+    def two_steps(layer, a):
+        u_e, _ = _step(circuit, (a - f_0) / slope_0, a, 0.0)
+        return _step(circuit, u_e, a, 0.0)
+
+    first = _first_input(parameters, x)
+    layers = architecture.hidden_layers
+    u_e, residual = _forward(circuit, parameters, first, layers, two_steps)
+    u_e, residual, sweeps = settle(
+        *(circuit, parameters, first, u_e, [zero] * layers, residual),
+        *(solver.tolerance, solver.max_iterations),
     )
+    u_y = (circuit.phi_e.value(u_e[-1]) if u_e else x) @ parameters["kernel_out"]
+    u_i = tuple(inhibitory_potential(circuit, u, 0.0) for u in u_e)
     return Solution(
-        state,
+        NetworkState(u_e, u_i, u_y),
         jnp.zeros_like(u_y),
-        jnp.broadcast_to(jnp.asarray(rounds, x.dtype), residual.shape),
+        jnp.broadcast_to(1 + sweeps.astype(x.dtype), residual.shape),
         residual,
         residual <= solver.tolerance,
     )
 
 
-def settle(
-    circuit: Microcircuit, start: Array, a: Array, s: Array | float, steps: int, goal, cap: int
-) -> tuple[Array, Array, Array]:
-    """(u_E, residual of each sample, rounds of `steps`) of one layer for the input `a` and the
-    dis-inhibition `s` `[batch, neurons]`: rounds until every residual is below `goal`, at most
-    `cap`."""
+def _first_input(parameters: Parameters, x: Array) -> Array:
+    """The first layer's input, which does not depend on the control; x itself without layers."""
+    return feedforward_input(parameters, 0, x) if "kernel_0" in parameters else x
 
-    def one_round(carry):
-        search, _, rounds = carry
-        search = relax(circuit, search, a, s, steps)
-        return search, _neuron_residual(circuit, search.u_e, a, s), rounds + 1
+
+def _forward(
+    circuit: Microcircuit, parameters: Parameters, first: Array, layers: int, move: Callable
+) -> tuple[Layers, Float[Array, " batch"]]:
+    """(u_E, each sample's residual) of one pass from layer to layer, in which `move(layer, a)` says
+    both of a layer, for its input."""
+    potentials, residual, a = [], jnp.zeros(len(first), first.dtype), first
+    for layer in range(layers):
+        if layer > 0:
+            a = feedforward_input(parameters, layer, circuit.phi_e.value(potentials[-1]))
+        u_e, layer_residual = move(layer, a)
+        potentials.append(u_e)
+        residual = jnp.maximum(residual, layer_residual)
+    return tuple(potentials), residual
+
+
+def _step(circuit: Microcircuit, u_e: Array, a: Array, s: Array | float) -> tuple[Array, Array]:
+    """(u_E, residual of each sample) of one layer after one step of Newton's method."""
+    f, slope = imbalance(circuit, u_e, a, s)
+    u_e = u_e - f / slope
+    return u_e, _neuron_residual(circuit, u_e, a, s)
+
+
+def settle(
+    circuit: Microcircuit,
+    parameters: Parameters,
+    first: Float[Array, "batch _neurons"],
+    u_e: Layers,
+    s: Sequence[Array],
+    residual: Float[Array, " batch"],
+    goal,
+    cap: int,
+) -> tuple[Layers, Float[Array, " batch"], Int[Array, ""]]:
+    """(u_E, each sample's residual, sweeps): safeguarded Newton steps of all neurons of all layers
+    at once, for the first layer's input `first` and the dis-inhibition `s` of each layer, until the
+    residual of every sample is below `goal`, at most `cap` sweeps a layer."""
+    if not u_e:
+        return u_e, residual, jnp.zeros((), int)
+    ends = np.cumsum([u.shape[-1] for u in u_e])[:-1]
+    together = lambda layers: jnp.concatenate(layers, axis=-1)
+    relief = together([jnp.broadcast_to(s_l, u.shape) for s_l, u in zip(s, u_e, strict=True)])
+
+    def inputs(u):
+        rates = jnp.split(circuit.phi_e.value(u), ends, axis=-1)[:-1]
+        above = (feedforward_input(parameters, layer, r) for layer, r in enumerate(rates, 1))
+        return together([first, *above])
+
+    def sweep(carry):
+        search, last_a, last_residual, sweeps = carry
+        a = inputs(search.u_e)
+        f, _ = imbalance(circuit, search.u_e, a, relief)
+        layers = (jnp.split(array, ends, axis=-1) for array in (f, search.u_e))
+        residual = jnp.max(jnp.stack([*map(relative_norm, *layers)]), axis=0)
+        # As f' >= 1, a root moves by no more than its input.
+        low, high = jnp.minimum(a - last_a, 0), jnp.maximum(a - last_a, 0)
+        search = search._replace(low=search.low + low, high=search.high + high)
+        # One step more than the goal asks for: the control's root is found by what neurons answer.
+        keep = partial(jnp.where, (last_residual > goal)[:, None])
+        search = jax.tree.map(keep, relax(circuit, search, a, relief), search)
+        return search, a, residual, sweeps + 1
 
     def unsettled(carry):
-        _, residual, rounds = carry
-        return jnp.any(residual > goal) & (rounds < cap)
+        *_, residual, sweeps = carry
+        return jnp.any(residual > goal) & (sweeps < cap * len(u_e))
 
-    first = one_round((search_from(start), None, jnp.zeros((), int)))
-    search, residual, rounds = jax.lax.while_loop(unsettled, one_round, first)
-    return search.u_e, residual, rounds
+    u = together(u_e)
+    search, _, residual, sweeps = jax.lax.while_loop(
+        unsettled, sweep, (search_from(u), u, residual, jnp.zeros((), int))
+    )
+    return tuple(jnp.split(search.u_e, ends, axis=-1)), residual, sweeps
 
 
 def _neuron_residual(circuit, u_e, a, s):
@@ -131,8 +189,10 @@ class _Iterate(NamedTuple):
     control: Float[Array, "batch out"]
     mismatch: Float[Array, "batch out"]  # F(c)
     u_e: tuple[Float[Array, "batch neurons"], ...]
+    neurons: Float[Array, " batch"]  # residual of the neurons alone
     residual: Float[Array, " batch"]
     inverse: Float[Array, "batch out out"]  # of dF/dc
+    share: Float[Array, " batch"]  # of Newton's step that is taken
     iterations: Float[Array, " batch"]
     evaluations: Array
 
@@ -150,56 +210,90 @@ def closed_loop(
     solver = architecture.solver
     assert isinstance(solver, Newton)
     circuit = microcircuit(architecture, hyper)
-    evaluate = _evaluation(architecture, parameters, hyper, circuit, x, target, weights)
+    loss = bind(architecture.loss, hyper.loss)
+    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
+    first = _first_input(parameters, x)
+    near = max(NEAR, solver.tolerance)
+
+    def output(u_e, control):
+        u_y = (circuit.phi_e.value(u_e[-1]) if u_e else x) @ parameters["kernel_out"]
+        return u_y + control if architecture.fb_to_readout else u_y
+
+    def step_neurons(u_e, s):
+        move = lambda layer, a: _step(circuit, u_e[layer], a, s[layer])
+        return _forward(circuit, parameters, first, len(u_e), move)
+
+    def settle_neurons(u_e, s):
+        unknown = jnp.full(len(x), jnp.inf if u_e else 0.0, x.dtype)
+        return settle(
+            *(circuit, parameters, first, u_e, s, unknown),
+            *(solver.tolerance, solver.max_iterations),
+        )[:2]
 
     def unsolved(iterate: _Iterate):
-        return iterate.residual > solver.tolerance
+        return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
 
-    def advance(iterate: _Iterate, step, update_inverse) -> _Iterate:
-        """Moves the samples that have not converged by `step`, and leaves the others alone."""
-        active = unsolved(iterate)[:, None]
-        control = jnp.where(active, iterate.control + step, iterate.control)
-        u_e, mismatch, residual = evaluate(control, iterate.u_e)
-        inverse = update_inverse(control - iterate.control, mismatch - iterate.mismatch)
-        return _Iterate(
-            control,
-            jnp.where(active, mismatch, iterate.mismatch),
-            tuple(jnp.where(active, new, old) for new, old in zip(u_e, iterate.u_e, strict=True)),
-            jnp.where(active[:, 0], residual, iterate.residual),
-            inverse,
-            iterate.iterations + active[:, 0].astype(x.dtype),
-            iterate.evaluations + 1,
+    def evaluated(iterate: _Iterate, control, move) -> _Iterate:
+        """With another control, for which `move(u_E, s)` moves the neurons."""
+        u_e, neurons = move(iterate.u_e, disinhibition(control, weights))
+        mismatch = gain * loss.error(output(u_e, control), target) - control
+        residual = jnp.maximum(neurons, relative_norm(mismatch, control))
+        return iterate._replace(
+            control=control, mismatch=mismatch, u_e=u_e, neurons=neurons, residual=residual
+        )
+
+    def counted(after: _Iterate, before: _Iterate, taken) -> _Iterate:
+        """`after` for the samples that have `taken` it, `before` for the others."""
+        keep = lambda new, old: jnp.where(taken if new.ndim == 1 else taken[:, None], new, old)
+        return after._replace(
+            control=keep(after.control, before.control),
+            mismatch=keep(after.mismatch, before.mismatch),
+            u_e=jax.tree.map(keep, after.u_e, before.u_e),
+            neurons=keep(after.neurons, before.neurons),
+            residual=keep(after.residual, before.residual),
+            iterations=before.iterations + unsolved(before).astype(x.dtype),
+            evaluations=before.evaluations + 1,
         )
 
     def broyden(iterate: _Iterate) -> _Iterate:
-        step = -_apply(iterate.inverse, iterate.mismatch)
-        return advance(iterate, step, lambda dc, df: _broyden_update(iterate.inverse, dc, df))
+        # A sample whose neurons are far from where its control puts them waits for them.
+        ready = (iterate.neurons <= near)[:, None]
+        step = jnp.where(ready, -_apply(iterate.inverse, iterate.mismatch), 0)
+        after = evaluated(iterate, iterate.control + step, step_neurons)
+        inverse = _broyden_update(iterate.inverse, step, after.mismatch - iterate.mismatch)
+        return counted(after._replace(inverse=inverse), iterate, unsolved(iterate))
 
     def newton(iterate: _Iterate) -> _Iterate:
-        directions = jnp.eye(iterate.control.shape[-1], dtype=x.dtype)
-
-        def derivative(direction):
-            tangent = jnp.broadcast_to(direction, iterate.control.shape)
-            f = lambda control: evaluate(control, iterate.u_e)[1]
-            return jax.jvp(f, (iterate.control,), (tangent,))[1]
-
-        jacobian = jnp.moveaxis(jax.vmap(derivative)(directions), 0, -1)
+        """A step that brings |F| down, or half of it the next time."""
+        slope = _output_slope(
+            architecture, parameters, circuit, weights, iterate.u_e, iterate.control
+        )
+        u_y = output(iterate.u_e, iterate.control)
+        error = lambda y: loss.error(y, target)
+        derivative = jax.vmap(lambda dy: jax.jvp(error, (u_y,), (dy,))[1], in_axes=2, out_axes=2)
+        jacobian = gain * derivative(slope) - jnp.eye(u_y.shape[-1], dtype=x.dtype)
         step = -jnp.linalg.solve(jacobian, iterate.mismatch[..., None])[..., 0]
-        return advance(iterate, step, lambda dc, df: iterate.inverse)
+        first = iterate.share == NOT_SETTLED
+        share = jnp.where(first, 0, iterate.share)
+        after = evaluated(iterate, iterate.control + share[:, None] * step, settle_neurons)
+        size = lambda of: jnp.linalg.norm(of.mismatch, axis=-1)
+        better = first | (size(after) < size(iterate))
+        active = unsolved(iterate)
+        after = counted(after, iterate, active & better)
+        share = jnp.where(better, jnp.minimum(2 * share, 1), share / 2)
+        return after._replace(share=jnp.where(active, jnp.where(first, 1, share), iterate.share))
 
-    loss = bind(architecture.loss, hyper.loss)
-    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    control = jnp.zeros_like(start.u_y)
-    # At c = 0 the open-loop state solves every neuron; only the control is off.
-    mismatch = gain * loss.error(start.u_y, target)
     iterate = _Iterate(
-        control,
-        mismatch,
-        start.u_e,
-        jnp.full(len(x), jnp.inf, x.dtype),
-        _first_inverse(architecture, loss, gain, start.u_y, target),
-        jnp.zeros(len(x), x.dtype),
-        jnp.zeros((), jnp.int32),
+        control=jnp.zeros_like(start.u_y),
+        # At c = 0 the open-loop state solves every neuron; only the control is off.
+        mismatch=gain * loss.error(start.u_y, target),
+        u_e=start.u_e,
+        neurons=jnp.zeros(len(x), x.dtype),
+        residual=jnp.full(len(x), jnp.inf, x.dtype),
+        inverse=_first_inverse(architecture, loss, gain, start.u_y, target),
+        share=jnp.full(len(x), NOT_SETTLED, x.dtype),
+        iterations=jnp.zeros(len(x), x.dtype),
+        evaluations=jnp.zeros((), jnp.int32),
     )
     brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
     for method, cap in ((broyden, brief), (newton, solver.max_iterations)):
@@ -212,10 +306,8 @@ def closed_loop(
     u_i = tuple(
         inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
     )
-    rate = circuit.phi_e.value(iterate.u_e[-1]) if iterate.u_e else x
-    u_y = _output(architecture, parameters, rate, iterate.control)
     return Solution(
-        NetworkState(iterate.u_e, u_i, u_y),
+        NetworkState(iterate.u_e, u_i, output(iterate.u_e, iterate.control)),
         iterate.control,
         iterate.iterations,
         iterate.residual,
@@ -223,38 +315,36 @@ def closed_loop(
     )
 
 
-def _output(architecture, parameters, rate, control):
-    u_y = rate @ parameters["kernel_out"]
-    return u_y + control if architecture.fb_to_readout else u_y
-
-
-def _evaluation(
-    architecture, parameters, hyper, circuit, x, target, weights
-) -> Callable[[Array, tuple], tuple[tuple, Array, Array]]:
-    """(control, last u_E) -> (u_E, F(control), residual of each sample): one forward pass."""
-    error = bind(architecture.loss, hyper.loss).error
-    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    near, cap = max(NEAR, architecture.solver.tolerance), architecture.solver.max_iterations
-    # The first layer's input does not depend on the control.
-    first = feedforward_input(parameters, 0, x) if architecture.hidden_layers else x
-
-    def evaluate(control, last):
-        potentials, residual = [], jnp.zeros(len(x), x.dtype)
-        a, rate = first, x
-        for layer, s in enumerate(disinhibition(control, weights)):
-            if layer > 0:
-                a = feedforward_input(parameters, layer, rate)
-            # One step as a rule: what it leaves shrinks with the next evaluation's.
-            u_e, layer_residual, _ = settle(circuit, last[layer], a, s, 1, near, cap)
-            potentials.append(u_e)
-            rate = circuit.phi_e.value(u_e)
-            residual = jnp.maximum(residual, layer_residual)
-        u_y = _output(architecture, parameters, rate, control)
-        mismatch = gain * error(u_y, target) - control
-        residual = jnp.maximum(residual, relative_norm(mismatch, control))
-        return tuple(potentials), mismatch, residual
-
-    return evaluate
+def _output_slope(
+    architecture: Architecture,
+    parameters: Parameters,
+    circuit: Microcircuit,
+    weights: FeedbackWeights,
+    u_e: tuple[Array, ...],
+    control: Float[Array, "batch out"],
+) -> Float[Array, "batch out out"]:
+    """dy/dc, `[sample, of y, to c]`, with every neuron at equilibrium, where an input moves it by
+    du = (da + g_IE phi_I' ds) / f' (the implicit function theorem)."""
+    dr = None  # of the layer below, [batch, direction of c, neurons]
+    for layer, (u, s, q) in enumerate(
+        zip(u_e, disinhibition(control, weights), weights, strict=True)
+    ):
+        u_i = inhibitory_potential(circuit, u, s)
+        reach = circuit.g_ie * circuit.phi_i.derivative(u_i)
+        moved = reach[:, None] * q
+        if dr is not None:
+            moved += dr @ parameters[f"kernel_{layer}"]
+        du = moved / (1 + loop_gain(circuit, u, u_i))[:, None]
+        dr = circuit.phi_e.derivative(u)[:, None] * du
+    ones = jnp.eye(control.shape[-1], dtype=control.dtype)
+    dy = (
+        jnp.zeros((len(control), *ones.shape), control.dtype)
+        if dr is None
+        else dr @ parameters["kernel_out"]
+    )
+    if architecture.fb_to_readout:
+        dy += ones
+    return jnp.swapaxes(dy, 1, 2)
 
 
 def _first_inverse(architecture: Architecture, loss: Loss, gain, output, target) -> Array:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Architecture, Hyperparameters, Ode
 from disinhib.losses import bind
 from disinhib.microcircuit import Microcircuit, Neurons, microcircuit
@@ -183,7 +182,7 @@ def open_then_closed_trajectory(
     rest = resting_state(architecture, len(x))
     opened, no_signal = trajectory(*arguments, None, rest, times)
     end = jax.tree.map(lambda value: value[:, -1], opened)
-    control = Control(target, per_sample(weights_at(end.network), len(x)))
+    control = Control(target, weights_at(end.network))
     closed, signal = trajectory(*arguments, control, end, times)
     join = lambda first, second: jnp.concatenate([first, second], axis=1)
     return jax.tree.map(join, opened, closed), join(no_signal, signal)

@@ -20,11 +20,10 @@ from threadpoolctl import threadpool_limits
 
 from disinhib.config import RunConfig
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import per_sample
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import bind, soft_targets
 from disinhib.network import Parameters, feedforward_input
-from disinhib.rules import RULES, feedback_and_aim
+from disinhib.rules import FAMILIES, feedback_and_aim
 from disinhib.solvers import newton, ode
 from disinhib.solvers.newton import Solution, relative_norm
 from disinhib.solvers.ode import Control, DynamicState
@@ -152,11 +151,11 @@ def equilibria(architecture, parameters, hyper, x, target) -> list[tuple[Control
     the closed one."""
     network = architecture, parameters, hyper, x
     opened = newton.open_loop(*network)
-    if not RULES[architecture.rule].has_feedback:
+    if not FAMILIES[architecture.family].has_feedback:
         return [(None, opened)]
     weights, aim = feedback_and_aim(architecture, parameters, hyper, opened.state, target)
     closed = newton.closed_loop(*network, aim, weights, opened.state)
-    return [(None, opened), (Control(aim, per_sample(weights, len(x))), closed)]
+    return [(None, opened), (Control(aim, weights), closed)]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -152,11 +152,15 @@ class Machines:
         """Its address."""
         return self.all[node].address if node in self.all else "a machine"
 
-    def leave_out(self, node: str, why: str) -> bool:
-        """Gives a machine no new trials; returns whether another one has room for them."""
+    def elsewhere(self, node: str) -> bool:
+        """Whether another machine has room for trials."""
+        others = (machine for machine in self.all.values() if machine.id != node)
+        return any(m.alive and m.room and not m.faults for m in others)
+
+    def leave_out(self, node: str, why: str) -> None:
+        """Gives a machine no new trials."""
         if node in self.all:
             self.all[node].faults.append(why)
-        return any(m.alive and m.room and not m.faults for m in self.all.values())
 
     def take_back(self, node: str) -> None:
         """Gives a machine trials again."""
@@ -206,6 +210,8 @@ class Machines:
             late = time.time() - machine.asked > SURVEY_SECONDS
             if machine.look in ready or late:
                 look, machine.look = machine.look, None
+                if machine.faults:  # a worker has been faster
+                    continue
                 machine.faults += (
                     _answer(look, machine.asked)
                     if look in ready

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from disinhib import config
 from disinhib.checks import flatten, in_hydra
+from disinhib.hyperparameters import Architecture
 from disinhib.tuning import cluster, engine, manifest, progress, provenance, retention
 from disinhib.tuning.engine import Job
 from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Record, TrialConfig
@@ -52,9 +53,11 @@ class Preview(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """A structure: its trials share one compiled program. A rule may have several."""
+    """A structure: its trials, of one or more rules, share one compiled program. A rule may have
+    several structures."""
 
     name: str
+    rules: Sequence[str]
     trial: TrialConfig  # one of its trials
 
 
@@ -104,13 +107,16 @@ def previews(
 def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]:
     """The structures of the space, with the published default of every number that does not
     affect the structure; those that take longest to compile and run come first."""
-    by_structure = {config.parse(branch["options"]).architecture: branch for branch in branches}
+    by_structure: dict[Architecture, list[TrialConfig]] = {}
+    for branch in branches:
+        by_structure.setdefault(config.parse(branch["options"]).architecture, []).append(branch)
     described = {each: flatten(asdict(each)) for each in by_structure}
     named = []
     for each in sorted(by_structure, key=lambda one: (one.circuit != "dale", -sum(one.sizes))):
-        branch = by_structure[each]
-        rule = branch["rule"]
-        family = [described[other] for other, it in by_structure.items() if it["rule"] == rule]
+        branch = by_structure[each][-1]
+        rules = list(dict.fromkeys(one["rule"] for one in by_structure[each]))
+        key = (each.family, each.circuit)
+        family = [described[one] for one in by_structure if (one.family, one.circuit) == key]
         own = [
             f"{name}={value}"
             for name, value in described[each].items()
@@ -119,7 +125,8 @@ def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]
         choices = {n: v for n, v in branch["searched"].items() if not isinstance(v, float)}
         bare = configure(study, branch["number"], choices)
         unaffected = config.parse(bare["options"]).architecture == each
-        named.append(Structure(" ".join([rule, *own]), bare if unaffected else branch))
+        name = " ".join([", ".join(rules), *own])
+        named.append(Structure(name, rules, bare if unaffected else branch))
     return named
 
 
@@ -265,13 +272,14 @@ def run(study: Study, console: Console) -> None:
     most = study.cluster["max_concurrent"]
     wide = max(len(structure.name) for structure in distinct)
     say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
-    costs: dict[str, list[Cost]] = {structure.trial["rule"]: [] for structure in distinct}
-    for name, trial in distinct:
+    costs: dict[str, list[Cost]] = {rule: [] for one in distinct for rule in one.rules}
+    for name, rules, _ in distinct:
         cost = measured[name]
         if isinstance(cost, str):
             say(f"{name:<{wide}}  failed: {cost}")
             continue
-        costs[trial["rule"]].append(cost)
+        for rule in rules:
+            costs[rule].append(cost)
         say(
             f"{name:<{wide}}  {cost.first_epoch:13.2f}  {cost.epoch:7.3f}"
             f"  {cost.memory_mb:9.0f}  {cost.checkpoint_mb:13.2f}"

@@ -179,11 +179,14 @@ class RayBackend(tune.Callback):
             for other in others:
                 self.machines.take_back(other)
             self.tell((Failed if number in self.epochs else Hindered)(number, reason))
-        elif self.machines.leave_out(node, reason):
+        elif self.machines.elsewhere(node):
             if not result.get(UNFIT):
                 others.append(node)
             trial.max_failures = trial.num_failures + WORKERS_LOST
-            self.say(f"{reason}: this machine is left out")
+            if node not in self.machines.left_out():  # nor said by its survey
+                _, _, why = reason.partition(": ")
+                self.machines.leave_out(node, why)
+                self.say(f"{self.machines.name(node)} is left out: {why}")
         else:
             self.tell(Hindered(number, reason))
 
@@ -253,7 +256,10 @@ class RayBackend(tune.Callback):
     def _say_lost(self, until: float) -> None:
         """Says which workers were lost until then, without their machines being gone."""
         for node in dict.fromkeys(node for _, node, when in self.lost if when <= until):
-            self.say(f"a worker on {self.machines.name(node)} is lost{self._go_on(node)}")
+            name = self.machines.name(node)
+            left_out = node in self.machines.left_out()
+            start = f"{name} is left out" if left_out else f"a worker on {name} is lost"
+            self.say(f"{start}{self._go_on(node)}")
 
     def _go_on(self, node: str) -> str:
         """`: trials 4, 7 go on from epochs 11, 6`, of those that were lost on a machine."""
