@@ -18,14 +18,17 @@ import os
 import platform
 import re
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 import pooch
+from filelock import FileLock, Timeout
 
 FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # jax's own; a user who sets it manages that folder
 MAX_BYTES = 1_000_000_000  # a default study leaves about 10 MB
+LONGEST_COMPILATION = 600.0  # s
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
 log = logging.getLogger("disinhib")
 
@@ -53,6 +56,24 @@ def share(root: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         log.warning("compiled programs are not kept: %s: %s", folder, error.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextmanager
+def alone(program: str) -> Iterator[None]:
+    """Only one process of this machine at a time compiles `program`, named by a description; the
+    others wait, and then load it from the cache. Where there is none, nobody waits."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        yield
+        return
+    folder = Path(tempfile.gettempdir(), f"disinhib-programs-{os.getuid()}")
+    lock = FileLock(folder / hashlib.sha256(program.encode()).hexdigest()[:16])
+    with suppress(OSError, Timeout):  # then it compiles beside others
+        folder.mkdir(mode=0o700, exist_ok=True)
+        lock.acquire(timeout=LONGEST_COMPILATION)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def machine() -> str:

@@ -295,6 +295,33 @@ def programs() -> Programs:
     return Programs(epoch_of_lanes, evaluation_of_lanes)
 
 
+def programs_of(config: RunConfig, data: Data, state: TrainingState) -> str:
+    """The programs that `advance` calls, described: runs with the same description share them."""
+    arrays = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves((state, data))]
+    splits = _evaluated(config, data, config.epochs)
+    return f"jax {jax.__version__} {config.architecture} {' '.join([*splits, *arrays])}"
+
+
+def compile_programs(config: RunConfig, data: Data, state: TrainingState) -> None:
+    """Compiles what `advance` calls, and trains nothing."""
+    hyper = as_arrays(config.hyperparameters)
+    programs().epoch.lower(config.architecture, state, hyper, data).compile()
+    for split in _evaluated(config, data, config.epochs).values():
+        programs().evaluate.lower(
+            config.architecture, state.parameters, hyper, split, data.scale
+        ).compile()
+
+
+def _evaluated(config: RunConfig, data: Data, epoch: int) -> dict[str, Images]:
+    """The splits that are evaluated after an epoch, by the prefix of their metrics."""
+    splits = {"valid": data.validation}
+    if config.evaluated_share_of_train:
+        splits["train_OL"] = data.train_subset
+    if config.test_at_end and epoch == config.epochs:
+        splits["test"] = data.test
+    return splits
+
+
 def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
     """`advance` where one diverged lane ends all: raises Diverged with the first one's reason."""
     state, metrics = advance(config, data, state)
@@ -315,14 +342,8 @@ def advance(config: RunConfig, data: Data, state: TrainingState) -> tuple[Traini
     start = time.perf_counter()
     hyper = as_arrays(config.hyperparameters)
     state, trained = programs().epoch(config.architecture, state, hyper, data)
-    number = int(state.epoch[0])
-    splits = {"valid": data.validation}
-    if config.evaluated_share_of_train:
-        splits["train_OL"] = data.train_subset
-    if config.test_at_end and number == config.epochs:
-        splits["test"] = data.test
     metrics = {f"train_CL_{name}": np.asarray(values) for name, values in trained.items()}
-    for name, split in splits.items():
+    for name, split in _evaluated(config, data, int(state.epoch[0])).items():
         measured = programs().evaluate(
             config.architecture, state.parameters, hyper, split, data.scale
         )

@@ -61,6 +61,50 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert compiled() == (misses, 0)
 
 
+ALONE = """
+import sys, time
+from pathlib import Path
+import jax
+from disinhib import compilation_cache
+
+folder, me, other = Path(sys.argv[1]), *sys.argv[2:]
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+compilation_cache.share(folder / "programs")
+if me == "second":
+    while not (folder / "first").exists():
+        time.sleep(0.01)
+    (folder / "second").touch()
+with compilation_cache.alone("a program"):
+    (folder / me).touch()
+    while not (folder / other).exists():
+        time.sleep(0.01)
+    jax.jit(lambda x: (x @ x).sum()).lower(jax.numpy.ones((3, 3))).compile()
+print(sum(e == "/jax/compilation_cache/cache_misses" for e in events))
+"""
+
+
+def test_a_program_is_compiled_by_one_process_while_the_others_wait(tmp_path):
+    """The second process asks while the first is at it."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, str(tmp_path), *names],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for names in (("first", "second"), ("second", "first"))
+    ]  # fmt: skip
+    compiled = [int(process.communicate()[0]) for process in processes]
+    assert compiled[0] > 0 and compiled[1] == 0
+
+
+def test_a_lock_that_cannot_be_had_holds_up_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
+    compilation_cache.share(tmp_path)
+    with compilation_cache.alone("a program"):
+        assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "to"),
     [("avx2", "avx2 avx512f"), ("fma", ""), ("Processor 9", "Processor 10")],

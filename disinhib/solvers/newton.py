@@ -148,7 +148,7 @@ def settle(
         return together([first, *above])
 
     def sweep(carry):
-        search, last_a, last_residual, sweeps = carry
+        search, last_a, last_residual, _, sweeps = carry
         a = inputs(search.u_e)
         f, _ = imbalance(circuit, search.u_e, a, relief)
         layers = (jnp.split(array, ends, axis=-1) for array in (f, search.u_e))
@@ -156,18 +156,19 @@ def settle(
         # As f' >= 1, a root moves by no more than its input.
         low, high = jnp.minimum(a - last_a, 0), jnp.maximum(a - last_a, 0)
         search = search._replace(low=search.low + low, high=search.high + high)
-        # One step more than the goal asks for: the control's root is found by what neurons answer.
-        keep = partial(jnp.where, (last_residual > goal)[:, None])
+        # One step more than the goal asks for: the control is found by what neurons answer.
+        moves = last_residual > goal
+        keep = partial(jnp.where, moves[:, None])
         search = jax.tree.map(keep, relax(circuit, search, a, relief), search)
-        return search, a, residual, sweeps + 1
+        return search, a, residual, moves, sweeps + 1
 
     def unsettled(carry):
-        *_, residual, sweeps = carry
-        return jnp.any(residual > goal) & (sweeps < cap * len(u_e))
+        *_, moved, sweeps = carry
+        return jnp.any(moved) & (sweeps < cap * len(u_e))
 
     u = together(u_e)
-    search, _, residual, sweeps = jax.lax.while_loop(
-        unsettled, sweep, (search_from(u), u, residual, jnp.zeros((), int))
+    search, _, residual, _, sweeps = jax.lax.while_loop(
+        unsettled, sweep, (search_from(u), u, residual, residual > goal, jnp.zeros((), int))
     )
     return tuple(jnp.split(search.u_e, ends, axis=-1)), residual, sweeps
 

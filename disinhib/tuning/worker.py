@@ -61,6 +61,7 @@ class TrainingTrial(tune.Trainable):
 
     def setup(self, config: dict) -> None:
         self._compilations = count_compilations()
+        self._programs: set[str] = set()  # that this process has
         self._proved = False
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self.reset_config(config)
@@ -135,6 +136,11 @@ class TrainingTrial(tune.Trainable):
             self._saved_epochs = len(self._reports)
         else:
             self._state = training.initial_state(self._run, self._trial["seeds"])
+        run = (self._run, self._data, self._state)
+        if (needed := training.programs_of(*run)) not in self._programs:
+            with compilation_cache.alone(needed):
+                training.compile_programs(*run)
+            self._programs.add(needed)
         self._begun = True
 
     def _epoch(self) -> dict[str, Any]:
