@@ -72,16 +72,16 @@ def prepared(
     """A function that runs `steps` training steps of every lane, compiled, and returns seconds a
     step (of all lanes)."""
     structure = architecture(rule, hidden, solver)
-    hyper = training.as_arrays(published(structure, rule))
+    hyper = published(structure, rule)
     config = RunConfig(
         rule, structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0, False, "auto", 0, 0.9, 1e3
     )
-    state = training.initial_state(config, range(lanes))
+    state, hyper = training.initial_state(config, range(lanes)), training.for_lanes(hyper, lanes)
     data = random_data(steps)
 
     def run() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(training.programs().epoch(structure, state, hyper, data))
+        jax.block_until_ready(training.programs().epoch.run(structure, (state, hyper), data))
         return (time.perf_counter() - start) / steps
 
     run()

@@ -1,8 +1,8 @@
 """Training as a pure function of (configuration, seed) (DESIGN section 4).
 
-`epoch` is one scan over the shuffled training set, for one seed; `advance` runs it, and the
-evaluations, over a leading axis of lanes (seeds). The compiled programs are kept by their
-static `Architecture`, so that every run of a structure in a process shares them.
+`epoch` is one scan over the shuffled training set, for one lane: a configuration and a seed.
+`advance` runs it, and the evaluations, over a leading axis of lanes. The compiled programs are kept
+by their static `Architecture`, so that every run of a structure in a process shares them.
 """
 
 from __future__ import annotations
@@ -166,6 +166,11 @@ def as_arrays(hyper: Hyperparameters) -> Hyperparameters:
     return jax.tree.map(lambda value: jnp.asarray(value, float), hyper)
 
 
+def for_lanes(hyper: Hyperparameters, count: int) -> Hyperparameters:
+    """The same scalars for each of `count` lanes."""
+    return jax.tree.map(lambda value: jnp.full(count, value, float), hyper)
+
+
 def epoch(
     architecture: Architecture, state: TrainingState, hyper: Hyperparameters, data: Data
 ) -> tuple[TrainingState, dict[str, Float[Array, ""]]]:
@@ -249,11 +254,19 @@ def evaluate(
     return {name: mean(of_samples) for name, of_samples in values.items()}
 
 
-class Programs(NamedTuple):
-    """Compiled by structure, over lanes of states (or parameters)."""
+class Program(NamedTuple):
+    """`run(architecture, lanes, *shared)` takes and gives pytrees with a leading axis of lanes;
+    `lower` takes the same, or their shapes, and is jax's."""
 
-    epoch: Callable[..., Any]
-    evaluate: Callable[..., Any]
+    run: Callable[..., Any]
+    lower: Callable[..., Any]
+
+
+class Programs(NamedTuple):
+    """Compiled by structure."""
+
+    epoch: Program  # lanes of (states, hyperparameters); shared: data
+    evaluate: Program  # lanes of (parameters, hyperparameters); shared: split, scale
 
 
 # YNNPACK's fusions take the soft rectifiers before a sum out of XLA's vectorised loops: an epoch of
@@ -277,47 +290,79 @@ def understood(options: Mapping[str, str]) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def programs() -> Programs:
     """Made at first use, because they depend on the device, which is chosen after import."""
-    on_cpu = jax.default_backend() == "cpu"
-    # One lane after another keeps a CPU as busy as all at once, with a fourth of the memory.
-    over_lanes = jax.lax.map if on_cpu else lambda function, lanes: jax.vmap(function)(lanes)
-    options = understood(CPU_OPTIONS) if on_cpu else None
+    over_lanes = _in_turn if jax.default_backend() == "cpu" else _at_once
 
-    @partial(jax.jit, static_argnums=0, compiler_options=options)
-    def epoch_of_lanes(architecture, states, hyper, data):
-        return over_lanes(lambda state: epoch(architecture, state, hyper, data), states)
+    def epoch_of(architecture, lane, data):
+        state, hyper = lane
+        return epoch(architecture, state, hyper, data)
 
-    @partial(jax.jit, static_argnums=0, compiler_options=options)
-    def evaluation_of_lanes(architecture, parameters, hyper, split, scale):
-        return over_lanes(
-            lambda lane: evaluate(architecture, lane, hyper, split, scale), parameters
-        )
+    def evaluation_of(architecture, lane, split, scale):
+        parameters, hyper = lane
+        return evaluate(architecture, parameters, hyper, split, scale)
 
-    return Programs(epoch_of_lanes, evaluation_of_lanes)
+    return Programs(over_lanes(epoch_of), over_lanes(evaluation_of))
+
+
+def _at_once(function: Callable[..., Any]) -> Program:
+    """Over all lanes in one program, compiled for their number."""
+
+    @partial(jax.jit, static_argnums=0)
+    def run(architecture, lanes, *shared):
+        return jax.vmap(lambda lane: function(architecture, lane, *shared))(lanes)
+
+    return Program(run, run.lower)
+
+
+def _in_turn(function: Callable[..., Any]) -> Program:
+    """One lane after another, which keeps a CPU as busy as all at once, with the memory of one. Nor
+    does the program, and so no bit of a result, depend on their number."""
+    options = understood(CPU_OPTIONS)
+    single = jax.jit(function, static_argnums=0, compiler_options=options)
+
+    def run(architecture, lanes, *shared):
+        count = len(jax.tree.leaves(lanes)[0])
+        return _stacked([single(architecture, _lane(lanes, n), *shared) for n in range(count)])
+
+    def lower(architecture, lanes, *shared):
+        return single.lower(architecture, jax.eval_shape(_lane, lanes, 0), *shared)
+
+    return Program(run, lower)
+
+
+@jax.jit
+def _lane(lanes, number):
+    return jax.tree.map(lambda leaf: leaf[number], lanes)
+
+
+@jax.jit
+def _stacked(lanes):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
 
 
 def programs_of(config: RunConfig, data: Data, state: TrainingState) -> str:
     """The programs that `advance` calls, described: runs with the same description share them."""
-    arrays = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves((state, data))]
-    splits = _evaluated(config, data, config.epochs)
-    return f"jax {jax.__version__} {config.architecture} {' '.join([*splits, *arrays])}"
+    lanes = 1 if jax.default_backend() == "cpu" else len(state.seed)
+    shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves((_lane(state, 0), data))]
+    splits = _evaluated(config, data, at_end=True)
+    described = [jax.__version__, config.architecture, lanes, *splits, *shapes]
+    return " ".join(map(str, described))
 
 
 def compile_programs(config: RunConfig, data: Data, state: TrainingState) -> None:
     """Compiles what `advance` calls, and trains nothing."""
-    hyper = as_arrays(config.hyperparameters)
-    programs().epoch.lower(config.architecture, state, hyper, data).compile()
-    for split in _evaluated(config, data, config.epochs).values():
-        programs().evaluate.lower(
-            config.architecture, state.parameters, hyper, split, data.scale
-        ).compile()
+    hyper = for_lanes(config.hyperparameters, len(state.seed))
+    programs().epoch.lower(config.architecture, (state, hyper), data).compile()
+    for split in _evaluated(config, data, at_end=True).values():
+        lanes = (state.parameters, hyper)
+        programs().evaluate.lower(config.architecture, lanes, split, data.scale).compile()
 
 
-def _evaluated(config: RunConfig, data: Data, epoch: int) -> dict[str, Images]:
+def _evaluated(config: RunConfig, data: Data, at_end: bool) -> dict[str, Images]:
     """The splits that are evaluated after an epoch, by the prefix of their metrics."""
     splits = {"valid": data.validation}
     if config.evaluated_share_of_train:
         splits["train_OL"] = data.train_subset
-    if config.test_at_end and epoch == config.epochs:
+    if config.test_at_end and at_end:
         splits["test"] = data.test
     return splits
 
@@ -331,22 +376,27 @@ def run_epoch(config: RunConfig, data: Data, state: TrainingState) -> tuple[Trai
     return state, metrics
 
 
-def advance(config: RunConfig, data: Data, state: TrainingState) -> tuple[TrainingState, Metrics]:
+def advance(
+    config: RunConfig, data: Data, state: TrainingState, hyper: Hyperparameters | None = None
+) -> tuple[TrainingState, Metrics]:
     """Trains one epoch and evaluates; metrics under the published names, each `[lanes]`.
+
+    `hyper` has the scalars of each lane, if they are not those of `config`.
 
     `train_CL_*` describe training (closed loop), `valid_*` the open loop on the validation set,
     `train_OL_*` and `test_*` likewise where the configuration asks for them (the test set only
-    after the last epoch); `epoch_seconds` is the wall time of all of it. A lane that diverges does
-    not touch the others: nothing is raised, `divergences` says which have.
+    after the last epoch of a lane); `epoch_seconds` is the wall time of all of it. A lane that
+    diverges does not touch the others: nothing is raised, `divergences` says which have.
     """
     start = time.perf_counter()
-    hyper = as_arrays(config.hyperparameters)
-    state, trained = programs().epoch(config.architecture, state, hyper, data)
+    if hyper is None:
+        hyper = for_lanes(config.hyperparameters, len(state.seed))
+    state, trained = programs().epoch.run(config.architecture, (state, hyper), data)
     metrics = {f"train_CL_{name}": np.asarray(values) for name, values in trained.items()}
-    for name, split in _evaluated(config, data, int(state.epoch[0])).items():
-        measured = programs().evaluate(
-            config.architecture, state.parameters, hyper, split, data.scale
-        )
+    at_end = bool(np.any(np.asarray(state.epoch) == config.epochs))
+    for name, split in _evaluated(config, data, at_end).items():
+        lanes = (state.parameters, hyper)
+        measured = programs().evaluate.run(config.architecture, lanes, split, data.scale)
         metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}
     metrics["epoch_seconds"] = np.full(len(state.seed), time.perf_counter() - start)
     return state, metrics

@@ -200,3 +200,15 @@ def problem() -> Callable[..., Problem]:
         return Problem(architecture, parameters, x, target)
 
     return make
+
+
+@pytest.fixture
+def recompiled():
+    """Programs that are compiled within the test, which changes a table, are not kept."""
+    from disinhib import training
+
+    training.programs.cache_clear()
+    jax.clear_caches()
+    yield
+    training.programs.cache_clear()
+    jax.clear_caches()

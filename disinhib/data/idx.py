@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from disinhib.data.base import DataError, Dataset, Split, split
 
@@ -144,6 +143,8 @@ def _places(files: IdxFiles, path: str | None) -> list[Path]:
 
 
 def _cache() -> Path:
+    import pooch  # here, because the core also trains without files
+
     return Path(pooch.os_cache("disinhib"))
 
 

@@ -298,11 +298,12 @@ def closed_loop(
     )
     brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
     for method, cap in ((broyden, brief), (newton, solver.max_iterations)):
-        iterate = jax.lax.while_loop(
-            lambda iterate, cap=cap: jnp.any(unsolved(iterate)) & (iterate.evaluations < cap),
-            method,
-            iterate,
-        )
+        with jax.named_scope(method.__name__):
+            iterate = jax.lax.while_loop(
+                lambda iterate, cap=cap: jnp.any(unsolved(iterate)) & (iterate.evaluations < cap),
+                method,
+                iterate,
+            )
     s = disinhibition(iterate.control, weights)
     u_i = tuple(
         inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)

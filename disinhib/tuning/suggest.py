@@ -57,8 +57,11 @@ def suggest(
     fixed: Mapping[str, Any] | None = None,
 ) -> Proposal:
     """The sampler's proposal for trial `number` after `history`, with the parameters `fixed`."""
-    study = optuna.create_study(direction="maximize", sampler=sampler(seed=seed))
-    study.add_trials(map(frozen_trial, history))
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, direction="maximize", sampler=sampler(seed=seed))
+    name = storage.get_study_id_from_name(study.study_name)
+    for trial in history:  # not study.add_trials, which checks what the log has, each time again
+        storage.create_new_trial(name, template_trial=frozen_trial(trial))
     if fixed:
         study.enqueue_trial(dict(fixed))
     trial = study.ask()

@@ -1,0 +1,124 @@
+"""Many configurations of one structure, trained at once on one device (DESIGN section 4).
+
+A fixed number of slots, each of which may hold a lane: a configuration and a seed, with an age, a
+data order and a fate of its own. A lane's result does not depend on its neighbours: it is what it
+would be alone, on a CPU bit for bit. A slot that holds none trains on in vain.
+
+On a GPU a step of these networks costs its launches and not its multiplications, so many lanes take
+little longer than one; on a CPU they take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disinhib import training
+from disinhib.config import RunConfig
+from disinhib.hyperparameters import Hyperparameters
+from disinhib.training import Data, Metrics, TrainingState
+
+Name = Hashable  # of a lane; None is that of a slot without one
+
+
+class Lanes(NamedTuple):
+    """`state` and `hyper` have a leading axis of slots, `names` says which lane each holds."""
+
+    state: TrainingState
+    hyper: Hyperparameters
+    names: tuple[Name | None, ...]
+
+    @property
+    def free(self) -> int:
+        return self.names.count(None)
+
+
+def empty(config: RunConfig, slots: int) -> Lanes:
+    """`slots` free slots for the structure of `config`."""
+    state = training.initial_state(config, [0] * slots)
+    return Lanes(state, training.for_lanes(config.hyperparameters, slots), (None,) * slots)
+
+
+def join(
+    lanes: Lanes, names: Sequence[Name], state: TrainingState, hyper: Hyperparameters
+) -> Lanes:
+    """Puts a lane for each of `names` into free slots: `state` `[names, ...]` is where it starts,
+    `hyper` has the scalars of all of them. Raises ValueError if there are fewer free slots."""
+    if len(names) > lanes.free:
+        raise ValueError(f"{len(names)} lanes for {lanes.free} free slots")
+    slots = [slot for slot, name in enumerate(lanes.names) if name is None][: len(names)]
+    index = jnp.asarray(slots)
+    put = lambda all_slots, own: all_slots.at[index].set(own)
+    held = dict(enumerate(lanes.names)) | dict(zip(slots, names, strict=True))
+    return Lanes(
+        jax.tree.map(put, lanes.state, state),
+        jax.tree.map(put, lanes.hyper, training.for_lanes(hyper, len(names))),
+        tuple(held.values()),
+    )
+
+
+def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
+    """Frees the slots of `names`."""
+    return lanes._replace(names=tuple(None if n in names else n for n in lanes.names))
+
+
+def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
+    """The state `[names, ...]` of these lanes, to be kept, or to join others with."""
+    index = jnp.asarray([lanes.names.index(name) for name in names])
+    return jax.tree.map(lambda leaf: leaf[index], lanes.state)
+
+
+def compacted(lanes: Lanes) -> Lanes:
+    """With half as many slots, as often as its lanes fit into the half."""
+    slots = len(lanes.names)
+    while slots % 2 == 0 and len(lanes.names) - lanes.free <= slots // 2:
+        slots //= 2
+    order = sorted(range(len(lanes.names)), key=lambda slot: lanes.names[slot] is None)[:slots]
+    index = jnp.asarray(order)
+    take = lambda leaf: leaf[index]
+    names = tuple(lanes.names[slot] for slot in order)
+    return Lanes(jax.tree.map(take, lanes.state), jax.tree.map(take, lanes.hyper), names)
+
+
+def advance(config: RunConfig, data: Data, lanes: Lanes) -> tuple[Lanes, dict[Name, Metrics]]:
+    """Trains every lane by one epoch and evaluates it, as `training.advance` does: its metrics, of
+    one value each, by its name."""
+    state, metrics = training.advance(config, data, lanes.state, lanes.hyper)
+    ends = np.asarray(state.epoch) == config.epochs
+    told = {
+        name: {
+            metric: values[slot : slot + 1]
+            for metric, values in metrics.items()
+            if ends[slot] or not metric.startswith("test_")
+        }
+        for slot, name in enumerate(lanes.names)
+        if name is not None
+    }
+    return lanes._replace(state=state), told
+
+
+def bytes_needed(config: RunConfig, data: Data, slots: int) -> int:
+    """The device's memory that an epoch of so many slots takes, data included, by XLA's own
+    analysis of the compiled program."""
+    state = jax.eval_shape(lambda: training.initial_state(config, [0] * slots))
+    hyper = jax.eval_shape(lambda: training.for_lanes(config.hyperparameters, slots))
+    epoch = training.programs().epoch
+    compiled = epoch.lower(config.architecture, (state, hyper), data).compile()
+    needs = compiled.memory_analysis()
+    if needs is None:  # a backend that does not tell
+        return 0
+    whole = needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
+    return whole + needs.generated_code_size_in_bytes - needs.alias_size_in_bytes
+
+
+def fitting(config: RunConfig, data: Data, most: int, limit: int) -> int:
+    """The number of slots, `most` or a half, a quarter ... of it, whose epoch takes at most `limit`
+    bytes; at least 1."""
+    slots = most
+    while slots > 1 and bytes_needed(config, data, slots) > limit:
+        slots //= 2
+    return slots

@@ -1,0 +1,160 @@
+"""Lanes: each is what it would be alone, whoever is beside it, joins or leaves."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from disinhib import checkpoint, hydra_config, lanes, training
+from disinhib.config import parse
+
+TINY = ("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[16]", "batchsize=100", "epochs=3")
+
+
+def configured(*overrides):
+    return parse(hydra_config.compose("train", [*TINY, "model/vf=dale", *overrides])[0])
+
+
+# One structure; the last diverges.
+CONFIGS = {
+    "exact": configured("trainer=exact-inv"),
+    "threshold": configured("trainer=lin-thresh", "optimizer.learning_rate=0.01"),
+    "averaged": configured(
+        "trainer=exact-inv", "trainer.average_fb_weights=true", "model.vf.g_EI=0.7"
+    ),
+    "diverging": configured("trainer=exact-inv", "optimizer.learning_rate=1e6"),
+}
+EXACT = CONFIGS["exact"]
+
+
+def join(slots, name, seed=0):
+    config = CONFIGS[name]
+    state = training.initial_state(config, [seed])
+    return lanes.join(slots, [name], state, config.hyperparameters)
+
+
+def alone(name, epochs, seed=0):
+    """(the state, metrics of each epoch) of a configuration that has no neighbours."""
+    config = CONFIGS[name]
+    data, state, told = training.prepare(config), training.initial_state(config, [seed]), []
+    for _ in range(epochs):
+        state, metrics = training.advance(config, data, state)
+        told.append(metrics)
+    return state, told
+
+
+def same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def agree(metrics, expected):
+    assert metrics.keys() == expected.keys()
+    for name in metrics.keys() - {"epoch_seconds"}:
+        np.testing.assert_array_equal(metrics[name], expected[name], err_msg=name)
+
+
+def test_all_are_one_structure():
+    (_,) = {config.architecture for config in CONFIGS.values()}
+
+
+def test_a_lane_is_what_it_would_be_alone():
+    """Of another age, joined in the midst, beside one that diverges, in a slot that was another's,
+    before and after slots are compacted."""
+    data = training.prepare(EXACT)
+    slots = lanes.empty(EXACT, 4)
+    slots = join(join(slots, "exact"), "diverging")
+    slots, first = lanes.advance(EXACT, data, slots)
+    slots = lanes.leave(slots, ["diverging"])
+    slots = join(join(slots, "averaged"), "threshold", seed=7)
+    assert slots.free == 1
+    slots, second = lanes.advance(EXACT, data, slots)
+    slots = lanes.leave(slots, ["exact"])
+    slots = lanes.compacted(slots)
+    assert (len(slots.names), slots.free) == (2, 0)
+    slots, third = lanes.advance(EXACT, data, slots)
+    told = {name: [e[name] for e in (first, second, third) if name in e] for name in CONFIGS}
+    for name, seed in (("exact", 0), ("averaged", 0), ("threshold", 7), ("diverging", 0)):
+        state, expected = alone(name, len(told[name]), seed)
+        for metrics, other in zip(told[name], expected, strict=True):
+            agree(metrics, other)
+        if name in slots.names:
+            same(lanes.state_of(slots, [name]), state)
+    assert training.divergences(EXACT, told["diverging"][0], alone("diverging", 1)[0])
+    assert [len(told[name]) for name in CONFIGS] == [2, 2, 2, 1]
+
+
+def test_a_lane_goes_on_from_a_checkpoint_among_others(tmp_path):
+    data, file = training.prepare(EXACT), tmp_path / "lane"
+    slots = join(join(lanes.empty(EXACT, 2), "exact"), "averaged")
+    slots, _ = lanes.advance(EXACT, data, slots)
+    checkpoint.save(file, CONFIGS["averaged"], lanes.state_of(slots, ["averaged"]))
+    restored = checkpoint.load(file, CONFIGS["averaged"]).state
+    others = join(lanes.empty(EXACT, 2), "threshold")
+    others = lanes.join(others, ["averaged"], restored, CONFIGS["averaged"].hyperparameters)
+    others, told = lanes.advance(EXACT, data, others)
+    agree(told["averaged"], alone("averaged", 2)[1][1])
+
+
+def test_seeds_of_a_trial_join_and_leave_together():
+    config = replace(EXACT, epochs=1, test_at_end=True)
+    names = [("trial", seed) for seed in (3, 4)]
+    state = training.initial_state(config, [3, 4])
+    slots = lanes.join(lanes.empty(config, 4), names, state, config.hyperparameters)
+    slots, told = lanes.advance(config, training.prepare(config), slots)
+    expected, metrics = training.advance(config, training.prepare(config), state)
+    same(lanes.state_of(slots, names), expected)
+    for lane, name in enumerate(names):  # both ended with this epoch
+        assert told[name]["test_accuracy"] == metrics["test_accuracy"][lane]
+
+
+def test_the_test_set_is_for_lanes_at_their_end():
+    config = replace(EXACT, epochs=2, test_at_end=True)
+    data, slots = training.prepare(config), join(lanes.empty(config, 2), "exact")
+    slots, told = lanes.advance(config, data, slots)
+    assert "test_accuracy" not in told["exact"]
+    slots, told = lanes.advance(config, data, join(slots, "threshold"))
+    assert "test_accuracy" in told["exact"] and "test_accuracy" not in told["threshold"]
+
+
+def test_more_lanes_than_slots_are_refused():
+    slots = join(lanes.empty(EXACT, 1), "exact")
+    with pytest.raises(ValueError, match="1 lanes for 0 free slots"):
+        join(slots, "averaged")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, recompiled):
+    """All lanes in one program."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_lanes_in_one_program_are_what_they_would_be_alone(as_on_a_gpu, monkeypatch):
+    """To float32's rounding, of which the rules make little in an epoch; and each as if its
+    neighbours were others."""
+    data = training.prepare(EXACT)
+    names = [*CONFIGS]
+    slots = lanes.empty(EXACT, 4)
+    for name in names:
+        slots = join(slots, name)
+    slots, told = lanes.advance(EXACT, data, slots)
+    others = join(join(lanes.empty(EXACT, 4), "threshold"), "exact")
+    others, again = lanes.advance(EXACT, data, others)
+    for name in ("exact", "threshold"):
+        agree(told[name], again[name])
+    monkeypatch.undo()
+    training.programs.cache_clear()
+    for name in ("exact", "threshold", "averaged"):
+        _, (expected,) = alone(name, 1)
+        for metric in ("train_CL_loss", "valid_loss", "train_CL_weight_norm"):
+            np.testing.assert_allclose(told[name][metric], expected[metric], rtol=1e-3)
+
+
+def test_memory_grows_with_the_slots_and_is_kept_within_a_limit(as_on_a_gpu):
+    data = training.prepare(EXACT)
+    one, two, four = (lanes.bytes_needed(EXACT, data, count) for count in (1, 2, 4))
+    assert 0 < one < two < four
+    assert lanes.fitting(EXACT, data, 4, four) == 4
+    assert lanes.fitting(EXACT, data, 4, four - 1) == 2
+    assert lanes.fitting(EXACT, data, 4, 0) == 1
