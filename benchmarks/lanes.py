@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from disinhib import cli, lanes, training
+from disinhib import cli, lanes, numerics, training
 from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
 from disinhib.config import RunConfig, published
 from disinhib.hyperparameters import Architecture
@@ -118,6 +118,7 @@ def kernels(program: Any, steps: int) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     options = COMMAND.parse(arguments)
+    numerics.set_jax()
     rows = []
     print(jax.devices()[0].device_kind)
     print("{:<11}{:<9}{:>7}{:>10}{:>15}{:>8}{:>11}   {}".format(*COLUMNS))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from disinhib import cli, training
+from disinhib import cli, numerics, training
 from disinhib.checks import COUNT, OPTIONAL_TEXT, Option
 from disinhib.config import RunConfig, published
 from disinhib.hyperparameters import Architecture, Newton, Ode
@@ -117,6 +117,7 @@ def measure(repeats: int, steps: int) -> list[Row]:
 
 def main(arguments: Sequence[str]) -> None:
     options = COMMAND.parse(arguments)
+    numerics.set_jax()
     rows = measure(options["repeats"], options["steps"])
     device = jax.devices()[0]
     table = Table(title=f"one training step, batch {BATCH}, layers of 256, {device.device_kind}")

@@ -1,6 +1,6 @@
 """A cache of compiled programs on disk: a process loads programs that another one has compiled.
 
-XLA takes 2 to 8 s to compile a program and 0.1 s to load it (measured: E-I rules on one core). Each
+XLA takes 2 to 6 s to compile a program and 0.1 s to load it (measured: E-I rules on one core). Each
 kind of machine that XLA compiles for has its own folder. The longest unused programs are removed
 when all folders together exceed a bound.
 

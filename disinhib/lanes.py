@@ -2,7 +2,8 @@
 
 A fixed number of slots, each of which may hold a lane: a configuration and a seed, with an age, a
 data order and a fate of its own. A lane's result does not depend on its neighbours: it is what it
-would be alone, on a CPU bit for bit. A slot that holds none trains on in vain.
+would be alone, on a CPU bit for bit. A slot that holds none trains on in vain, which costs a CPU
+as much as a lane.
 
 On a GPU a step of these networks costs its launches and not its multiplications, so many lanes take
 little longer than one; on a CPU they take turns.
@@ -47,11 +48,14 @@ def join(
     lanes: Lanes, names: Sequence[Name], state: TrainingState, hyper: Hyperparameters
 ) -> Lanes:
     """Puts a lane for each of `names` into free slots: `state` `[names, ...]` is where it starts,
-    `hyper` has the scalars of all of them. Raises ValueError if there are fewer free slots."""
+    `hyper` has the scalars of all of them. Raises ValueError if there are fewer free slots, or if a
+    name is None or not its only one."""
     if len(names) > lanes.free:
         raise ValueError(f"{len(names)} lanes for {lanes.free} free slots")
+    if len({None, *lanes.names, *names}) < 1 + len(lanes.names) - lanes.free + len(names):
+        raise ValueError(f"{', '.join(map(str, names))}: given, needed are new names")
     slots = [slot for slot, name in enumerate(lanes.names) if name is None][: len(names)]
-    index = jnp.asarray(slots)
+    index = jnp.asarray(slots, int)
     put = lambda all_slots, own: all_slots.at[index].set(own)
     held = dict(enumerate(lanes.names)) | dict(zip(slots, names, strict=True))
     return Lanes(
@@ -68,7 +72,7 @@ def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
 
 def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
     """The state `[names, ...]` of these lanes, to be kept, or to join others with."""
-    index = jnp.asarray([lanes.names.index(name) for name in names])
+    index = jnp.asarray([lanes.names.index(name) for name in names], int)
     return jax.tree.map(lambda leaf: leaf[index], lanes.state)
 
 
@@ -102,8 +106,8 @@ def advance(config: RunConfig, data: Data, lanes: Lanes) -> tuple[Lanes, dict[Na
 
 
 def bytes_needed(config: RunConfig, data: Data, slots: int) -> int:
-    """The device's memory that an epoch of so many slots takes, data included, by XLA's own
-    analysis of the compiled program."""
+    """The device's memory that an epoch of so many slots takes, data included, by XLA's analysis of
+    the compiled program; on a CPU, where lanes take turns, that of one."""
     state = jax.eval_shape(lambda: training.initial_state(config, [0] * slots))
     hyper = jax.eval_shape(lambda: training.for_lanes(config.hyperparameters, slots))
     epoch = training.programs().epoch

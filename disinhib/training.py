@@ -348,13 +348,16 @@ def programs_of(config: RunConfig, data: Data, state: TrainingState) -> str:
     return " ".join(map(str, described))
 
 
-def compile_programs(config: RunConfig, data: Data, state: TrainingState) -> None:
-    """Compiles what `advance` calls, and trains nothing."""
+def lowered_programs(
+    config: RunConfig, data: Data, state: TrainingState
+) -> list[jax.stages.Lowered]:
+    """What `advance` calls, traced: once they are compiled, it compiles nothing."""
     hyper = for_lanes(config.hyperparameters, len(state.seed))
-    programs().epoch.lower(config.architecture, (state, hyper), data).compile()
+    lowered = [programs().epoch.lower(config.architecture, (state, hyper), data)]
     for split in _evaluated(config, data, at_end=True).values():
         lanes = (state.parameters, hyper)
-        programs().evaluate.lower(config.architecture, lanes, split, data.scale).compile()
+        lowered.append(programs().evaluate.lower(config.architecture, lanes, split, data.scale))
+    return lowered
 
 
 def _evaluated(config: RunConfig, data: Data, at_end: bool) -> dict[str, Images]:

@@ -94,7 +94,11 @@ def test_a_program_is_compiled_by_one_process_while_the_others_wait(tmp_path):
         )
         for names in (("first", "second"), ("second", "first"))
     ]  # fmt: skip
-    compiled = [int(process.communicate()[0]) for process in processes]
+    try:
+        compiled = [int(process.communicate(timeout=300)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert compiled[0] > 0 and compiled[1] == 0
 
 
@@ -103,6 +107,16 @@ def test_a_lock_that_cannot_be_had_holds_up_nobody(tmp_path, monkeypatch):
     compilation_cache.share(tmp_path)
     with compilation_cache.alone("a program"):
         assert not (tmp_path / "gone").exists()
+
+
+def test_nobody_waits_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(compilation_cache, "LONGEST_COMPILATION", 0.1)
+    compilation_cache.share(tmp_path / "programs")
+    entered = []
+    with compilation_cache.alone("a program"), compilation_cache.alone("a program"):
+        entered.append("both")
+    assert entered and len([*tmp_path.glob("disinhib-programs-*/*")]) == 1
 
 
 @pytest.mark.parametrize(

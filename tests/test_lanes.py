@@ -122,6 +122,8 @@ def test_more_lanes_than_slots_are_refused():
     slots = join(lanes.empty(EXACT, 1), "exact")
     with pytest.raises(ValueError, match="1 lanes for 0 free slots"):
         join(slots, "averaged")
+    with pytest.raises(ValueError, match="exact: given, needed are new names"):
+        join(join(lanes.empty(EXACT, 3), "exact"), "exact")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from disinhib import losses
 from disinhib.activations import ACTIVATIONS, bind
 from disinhib.checks import POSITIVE, Option, defaults
 from disinhib.controller import CONTROLLERS
-from disinhib.feedback import jacobian_weights, modified
+from disinhib.feedback import disinhibition, jacobian_weights, modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import Microcircuit, microcircuit, relax, search_from
@@ -96,7 +96,7 @@ def test_a_neuron_is_in_equilibrium_whatever_its_activations_and_gains(
         ("tanh", "sigmoid"),
     ],
 )
-def test_the_open_loop_settles_within_its_rounds(kind_e, kind_i, problem):
+def test_the_open_loop_settles_within_its_steps(kind_e, kind_i, problem):
     # An identity kernel makes x the neurons' input; Newton's plain method cycles for some of these.
     x = jnp.tile(jnp.linspace(-20, 20, 400)[:, None], (1, 2))
     small = problem(sizes=(2, 2, 2), activation_e=kind_e, activation_i=kind_i, use_bias=False)
@@ -322,6 +322,59 @@ def test_an_open_loop_that_is_not_finite_is_not_called_converged(problem):
     opened, closed, _ = solved(small._replace(parameters=parameters))
     assert not np.any(opened.converged)
     assert not np.any(closed.converged)
+
+
+@pytest.mark.parametrize("to_readout", [True, False])
+def test_the_slope_of_the_output_is_that_of_neurons_that_settle(to_readout, problem):
+    """Central differences of the output of settled neurons, in each direction of the control."""
+    small = problem(sizes=(5, 8, 7, 6, 4), fb_to_readout=to_readout, solver=TIGHT)
+    architecture, parameters, x, _ = small
+    hyper = HYPER.updated(g_ei=1.3, g_ie=0.7)
+    _, closed, weights = solved(small, hyper)
+    circuit = microcircuit(architecture, traced(hyper))
+    first = x @ parameters["kernel_0"] + parameters["bias_0"]
+
+    @jax.jit
+    def output(control):
+        unknown = jnp.full(len(x), jnp.inf)
+        relief = disinhibition(control, weights)
+        u_e, residual, _ = newton.settle(
+            circuit, parameters, first, closed.state.u_e, relief, unknown, 1e-12, 60
+        )
+        u_y = circuit.phi_e.value(u_e[-1]) @ parameters["kernel_out"]
+        return u_e, u_y + control * float(to_readout), residual
+
+    u_e, _, residual = output(closed.control)
+    assert np.all(residual <= 1e-12)
+    found = newton._output_slope(architecture, parameters, circuit, weights, u_e, closed.control)
+    for direction in range(4):
+        step = 1e-5 * jnp.eye(4)[direction]
+        above, below = (output(closed.control + sign * step)[1] for sign in (1, -1))
+        np.testing.assert_allclose(found[..., direction], (above - below) / 2e-5, atol=1e-8)
+    assert np.max(np.abs(found - float(to_readout) * jnp.eye(4))) > 1e-3  # the layers' own share
+
+
+def test_a_sample_of_which_nothing_more_can_be_made_is_given_up(problem):
+    """No arithmetic reaches this tolerance; each is as good as it can be, after few evaluations."""
+    small = problem(sizes=(5, 8, 4), solver=Newton(tolerance=1e-30, max_iterations=60))
+    _, closed, _ = solved(small)
+    assert not np.any(closed.converged)
+    assert np.max(closed.residual) < 1e-14 and np.max(closed.iterations) < 30
+
+
+@pytest.mark.parametrize("kind_i", ["softrelu", "tanh"])
+def test_a_sample_settles_as_if_it_were_alone(kind_i, problem):
+    """Also one that needs more than the first steps, beside others that need more still."""
+    small = problem(sizes=(5, 12, 12, 12, 4), weight_scale=6.0, batch=20, activation_i=kind_i)
+    solve = jax.jit(partial(newton.open_loop, small.architecture))
+    hyper = traced(HYPER._replace(g_ei=4.0, g_ie=4.0))
+    together = solve(small.parameters, hyper, small.x)
+    assert np.all(together.converged) and np.all(together.iterations > 1)
+    for i in range(len(small.x)):
+        alone = solve(small.parameters, hyper, jnp.broadcast_to(small.x[i], small.x.shape))
+        assert np.all(alone.converged)
+        np.testing.assert_allclose(alone.residual[0], together.residual[i], rtol=1e-6, atol=1e-14)
+        np.testing.assert_allclose(alone.state.u_y[0], together.state.u_y[i], rtol=1e-12)
 
 
 def test_a_sample_is_solved_as_if_it_were_alone(problem):

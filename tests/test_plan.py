@@ -4,7 +4,7 @@ import pytest
 
 from disinhib import config
 from disinhib.errors import ConfigError
-from disinhib.tuning import manifest, plan, study
+from disinhib.tuning import cluster, manifest, plan, study
 from disinhib.tuning.event_log import Record
 from disinhib.tuning.options import check_space, compose
 from disinhib.tuning.plan import Cost
@@ -74,10 +74,10 @@ def test_disk_is_for_trials_that_run_and_the_best_of_each_rule():
 @pytest.mark.parametrize(
     ("gpus", "may_take", "fits", "share"),
     [
-        (0.25, 20_000, 133, "0.007"),
-        (1, 80_000, 133, "0.007"),
-        (1, 500, 1, "1.0"),
-        (0.5, 900, 3, "0.333"),
+        (0.25, 20_000, 125, 0.008),
+        (1, 80_000, 125, 0.008),
+        (1, 500, 1, 1.0),
+        (0.5, 900, 2, 0.334),
     ],
 )
 def test_a_plan_says_how_many_trials_the_memory_of_a_gpu_has_room_for(gpus, may_take, fits, share):
@@ -85,6 +85,12 @@ def test_a_plan_says_how_many_trials_the_memory_of_a_gpu_has_room_for(gpus, may_
     words = plan._memory([cost._replace(gpu_mb=may_take) for cost in costs], 4, gpus)
     assert f"600 MB a trial, which cluster.gpus_per_trial={gpus} lets take {may_take} MB" in words
     assert f"of one GPU {fits} trials fit (cluster.gpus_per_trial={share})" in words
+    assert share * may_take / gpus >= 600 or share == 1
+    assert cluster.room({"GPU": 1, "CPU": 999}, {"gpu": share, "cpu": 1}) == fits
+
+
+def test_a_plan_leaves_out_what_jax_does_not_tell_of_a_gpu():
+    assert plan._memory([FREE], 4, 1) == "\nGPU memory: 1 MB a trial"
 
 
 def test_structures_of_the_shipped_space():
@@ -173,6 +179,8 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     row = next(line for line in lines if line.startswith("bp  "))
     numbers = [float(word) for word in row.split()[1:]]
     assert len(numbers) == 4 and all(number > 0 for number in numbers)
+    first_epoch, epoch, *_ = numbers
+    assert first_epoch > 2 * epoch  # with its compilation
     failed = next(line for line in lines if line.startswith("exact-inv  "))
     assert "failed: Diverged: train_CL_converged_share is 0.0000" in failed
     whole = next(line for line in lines if line.startswith("without early stopping: "))

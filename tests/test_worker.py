@@ -437,12 +437,15 @@ def test_xla_keeps_to_that_share():
         (ImportError("libcudart.so"), MACHINE),
     ],
 )
-def test_errors_in_training_are_the_trials_or_the_machines(error, key, configure, monkeypatch):
+@pytest.mark.parametrize("amid", ["lowered_programs", "run_epoch"])
+def test_errors_in_training_are_the_trials_or_the_machines(
+    error, key, amid, configure, monkeypatch
+):
     def broken(*_):
         raise error
 
     worker = TrainingTrial(configure())
-    monkeypatch.setattr(training, "run_epoch", broken)
+    monkeypatch.setattr(training, amid, broken)
     (result,) = [worker.train()]
     assert key in result and (FAILURE in result) + (MACHINE in result) == 1
     assert result[key].startswith(platform.node() if key == MACHINE else type(error).__name__)

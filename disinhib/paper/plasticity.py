@@ -33,8 +33,8 @@ from disinhib.solvers.ode import layer_velocity
 
 STEP, STEPS = 1 / 50, 600  # of the published integration: in time constants, number
 UNIT_TIME = Hyperparameters(tau_e=1.0, tau_i=1.0)
-# Of Newton's method: steps a round, rounds at most, the residual that ends it (float32 stays above
-# it, and uses all rounds), and the largest that counts as solved.
+# Of Newton's method: steps at most, the residual that ends it (float32 stays above it, and takes
+# all steps), and the largest that counts as solved.
 NEWTON_STEPS, TOLERANCE, SOLVED = 120, 1e-10, 1e-5
 
 Points = Float[Array, " points"]  # an experiment's inputs, or what belongs to each of them

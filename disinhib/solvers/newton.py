@@ -49,8 +49,8 @@ class Solution(NamedTuple):
     """A steady state and how well it was reached; the last three are per sample `[batch]`.
 
     `residual` is the largest, over layers and controller, of |equilibrium error| / (1 + |value|)
-    in Euclidean norms. `iterations` counts evaluations of the network in closed loop (Newton; in
-    open loop rounds of two steps on the neurons, the same for all samples) or integration steps.
+    in Euclidean norms. `iterations` counts evaluations of the network (Newton; in open loop those
+    of all samples) or integration steps.
     """
 
     state: NetworkState
@@ -135,7 +135,8 @@ def settle(
 ) -> tuple[Layers, Float[Array, " batch"], Int[Array, ""]]:
     """(u_E, each sample's residual, sweeps): safeguarded Newton steps of all neurons of all layers
     at once, for the first layer's input `first` and the dis-inhibition `s` of each layer, until the
-    residual of every sample is below `goal`, at most `cap` sweeps a layer."""
+    residual of every sample is below its `goal`, at most `cap` sweeps a layer (the residual is then
+    that before the last)."""
     if not u_e:
         return u_e, residual, jnp.zeros((), int)
     ends = np.cumsum([u.shape[-1] for u in u_e])[:-1]
@@ -157,7 +158,7 @@ def settle(
         low, high = jnp.minimum(a - last_a, 0), jnp.maximum(a - last_a, 0)
         search = search._replace(low=search.low + low, high=search.high + high)
         # One step more than the goal asks for: the control is found by what neurons answer.
-        moves = last_residual > goal
+        moves = jnp.maximum(last_residual, residual) > goal
         keep = partial(jnp.where, moves[:, None])
         search = jax.tree.map(keep, relax(circuit, search, a, relief), search)
         return search, a, residual, moves, sweeps + 1
@@ -224,12 +225,11 @@ def closed_loop(
         move = lambda layer, a: _step(circuit, u_e[layer], a, s[layer])
         return _forward(circuit, parameters, first, len(u_e), move)
 
-    def settle_neurons(u_e, s):
+    def settle_neurons(which, u_e, s):
         unknown = jnp.full(len(x), jnp.inf if u_e else 0.0, x.dtype)
-        return settle(
-            *(circuit, parameters, first, u_e, s, unknown),
-            *(solver.tolerance, solver.max_iterations),
-        )[:2]
+        goal = jnp.where(which, solver.tolerance, jnp.inf)
+        arguments = (circuit, parameters, first, u_e, s, unknown, goal)
+        return settle(*arguments, solver.max_iterations)[:2]
 
     def unsolved(iterate: _Iterate):
         return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
@@ -275,13 +275,14 @@ def closed_loop(
         jacobian = gain * derivative(slope) - jnp.eye(u_y.shape[-1], dtype=x.dtype)
         step = -jnp.linalg.solve(jacobian, iterate.mismatch[..., None])[..., 0]
         first = iterate.share == NOT_SETTLED
-        share = jnp.where(first, 0, iterate.share)
-        after = evaluated(iterate, iterate.control + share[:, None] * step, settle_neurons)
-        size = lambda of: jnp.linalg.norm(of.mismatch, axis=-1)
-        better = first | (size(after) < size(iterate))
+        step = jnp.where(first[:, None], 0, iterate.share[:, None] * step)
         active = unsolved(iterate)
+        move = partial(settle_neurons, active)
+        after = evaluated(iterate, iterate.control + step, move)
+        size = lambda of: jnp.linalg.norm(of.mismatch, axis=-1)
+        better = first | (size(after) < size(iterate)) | (after.residual <= solver.tolerance)
         after = counted(after, iterate, active & better)
-        share = jnp.where(better, jnp.minimum(2 * share, 1), share / 2)
+        share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
         return after._replace(share=jnp.where(active, jnp.where(first, 1, share), iterate.share))
 
     iterate = _Iterate(

@@ -329,11 +329,12 @@ def _memory(timed: Sequence[Cost], at_once: int, gpus: float) -> str:
     memory = max(cost.memory_mb for cost in timed)
     if not gpus:
         return f"\nmemory: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all"
+    needs = f"\nGPU memory: {memory:.0f} MB a trial"
     may_take = min(cost.gpu_mb for cost in timed)
-    fitting = max(1, int(may_take / gpus / memory))
-    share = math.floor(1000 / fitting) / 1000
+    if math.isnan(may_take):  # jax does not tell
+        return needs
+    share = min(1.0, math.ceil(1e3 * memory * gpus / may_take) / 1e3)
     return (
-        f"\nGPU memory: {memory:.0f} MB a trial, which cluster.gpus_per_trial={in_hydra(gpus)} lets"
-        f" take {may_take:.0f} MB; of one GPU {fitting} trials fit"
-        f" (cluster.gpus_per_trial={in_hydra(share)})"
+        f"{needs}, which cluster.gpus_per_trial={in_hydra(gpus)} lets take {may_take:.0f} MB;"
+        f" of one GPU {int(1 / share + 1e-9)} trials fit (cluster.gpus_per_trial={in_hydra(share)})"
     )

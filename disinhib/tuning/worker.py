@@ -136,12 +136,22 @@ class TrainingTrial(tune.Trainable):
             self._saved_epochs = len(self._reports)
         else:
             self._state = training.initial_state(self._run, self._trial["seeds"])
+        self._begun = True
+        self._preparation = self._prepare()
+
+    def _prepare(self) -> float:
+        """Traces and compiles the trial's programs, unless this process has them; takes seconds."""
+        from disinhib import compilation_cache, training
+
+        start = time.perf_counter()
         run = (self._run, self._data, self._state)
         if (needed := training.programs_of(*run)) not in self._programs:
+            lowered = training.lowered_programs(*run)
             with compilation_cache.alone(needed):
-                training.compile_programs(*run)
+                for program in lowered:
+                    program.compile()
             self._programs.add(needed)
-        self._begun = True
+        return time.perf_counter() - start
 
     def _epoch(self) -> dict[str, Any]:
         """The report of one epoch. In a search, raises training.Diverged if one seed diverges: its
@@ -152,6 +162,8 @@ class TrainingTrial(tune.Trainable):
 
         advance = training.advance if self._trial["final"] else training.run_epoch
         self._state, lanes = advance(self._run, self._data, self._state)
+        lanes["epoch_seconds"] = lanes["epoch_seconds"] + self._preparation
+        self._preparation = 0.0
         reasons = training.divergences(self._run, lanes, self._state)
         before = self._diverged()
         seeds = [*map(str, self._trial["seeds"])]
