@@ -290,7 +290,8 @@ def understood(options: Mapping[str, str]) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def programs() -> Programs:
     """Made at first use, because they depend on the device, which is chosen after import."""
-    over_lanes = _in_turn if jax.default_backend() == "cpu" else _at_once
+    on_cpu = jax.default_backend() == "cpu"
+    over_lanes = partial(_in_turn, understood(CPU_OPTIONS)) if on_cpu else _at_once
 
     def epoch_of(architecture, lane, data):
         state, hyper = lane
@@ -313,11 +314,10 @@ def _at_once(function: Callable[..., Any]) -> Program:
     return Program(run, run.lower)
 
 
-def _in_turn(function: Callable[..., Any]) -> Program:
+def _in_turn(options: Mapping[str, str], function: Callable[..., Any]) -> Program:
     """One lane after another, which keeps a CPU as busy as all at once, with the memory of one. Nor
     does the program, and so no bit of a result, depend on their number."""
-    options = understood(CPU_OPTIONS)
-    single = jax.jit(function, static_argnums=0, compiler_options=options)
+    single = jax.jit(function, static_argnums=0, compiler_options=dict(options))
 
     def run(architecture, lanes, *shared):
         count = len(jax.tree.leaves(lanes)[0])
@@ -342,7 +342,8 @@ def _stacked(lanes):
 def programs_of(config: RunConfig, data: Data, state: TrainingState) -> str:
     """The programs that `advance` calls, described: runs with the same description share them."""
     lanes = 1 if jax.default_backend() == "cpu" else len(state.seed)
-    shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves((_lane(state, 0), data))]
+    arrays = jax.eval_shape(_lane, state, 0), data
+    shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(arrays)]
     splits = _evaluated(config, data, at_end=True)
     described = [jax.__version__, config.architecture, lanes, *splits, *shapes]
     return " ".join(map(str, described))

@@ -164,8 +164,8 @@ def test_the_soft_rectifiers_inverse_is_right_where_the_published_one_is_not():
     np.testing.assert_allclose(phi.inverse(y), 0.5 + y / 1.5 / 0.8, rtol=1e-14)
 
 
-def test_the_soft_rectifiers_series_is_good_to_a_few_units_in_the_last_place():
-    # The series of `_log1p_of_share` is float32's alone; float64's log1p is the truth.
+def test_the_soft_rectifiers_ratio_is_good_to_a_few_units_in_the_last_place():
+    # The ratio of `_log1p_of_share` is float32's alone; float64's log1p is the truth.
     x = np.concatenate([np.linspace(-100, 20, 40_001), -np.geomspace(1e-6, 80, 2_001)])
     x = x.astype(np.float32)
     value = np.asarray(bind("softrelu").value(jnp.asarray(x)), float)
@@ -173,6 +173,6 @@ def test_the_soft_rectifiers_series_is_good_to_a_few_units_in_the_last_place():
     truth = np.maximum(wide, 0) + np.log1p(np.exp(-np.abs(wide)))
     normal = truth > 2 * np.finfo(np.float32).tiny  # XLA flushes subnormal numbers to zero
     ulp = np.spacing(truth.astype(np.float32)).astype(float)
-    # exp's own error of 1 to 2 ulp (3 where |z| is large) comes on top of the series' roundings.
+    # exp's own error of 1 to 2 ulp (3 where |z| is large) comes on top of the ratio's roundings.
     assert np.max(np.abs(value - truth)[normal] / ulp[normal]) < 6
     assert np.max(value[~normal]) < 4e-38

@@ -133,8 +133,7 @@ def as_on_a_gpu(monkeypatch, recompiled):
 
 
 def test_lanes_in_one_program_are_what_they_would_be_alone(as_on_a_gpu, monkeypatch):
-    """To float32's rounding, of which the rules make little in an epoch; and each as if its
-    neighbours were others."""
+    """To float32's rounding (2.4e-7 measured); and each as if its neighbours were others."""
     data = training.prepare(EXACT)
     names = [*CONFIGS]
     slots = lanes.empty(EXACT, 4)
@@ -150,7 +149,7 @@ def test_lanes_in_one_program_are_what_they_would_be_alone(as_on_a_gpu, monkeypa
     for name in ("exact", "threshold", "averaged"):
         _, (expected,) = alone(name, 1)
         for metric in ("train_CL_loss", "valid_loss", "train_CL_weight_norm"):
-            np.testing.assert_allclose(told[name][metric], expected[metric], rtol=1e-3)
+            np.testing.assert_allclose(told[name][metric], expected[metric], rtol=1e-5)
 
 
 def test_memory_grows_with_the_slots_and_is_kept_within_a_limit(as_on_a_gpu):

@@ -179,8 +179,6 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     row = next(line for line in lines if line.startswith("bp  "))
     numbers = [float(word) for word in row.split()[1:]]
     assert len(numbers) == 4 and all(number > 0 for number in numbers)
-    first_epoch, epoch, *_ = numbers
-    assert first_epoch > 2 * epoch  # with its compilation
     failed = next(line for line in lines if line.startswith("exact-inv  "))
     assert "failed: Diverged: train_CL_converged_share is 0.0000" in failed
     whole = next(line for line in lines if line.startswith("without early stopping: "))

@@ -12,7 +12,7 @@ from conftest import hyperparameters
 from disinhib.feedback import modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
-from disinhib.rules import RULES
+from disinhib.rules import FAMILIES, RULES
 from disinhib.solvers import open_loop
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -25,6 +25,15 @@ HYPER = hyperparameters().updated(
     g_ie=0.7,
 )
 FEEDBACK = [name for name, rule in RULES.items() if rule.family.has_feedback]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_rule_is_one_of_its_family(rule):
+    assert FAMILIES[rule.family.name] is rule.family
+    assert {*rule.options} <= {*rule.family.options}
+    others = [each for each in RULES.values() if each.family is rule.family and each is not rule]
+    assert all(each.chosen.keys() == rule.chosen.keys() for each in others)
+    assert all(each.chosen != rule.chosen for each in others)
 
 
 def update(problem, rule, hyper, **changes):

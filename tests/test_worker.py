@@ -453,6 +453,13 @@ def test_errors_in_training_are_the_trials_or_the_machines(
         worker.train()
 
 
+def test_the_first_epoch_counts_the_time_of_its_programs(configure, monkeypatch):
+    worker = TrainingTrial(configure())
+    monkeypatch.setattr(worker, "_prepare", lambda: 1e6)
+    first, second = (report_of(result)["metrics"]["epoch_seconds"] for result in steps(worker, 2))
+    assert min(first) > 1e6 > max(second)
+
+
 def test_a_network_that_is_too_large_is_the_trials_fault_from_the_start(configure, monkeypatch):
     def broken(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")

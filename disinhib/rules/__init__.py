@@ -47,9 +47,6 @@ RULES: dict[str, Rule] = {
 }
 
 FAMILIES: dict[str, Family] = {rule.family.name: rule.family for rule in RULES.values()}
-for rule in RULES.values():
-    assert FAMILIES[rule.family.name] is rule.family, f"two families of the name {rule.family.name}"
-    assert {*rule.options} <= {*rule.family.options}, f"{rule.name} has options of no family"
 
 
 def reported_name(trainer: str, circuit: str) -> str:

@@ -9,8 +9,9 @@ is c (as many numbers a sample as there are outputs): the root of
 Broyden's method finds it from an analytic first Jacobian, and every evaluation is one Newton step
 of every neuron from its last potential. Where it has not converged after `BROYDEN_EVALUATIONS`,
 neurons are settled at every control and Newton's method with the exact Jacobian goes on, up to the
-solver's cap. Nothing raises: residual, evaluations and convergence of every sample come back as
-data.
+solver's cap. A step that does not bring |F| down is halved, and a sample of which even the
+`SMALLEST_SHARE` of a step makes nothing is given up. Nothing raises: residual, evaluations and
+convergence of every sample come back as data.
 """
 
 from __future__ import annotations
