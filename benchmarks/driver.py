@@ -58,7 +58,8 @@ def instant():
                 "place": {"device": "cpu", "host": "here"},
                 "diverged": {},
             }
-            return {REPORT: json.dumps(report), TRAINING_ITERATION: self.epoch}
+            text = json.dumps({"epochs": [report]})
+            return {REPORT: text, TRAINING_ITERATION: self.epoch}
 
     return Instant
 

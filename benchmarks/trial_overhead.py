@@ -73,7 +73,7 @@ class Recorder(tune.Callback):
     def on_trial_result(self, *, trial, result, **_) -> None:
         if REPORT not in result:  # it failed
             return
-        (compilations,) = json.loads(result[REPORT])["metrics"]["compilations"]
+        (compilations,) = json.loads(result[REPORT])["epochs"][0]["metrics"]["compilations"]
         # The architecture names all that is static: whatever else differs shares its program.
         about = {"pid": result["pid"], "rule": trial.config["rule"]}
         about["structure"] = structure(trial.config["options"])

@@ -15,13 +15,12 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from disinhib import training
 from disinhib.config import RunConfig
 from disinhib.hyperparameters import Hyperparameters
-from disinhib.training import Data, Metrics, TrainingState
+from disinhib.training import Data, TrainingState
 
 Name = Hashable  # of a lane; None is that of a slot without one
 
@@ -44,6 +43,11 @@ def empty(config: RunConfig, slots: int) -> Lanes:
     return Lanes(state, training.for_lanes(config.hyperparameters, slots), (None,) * slots)
 
 
+def of(names: Sequence[Name], state: TrainingState, hyper: Hyperparameters) -> Lanes:
+    """As many slots as `names`, which hold `state` `[names, ...]` with the scalars `hyper`."""
+    return Lanes(state, training.for_lanes(hyper, len(names)), tuple(names))
+
+
 def join(
     lanes: Lanes, names: Sequence[Name], state: TrainingState, hyper: Hyperparameters
 ) -> Lanes:
@@ -55,14 +59,10 @@ def join(
     if len({None, *lanes.names, *names}) < 1 + len(lanes.names) - lanes.free + len(names):
         raise ValueError(f"{', '.join(map(str, names))}: given, needed are new names")
     slots = [slot for slot, name in enumerate(lanes.names) if name is None][: len(names)]
-    index = jnp.asarray(slots, int)
-    put = lambda all_slots, own: all_slots.at[index].set(own)
     held = dict(enumerate(lanes.names)) | dict(zip(slots, names, strict=True))
-    return Lanes(
-        jax.tree.map(put, lanes.state, state),
-        jax.tree.map(put, lanes.hyper, training.for_lanes(hyper, len(names))),
-        tuple(held.values()),
-    )
+    own = state, training.for_lanes(hyper, len(names))
+    states, scalars = _put((lanes.state, lanes.hyper), np.asarray(slots), own)
+    return Lanes(states, scalars, tuple(held.values()))
 
 
 def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
@@ -72,30 +72,44 @@ def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
 
 def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
     """The state `[names, ...]` of these lanes, to be kept, or to join others with."""
-    index = jnp.asarray([lanes.names.index(name) for name in names], int)
-    return jax.tree.map(lambda leaf: leaf[index], lanes.state)
+    if lanes.names == tuple(names):
+        return lanes.state
+    return _take(lanes.state, np.asarray([lanes.names.index(name) for name in names]))
 
 
-def compacted(lanes: Lanes) -> Lanes:
-    """With half as many slots, as often as its lanes fit into the half."""
-    slots = len(lanes.names)
-    while slots % 2 == 0 and len(lanes.names) - lanes.free <= slots // 2:
-        slots //= 2
-    order = sorted(range(len(lanes.names)), key=lambda slot: lanes.names[slot] is None)[:slots]
-    index = jnp.asarray(order)
-    take = lambda leaf: leaf[index]
-    names = tuple(lanes.names[slot] for slot in order)
-    return Lanes(jax.tree.map(take, lanes.state), jax.tree.map(take, lanes.hyper), names)
+def resized(lanes: Lanes, slots: int) -> Lanes:
+    """With `slots` slots, into which all its lanes must fit: fewer, or more."""
+    held = [slot for slot, name in enumerate(lanes.names) if name is not None]
+    if slots < len(held):
+        raise ValueError(f"{slots} slots for {len(held)} lanes")
+    names = tuple(lanes.names[slot] for slot in held) + (None,) * (slots - len(held))
+    if names == lanes.names:
+        return lanes
+    index = held + [0] * (slots - len(held))  # what is in a free slot is nobody's
+    states, scalars = _take((lanes.state, lanes.hyper), np.asarray(index))
+    return Lanes(states, scalars, names)
 
 
-def advance(config: RunConfig, data: Data, lanes: Lanes) -> tuple[Lanes, dict[Name, Metrics]]:
-    """Trains every lane by one epoch and evaluates it, as `training.advance` does: its metrics, of
-    one value each, by its name."""
+@jax.jit
+def _take(of_slots, index):
+    return jax.tree.map(lambda leaf: leaf[index], of_slots)
+
+
+@jax.jit
+def _put(of_slots, index, own):
+    return jax.tree.map(lambda leaf, its: leaf.at[index].set(its), of_slots, own)
+
+
+def advance(
+    config: RunConfig, data: Data, lanes: Lanes
+) -> tuple[Lanes, dict[Name, dict[str, float]]]:
+    """Trains every lane by one epoch and evaluates it, as `training.advance` does: its metrics by
+    its name."""
     state, metrics = training.advance(config, data, lanes.state, lanes.hyper)
     ends = np.asarray(state.epoch) == config.epochs
     told = {
         name: {
-            metric: values[slot : slot + 1]
+            metric: float(values[slot])
             for metric, values in metrics.items()
             if ends[slot] or not metric.startswith("test_")
         }

@@ -408,24 +408,29 @@ def advance(
 
 def divergences(config: RunConfig, metrics: Metrics, state: TrainingState) -> dict[int, str]:
     """Lanes that have diverged, each with its reason, by what `advance` has given of an epoch."""
-    reasons = {lane: _divergence(config, metrics, state, lane) for lane in range(len(state.seed))}
+    reasons = {
+        lane: divergence(config, {name: float(v[lane]) for name, v in metrics.items()}, state, lane)
+        for lane in range(len(state.seed))
+    }
     return {lane: reason for lane, reason in reasons.items() if reason is not None}
 
 
-def _divergence(config: RunConfig, metrics: Metrics, state: TrainingState, lane: int) -> str | None:
-    """Why a lane has diverged, if it has; causes (a layer) go before consequences."""
-    where = f"in epoch {int(state.epoch[lane])} (seed {int(state.seed[lane])})"
-    values = {name: values[lane] for name, values in metrics.items()}
-    if not values["train_CL_largest_weight"] <= config.max_weight:  # nor is NaN
+def divergence(
+    config: RunConfig, metrics: Mapping[str, float], state: TrainingState, lane: int
+) -> str | None:
+    """Why a lane of `state` that has these `metrics` has diverged, if it has; causes (a layer) go
+    before consequences."""
+    where = lambda: f"in epoch {int(state.epoch[lane])} (seed {int(state.seed[lane])})"
+    if not metrics["train_CL_largest_weight"] <= config.max_weight:  # nor is NaN
         parameters = {name: np.asarray(leaf[lane]) for name, leaf in state.parameters.items()}
-        return _broken_layer(config, parameters, where)
-    for name, value in values.items():
-        if not np.isfinite(value):
-            return f"{name} is {value} {where}"
-    share = values["train_CL_converged_share"]
+        return _broken_layer(config, parameters, where())
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return f"{name} is {value} {where()}"
+    share = metrics["train_CL_converged_share"]
     if share < config.min_converged_share:
         return (
-            f"train_CL_converged_share is {share:.4f} {where},"
+            f"train_CL_converged_share is {share:.4f} {where()},"
             f" below min_converged_share={config.min_converged_share}"
         )
     return None

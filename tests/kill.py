@@ -451,11 +451,11 @@ def _check_decisions(events: Sequence[Logged], options: dict[str, Any]) -> list[
     records: dict[int, Record] = {}
     stops: dict[int, int] = {}
     for event in (logged.event for logged in events):
-        if isinstance(event, EpochDone) and event.epoch < records[event.trial].budget:
-            decision = (records, event.trial, event.score, options["scheduler"], options["seed"])
+        follow(records, event)
+        if isinstance(event, EpochDone) and event.epoch < (own := records[event.trial]).budget:
+            decision = (records, own, options["scheduler"], options["seed"])
             if early_stopping.decide(*decision, batch):
                 stops.setdefault(event.trial, event.epoch)
-        follow(records, event)
     lost = [r for r in records.values() if r.reason and not r.reason.startswith("Diverged: ")]
     failed = [f"trial {record.number} failed: {record.reason}" for record in lost]
     ends = {n: r.epochs for n, r in records.items() if r.state == PRUNED}

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
+import disinhib.tuning.options  # noqa: F401  (tells Hydra of the table)
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
 from disinhib.tuning import early_stopping, validation
@@ -37,17 +38,15 @@ class Judge:
     def stops(self, number, score):
         """Whether `number` is stopped as it reports `score`; never after its last epoch."""
         record = self.records.setdefault(number, self.new(number))
-        over = record.epochs + 1 == EPOCHS
-        stops = not over and self.decide(number, score)
         record.scores.append(score)
-        return stops
+        return record.epochs < EPOCHS and self.decide(number)
 
     def new(self, number):
         rule = self.rules[number % len(self.rules)]
         return Record({"number": number, "rule": rule, "epochs": EPOCHS})  # pyright: ignore
 
-    def decide(self, number, score):
-        return decide(self.records, number, score, self.options, self.seed, self.batch)
+    def decide(self, number):
+        return decide(self.records, self.records[number], self.options, self.seed, self.batch)
 
     def bracket(self, number):
         return bracket(number, self.seed, self.options, EPOCHS)

@@ -18,7 +18,7 @@ from ray import tune
 from disinhib.tuning import options, study
 
 pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
-SMALL = ("epochs=4", "model.vf.sizes_hidden=[16]")
+SMALL = ("space=bp", "epochs=4", "model.vf.sizes_hidden=[16]")
 
 
 def test_a_study_whose_workers_are_killed_goes_on_by_itself(tmp_path):
@@ -37,7 +37,7 @@ def test_a_study_whose_workers_are_killed_goes_on_by_itself(tmp_path):
 
     killer = Killer()
     place = [f"study={kill.NAME}", f"out_dir={tmp_path / 'out'}"]
-    asked = options.compose([*kill.OPTIONS, *SMALL, *place, "trials=7"])
+    asked = options.compose([*kill.OPTIONS, *SMALL, *place, "trials=4"])
     done = study.run(asked, tiny.quiet(), callbacks=[killer])
     assert done.whole
     again = kill.restarted(asked.folder)
@@ -50,8 +50,8 @@ def test_a_study_whose_driver_is_killed_is_whole(tmp_path, mlflow_template):
     """Amid its trials, and as it ends."""
     (tmp_path / "1/out").mkdir(parents=True)
     shutil.copyfile(mlflow_template, tmp_path / "1/out/mlflow.db")
-    moments = [Moment(MORE, 0.2, trials=3), Moment(END, 0.3)]
-    rows = kill.kill_and_resume(tmp_path / "1", moments, trials=9, options=SMALL)
+    moments = [Moment(MORE, 0.2, trials=2), Moment(END, 0.3)]
+    rows = kill.kill_and_resume(tmp_path / "1", moments, trials=5, options=SMALL)
     print(*rows, sep="\n")
     assert rows[0].killed and rows[-1].code == 0
     folder = tmp_path / "1/out" / kill.NAME

@@ -52,7 +52,7 @@ def same(one, other):
 def agree(metrics, expected):
     assert metrics.keys() == expected.keys()
     for name in metrics.keys() - {"epoch_seconds"}:
-        np.testing.assert_array_equal(metrics[name], expected[name], err_msg=name)
+        assert metrics[name] == expected[name], name
 
 
 def test_all_are_one_structure():
@@ -71,7 +71,7 @@ def test_a_lane_is_what_it_would_be_alone():
     assert slots.free == 1
     slots, second = lanes.advance(EXACT, data, slots)
     slots = lanes.leave(slots, ["exact"])
-    slots = lanes.compacted(slots)
+    slots = lanes.resized(slots, 2)
     assert (len(slots.names), slots.free) == (2, 0)
     slots, third = lanes.advance(EXACT, data, slots)
     told = {name: [e[name] for e in (first, second, third) if name in e] for name in CONFIGS}
@@ -81,7 +81,7 @@ def test_a_lane_is_what_it_would_be_alone():
             agree(metrics, other)
         if name in slots.names:
             same(lanes.state_of(slots, [name]), state)
-    assert training.divergences(EXACT, told["diverging"][0], alone("diverging", 1)[0])
+    assert training.divergence(EXACT, told["diverging"][0], alone("diverging", 1)[0], 0)
     assert [len(told[name]) for name in CONFIGS] == [2, 2, 2, 1]
 
 
@@ -122,6 +122,8 @@ def test_more_lanes_than_slots_are_refused():
     slots = join(lanes.empty(EXACT, 1), "exact")
     with pytest.raises(ValueError, match="1 lanes for 0 free slots"):
         join(slots, "averaged")
+    with pytest.raises(ValueError, match="1 slots for 2 lanes"):
+        lanes.resized(join(join(lanes.empty(EXACT, 2), "exact"), "averaged"), 1)
     with pytest.raises(ValueError, match="exact: given, needed are new names"):
         join(join(lanes.empty(EXACT, 3), "exact"), "exact")
 

@@ -32,6 +32,7 @@ from disinhib.tuning.event_log import (
 from disinhib.tuning.loop import (
     Epoch,
     Failed,
+    Reported,
     Started,
     StudyStopped,
     from_list,
@@ -105,12 +106,13 @@ class Play:
             self.out.pop(outcome.trial, None)
         return ended
 
-    def epoch(self, number, score, epoch=None, **more):
+    def epoch(self, number, score, epoch=None, obstacle=None, **more):
         """The trial's next epoch, or one again."""
         if epoch is None:
             epoch = self.out[number] = self.out[number] + 1
         metrics = {"valid_accuracy": score if isinstance(score, list) else [score]}
-        return self.tell(Epoch(number, epoch, metrics, PLACE, **more))
+        told = [Epoch(epoch, metrics, PLACE, **more)]
+        return self.tell(Reported(number, told, obstacle))
 
     def step(self, number):
         config = self.records[number].config
@@ -198,7 +200,7 @@ def test_an_epoch_that_comes_too_early_is_not_believed(log):
 
 
 def test_states_of_trials(log):
-    play = Play(log, trials=4, at_once=4, stops=lambda records, trial, score: score < 0)
+    play = Play(log, trials=4, at_once=4, stops=lambda records, trial: trial.score < 0)
     assert {record.state for record in play.records.values()} == {WAITING}
     play.tell(Started(0))
     assert play.records[0].state == RUNNING
@@ -270,9 +272,9 @@ def test_a_list_is_asked_for_as_it_is_needed(log):
 def test_early_stopping_is_asked_once_for_each_epoch_but_the_last(log):
     asked = Counter()
 
-    def stops(records, number, score):
-        asked[number, records[number].epochs + 1] += 1
-        return early_stopping.decide(records, number, score, ASHA, 0)
+    def stops(records, trial):
+        asked[trial.number, trial.epochs] += 1
+        return early_stopping.decide(records, trial, ASHA, 0)
 
     play = Play(log, trials=8, at_once=3, stops=stops).run(random.Random(0).randrange)
     heard = [(e.trial, e.epoch) for e in events_of(log, EpochDone) if e.epoch < BUDGET]
@@ -342,7 +344,7 @@ def test_unfinished_trials_go_on_first(log, tmp_path):
 
 def test_the_last_epoch_and_the_end_are_one_write(log):
     """So a study that goes on has nothing to mend."""
-    play = Play(log, trials=2, at_once=2, stops=lambda records, trial, score: score < 0)
+    play = Play(log, trials=2, at_once=2, stops=lambda records, trial: trial.score < 0)
     sizes = []
     append = log.append
     log.append = lambda events: sizes.append(len(events)) or append(events)

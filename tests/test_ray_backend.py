@@ -64,14 +64,20 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None, ep
     with closing(EventLog(folder)) as log:
         watch, over_cap, said = Watch(), [], []
         records = replay(log.events())
-        policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
+        policy: Any = {
+            "folder": str(folder),
+            "every_seconds": 0,
+            "at_end": False,
+            "cap_bytes": 1e9,
+            "lanes": 1,
+        }
         backend = RayBackend(
-            tiny.played(), {"cpu": 1, "gpu": 0}, policy, folder, tiny.cluster_of_one(),
-            lambda: None, lambda: over_cap.append(1), said.append,
+            tiny.played(), {"cpu": 1, "gpu": 0}, policy, lambda trial: (), folder,
+            tiny.cluster_of_one(), lambda: None, lambda: over_cap.append(1), said.append,
         )  # fmt: skip
         listed = from_list(asked(number, acts, epochs) for number, acts in enumerate(trials))
         loop = study_loop(
-            log, records, source or listed, lambda records, trial, score: score < 0,
+            log, records, source or listed, lambda records, trial: trial.scores[-1] < 0,
             mean_score("valid_accuracy", 1), backend.start, lambda: at_once, observe,
         )  # fmt: skip
         backend.run(loop, [watch])

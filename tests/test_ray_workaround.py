@@ -37,10 +37,16 @@ def ends(folder):
     """How trials end whose workers die while they are reset."""
     config: Any = {"rule": "bp", "epochs": 1, "seeds": [1], "final": False, "searched": {}}
     trials = [Asked(number, config | {"number": number}) for number in range(TRIALS)]
-    policy: Any = {"folder": str(folder), "every_seconds": 0, "at_end": False, "cap_bytes": 1e9}
+    policy: Any = {
+        "folder": str(folder),
+        "every_seconds": 0,
+        "at_end": False,
+        "cap_bytes": 1e9,
+        "lanes": 1,
+    }
     backend = ray_backend.RayBackend(
-        dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, folder, tiny.cluster_of_one(),
-        lambda: None, lambda: None, print,
+        dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, lambda trial: (), folder,
+        tiny.cluster_of_one(), lambda: None, lambda: None, print,
     )  # fmt: skip
     records = {}
     with closing(EventLog(folder)) as log:

@@ -61,7 +61,8 @@ class Witness(tune.Callback):
     def on_trial_result(self, *, trial, result, **_):
         if REPORT in result:
             number = trial.config["number"]
-            self.reports.setdefault(number, []).append(json.loads(result[REPORT])["metrics"])
+            told = [epoch["metrics"] for epoch in json.loads(result[REPORT])["epochs"]]
+            self.reports.setdefault(number, []).extend(told)
             self.pids[number] = result["pid"]
 
 
@@ -76,12 +77,20 @@ def finished(tiny_space, copied_stores, one_ray, tries, tmp_path_factory):
     """A finished study of seven trials, what a witness of it saw, and what it printed."""
 
     class Planted(TrainingTrial):  # here, so that it goes to Ray's workers by value
-        def _epoch(self):
-            if self._trial["number"] == RAISED_TRIAL:
-                with tries.open("a") as file:
-                    file.write("begun\n")
-                raise RuntimeError("planted\nand more of it")
-            return super()._epoch()
+        def _here(self):
+            from disinhib.tuning.lane_server import Group
+
+            class Raising(Group):
+                def _report(self, trial, *args):
+                    if trial.config["number"] == RAISED_TRIAL:
+                        with tries.open("a") as file:
+                            file.write("begun\n")
+                        raise RuntimeError("planted\nand more of it")
+                    super()._report(trial, *args)
+
+            server = super()._here()
+            server.make_group = Raising
+            return server
 
     printed, witness = io.StringIO(), Witness()
     console = Console(file=printed, width=120)
@@ -367,12 +376,20 @@ def extended(finished, tmp_path_factory):
     the second seed's weights are no numbers."""
 
     class Poisoned(TrainingTrial):
-        def _begin(self):
-            super()._begin()
-            if self._trial["number"] == POISONED_TRIAL:
-                weights = dict(self._state.parameters)
-                weights["kernel_out"] = weights["kernel_out"].at[1].set(math.nan)
-                self._state = self._state._replace(parameters=weights)
+        def _here(self):
+            from disinhib.tuning.lane_server import Group
+
+            class Poisoning(Group):
+                def train(self, trial):
+                    if trial.config["number"] == POISONED_TRIAL and trial.state is not None:
+                        weights = dict(trial.state.parameters)
+                        weights["kernel_out"] = weights["kernel_out"].at[1].set(math.nan)
+                        trial.state = trial.state._replace(parameters=weights)
+                    super().train(trial)
+
+            server = super()._here()
+            server.make_group = Poisoning
+            return server
 
     job = finished[0].job
     points = tmp_path_factory.mktemp("points") / "points.yaml"

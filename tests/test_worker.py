@@ -19,7 +19,8 @@ from ray.air.constants import TRAINING_ITERATION
 
 import disinhib
 from disinhib import checkpoint, data, hydra_config, training
-from disinhib.tuning import environment, machines
+from disinhib.config import parse
+from disinhib.tuning import environment, lane_server, machines
 from disinhib.tuning.event_log import over_seeds
 from disinhib.tuning.retention import checkpoint_file, model_file
 from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, SAVED, TrainingTrial
@@ -59,8 +60,9 @@ def trial_config(folder, number=0, seeds=SEEDS, options=(), final=False, **polic
         "options": composed, "seeds": list(seeds), "epochs": EPOCHS, "final": final,
         "policy": {
             "folder": str(folder), "every_seconds": math.inf, "at_end": False,
-            "cap_bytes": math.inf, "need": need, **policy,
+            "cap_bytes": math.inf, "need": need, "stretch_seconds": 0, "lanes": 1, **policy,
         },
+        "decisions": [], "left_out": [],
     }  # fmt: skip
     return json.loads(json.dumps(config))
 
@@ -76,7 +78,10 @@ def steps(worker, count):
 
 
 def report_of(result):
-    return json.loads(result[REPORT])
+    """What it says of its one epoch, and beside."""
+    report = json.loads(result[REPORT])
+    (epoch,) = report.pop("epochs")
+    return {**epoch, **report}
 
 
 def computed(result):
@@ -165,10 +170,9 @@ def test_a_trial_that_diverges_says_so_and_raises_in_its_next_step(
     worker = TrainingTrial(configure(options=options, every_seconds=0))
     result = worker.step()
     assert FAILURE in result and not {REPORT, MACHINE} & result.keys()
-    with pytest.raises(training.Diverged) as raised:
-        worker.step()
-    assert result[FAILURE] == f"Diverged: {raised.value}"
     assert re.match(reason, result[FAILURE])
+    with pytest.raises(RuntimeError, match=re.escape(result[FAILURE])):
+        worker.step()
     assert list(tmp_path.glob("*.msgpack")) == []
 
 
@@ -209,11 +213,11 @@ def test_it_goes_on_from_its_last_checkpoint_not_from_its_last_epoch(whole, conf
     config = configure(every_seconds=0)
     worker = TrainingTrial(config)
     worker.step()
-    worker._policy["every_seconds"] = math.inf
+    worker._order["policy"]["every_seconds"] = math.inf
     worker.step()
     trained = []
-    run_epoch = training.run_epoch
-    monkeypatch.setattr(training, "run_epoch", lambda *a: trained.append(1) or run_epoch(*a))
+    advance = training.advance
+    monkeypatch.setattr(training, "advance", lambda *a: trained.append(1) or advance(*a))
     after = steps(TrainingTrial(configure(every_seconds=0)), 3)
     assert [computed(r) for r in after] == [computed(r) for r in whole[:3]]
     assert len(trained) == 2  # epochs 2 and 3
@@ -233,11 +237,14 @@ def test_it_takes_no_other_trials_checkpoint(whole, configure):
      (math.inf, False, [0, 0, 0, 0])],
 )  # fmt: skip
 def test_when_there_is_a_checkpoint(configure, tmp_path, every_seconds, at_end, expected):
-    worker = TrainingTrial(configure(every_seconds=every_seconds, at_end=at_end))
+    config = configure(every_seconds=every_seconds, at_end=at_end)
+    worker = TrainingTrial(config)
     file, kept = checkpoint_file(tmp_path, 0), []
     for _ in range(EPOCHS):
         worker.step()
-        kept.append(len(checkpoint.load(file, worker._run).results) if file.exists() else 0)
+        kept.append(
+            len(checkpoint.load(file, parse(config["options"])).results) if file.exists() else 0
+        )
     assert kept == expected
 
 
@@ -266,23 +273,22 @@ def test_a_checkpoint_over_the_cap_is_not_written_and_said(configure, tmp_path, 
 
 
 def test_its_own_last_checkpoint_takes_no_room_and_stays_if_there_is_none(configure, tmp_path):
-    worker, file = TrainingTrial(configure(every_seconds=0)), checkpoint_file(tmp_path, 0)
+    config, file = configure(every_seconds=0), checkpoint_file(tmp_path, 0)
+    worker = TrainingTrial(config)
     worker.step()
-    worker._policy["cap_bytes"] = 1.5 * file.stat().st_size
+    worker._order["policy"]["cap_bytes"] = 1.5 * file.stat().st_size
     assert not over_cap(worker.step())
     kept = file.read_bytes()
-    worker._policy["cap_bytes"] = 10.0
+    worker._order["policy"]["cap_bytes"] = 10.0
     assert over_cap(worker.step())
     assert file.read_bytes() == kept
 
 
 def test_an_earlier_epochs_checkpoint_is_no_final_state(configure, tmp_path):
-    worker, file = (
-        TrainingTrial(configure(every_seconds=0, at_end=True)),
-        checkpoint_file(tmp_path, 0),
-    )
+    config, file = configure(every_seconds=0, at_end=True), checkpoint_file(tmp_path, 0)
+    worker = TrainingTrial(config)
     steps(worker, EPOCHS - 1)
-    worker._policy["cap_bytes"] = 10.0
+    worker._order["policy"]["cap_bytes"] = 10.0
     assert over_cap(worker.step()) and not file.exists()
 
 
@@ -307,7 +313,7 @@ def test_another_error_of_the_disk_is_the_machines(configure, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", forbidden)
     worker = TrainingTrial(configure(every_seconds=0))
     assert worker.step()[MACHINE].startswith(f"{platform.node()}: PermissionError: ")
-    with pytest.raises(PermissionError):
+    with pytest.raises(RuntimeError, match="PermissionError"):
         worker.step()
 
 
@@ -365,13 +371,13 @@ def test_one_that_goes_on_after_its_last_epoch_makes_the_same_report(final):
 
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     """Planted: the second of two seeds, in its second epoch."""
-    real = training.divergences
+    real = training.divergence
 
-    def planted_divergences(run, metrics, state):
-        planted = {1: "planted"} if int(state.epoch[0]) >= 2 else {}
-        return real(run, metrics, state) | planted
+    def planted(run, metrics, state, lane):
+        broken = lane == 1 and int(state.epoch[1]) >= 2
+        return "planted" if broken else real(run, metrics, state, lane)
 
-    monkeypatch.setattr(training, "divergences", planted_divergences)
+    monkeypatch.setattr(training, "divergence", planted)
     reports = [report_of(r) for r in steps(TrainingTrial(final_config(tmp_path)), EPOCHS)]
     assert [r["diverged"] for r in reports] == [{}, {"4": "Diverged: planted"}, {}, {}]
     for epoch, report in enumerate(reports, start=1):
@@ -437,7 +443,7 @@ def test_xla_keeps_to_that_share():
         (ImportError("libcudart.so"), MACHINE),
     ],
 )
-@pytest.mark.parametrize("amid", ["lowered_programs", "run_epoch"])
+@pytest.mark.parametrize("amid", ["lowered_programs", "advance"])
 def test_errors_in_training_are_the_trials_or_the_machines(
     error, key, amid, configure, monkeypatch
 ):
@@ -449,13 +455,13 @@ def test_errors_in_training_are_the_trials_or_the_machines(
     (result,) = [worker.train()]
     assert key in result and (FAILURE in result) + (MACHINE in result) == 1
     assert result[key].startswith(platform.node() if key == MACHINE else type(error).__name__)
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError, match=re.escape(result[key])):
         worker.train()
 
 
 def test_the_first_epoch_counts_the_time_of_its_programs(configure, monkeypatch):
-    worker = TrainingTrial(configure())
-    monkeypatch.setattr(worker, "_prepare", lambda: 1e6)
+    worker, seconds = TrainingTrial(configure()), iter([1e6, 0.0])
+    monkeypatch.setattr(lane_server.Group, "_prepare", lambda group: next(seconds))
     first, second = (report_of(result)["metrics"]["epoch_seconds"] for result in steps(worker, 2))
     assert min(first) > 1e6 > max(second)
 

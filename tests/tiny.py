@@ -123,11 +123,14 @@ def played():
                 "metrics": {name: [*[score] * (len(seeds) - 1), last] for name in names},
                 "place": {"host": "h", "device": "cpu"},
                 "diverged": diverged,
+            }
+            words = {
                 **({"obstacle": "No space left on device: there"} if act == "full" else {}),
                 **({"over_cap": True} if act == "over cap" else {}),
             }
             shown = {"valid_accuracy": score, TRAINING_ITERATION: self.epoch}
             node = ray.get_runtime_context().get_node_id()
-            return {**shown, REPORT: json.dumps(report), NODE: node, SAVED: 0}
+            text = json.dumps({"epochs": [report], **words})
+            return {**shown, REPORT: text, NODE: node, SAVED: 0}
 
     return Played

@@ -37,6 +37,7 @@ SWITCHES = {
 # And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
 # and what another Ray starts without it could not speak to it.)
 CGROUPS = Path("/sys/fs/cgroup")
+LANES_OF_A_GPU = 32  # with cluster.lanes=auto
 LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
 # Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
 # in the user's home that others can read.)
@@ -221,6 +222,12 @@ def room(resources: Mapping[str, float], trial: Mapping[str, float]) -> int:
         elif share:
             fitting.append(int(has / share))
     return min(fitting)
+
+
+def lanes(options: Mapping[str, Any]) -> int:
+    """How many lanes a server of each device trains, of the options `cluster.*`; 1: none does."""
+    asked = options["lanes"]
+    return (LANES_OF_A_GPU if options["gpus_per_trial"] else 1) if asked == "auto" else asked
 
 
 def trials_at_once(trial: Mapping[str, float]) -> int:

@@ -41,13 +41,19 @@ def asha(scores: Scores, peers: Iterable[Scores], budget: int, options: Options)
     AsyncHyperBandScheduler: at a rung, grace x factor^k epochs below the budget, a trial continues
     if its score is at least the (1 - 1/factor) percentile of its peers' scores at that epoch."""
     epoch, factor = len(scores), options["reduction_factor"]
-    grace = grace_period(options, budget)
-    rungs = range(int(math.log(budget / grace, factor)) + 1)
-    if epoch >= budget or epoch not in {math.ceil(grace * factor**rung) for rung in rungs}:
+    if epoch not in rungs(options, budget):
         return False
     there = _finite(peer[epoch - 1] for peer in peers if len(peer) >= epoch)
     share = 100 * (1 - 1 / factor)
     return bool(there) and bool(scores[-1] < np.percentile(there, share))
+
+
+def rungs(options: Options, budget: int) -> list[int]:
+    """The epochs at which successive halving decides."""
+    factor, grace = options["reduction_factor"], grace_period(options, budget)
+    count = int(math.log(budget / grace, factor)) + 1
+    epochs = {math.ceil(grace * factor**rung) for rung in range(count)}
+    return sorted(epoch for epoch in epochs if epoch < budget)
 
 
 def median(scores: Scores, peers: Iterable[Scores], budget: int, options: Options) -> bool:
@@ -83,10 +89,12 @@ def hyperband_brackets(options: Options, budget: int) -> list[float]:
 
 
 class EarlyStopping(NamedTuple):
-    """`stops` as above; `brackets(options, budget)` are the shares of the trials whose grace period
-    is a factor longer each time."""
+    """`stops` as above, which may be true after the epochs `decides(options, budget)`;
+    `brackets(options, budget)` are the shares of the trials whose grace period is a factor longer
+    each time."""
 
     stops: Callable[[Scores, Iterable[Scores], int, Options], bool]
+    decides: Callable[[Options, int], Sequence[int]]
     options: tuple[Option, ...]
     words: str
     brackets: Callable[[Options, int], list[float]] = lambda options, budget: [1.0]
@@ -95,12 +103,14 @@ class EarlyStopping(NamedTuple):
 EARLY_STOPPING: dict[str, EarlyStopping] = {
     "asha": EarlyStopping(
         asha,
+        rungs,
         (WITHIN_RULE, GRACE, FACTOR),
         "asynchronous successive halving: at 1, 2, 4 ... times the grace period, only the better"
         " half of the trials that have got that far continue",
     ),
     "hyperband": EarlyStopping(
         asha,
+        rungs,
         (WITHIN_RULE, GRACE, FACTOR),
         "asynchronous HyperBand: successive halving in several brackets, each of which makes its"
         " first decision later than the one before, to give slow starters a chance",
@@ -108,6 +118,7 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
     ),
     "median": EarlyStopping(
         median,
+        lambda options, budget: range(grace_period(options, budget), budget),
         (
             WITHIN_RULE,
             GRACE,
@@ -122,6 +133,7 @@ EARLY_STOPPING: dict[str, EarlyStopping] = {
     ),
     "none": EarlyStopping(
         lambda scores, peers, budget, options: False,
+        lambda options, budget: (),
         (WITHIN_RULE._replace(default=False),),
         "every trial runs its whole budget",
     ),
@@ -139,30 +151,34 @@ def _drawn(number: int, seed: int, shares: tuple[float, ...]) -> int:
     return int(np.random.default_rng((seed, number)).choice(len(shares), p=shares))
 
 
+def decisions(number: int, budget: int, options: Options, seed: int) -> list[int]:
+    """The epochs after which trial `number` may be stopped."""
+    own = {**options, "bracket": bracket(number, seed, options, budget)}
+    return list(EARLY_STOPPING[options["name"]].decides(own, budget))
+
+
 def decide(
     records: Mapping[int, Record],
-    number: int,
-    score: float,
+    trial: Record,
     options: Options,
     seed: int,
     batch: int | None = None,
 ) -> bool:
-    """Whether trial `number` ends here; its newest `score` is not in its record yet.
+    """Whether `trial`, which has its newest score, ends here. Its own record is not read.
 
     With `batch`, only trials of earlier batches (`batch` consecutive numbers each) are peers, so
     that no decision depends on which trial was faster.
     """
-    record = records[number]
-    own = bracket(number, seed, options, record.budget)
+    number, budget = trial.number, trial.budget
+    own = bracket(number, seed, options, budget)
     first = None if batch is None else number // batch * batch
     peers = (
         other.scores
         for other in records.values()
         if other.number != number
         and (first is None or other.number < first)
-        and (not options["within_rule"] or other.rule == record.rule)
-        and bracket(other.number, seed, options, record.budget) == own
+        and (not options["within_rule"] or other.rule == trial.rule)
+        and bracket(other.number, seed, options, budget) == own
     )
-    scores = [*record.scores, score]
     stops = EARLY_STOPPING[options["name"]].stops
-    return stops(scores, peers, record.budget, {**options, "bracket": own})
+    return stops(trial.scores, peers, budget, {**options, "bracket": own})

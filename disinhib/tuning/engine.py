@@ -24,7 +24,15 @@ from disinhib import numerics, process
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, lease, machines, manifest, progress, retention
-from disinhib.tuning.event_log import KILLED, Ended, Event, EventLog, Record, replay
+from disinhib.tuning.event_log import (
+    KILLED,
+    Ended,
+    Event,
+    EventLog,
+    Record,
+    TrialConfig,
+    replay,
+)
 from disinhib.tuning.lease import TakenOver
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import Manifest
@@ -34,6 +42,7 @@ from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
 
 RAY_LOG = "ray.log"  # in a study's folder
+STRETCH_SECONDS = 1.0  # between two reports of a trial whose epochs are shorter
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Job:
     checkpoints: Mapping[str, Any]  # options
     tracking: Mapping[str, Any] | None  # options; None: no store gets a copy
     stops: Stops = never
+    decisions: Callable[[TrialConfig], Sequence[int]] = lambda trial: ()  # when it may stop a trial
     trials: Callable[[Mapping[int, Record]], int] = len  # how many trials, given the records
     optuna: bool = False  # whether Optuna's store gets a copy
     storage: str | None = None  # its database; None: a file in the study's folder
@@ -67,6 +77,10 @@ class Job:
     @property
     def resources(self) -> dict[str, float]:
         return {"cpu": self.cluster["cpus_per_trial"], "gpu": self.cluster["gpus_per_trial"]}
+
+    @property
+    def lanes(self) -> int:
+        return cluster.lanes(self.cluster)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -132,7 +146,7 @@ def run(
             for line in numerics.ignored():
                 shown.say(f"warning: {line}")
             need = machines.require(job.folder, job.data, job.resources["gpu"])
-            nodes = machines.Machines(job.resources, need)
+            nodes = machines.Machines(job.resources, need, job.lanes)
             machines.survey(nodes)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
             shown.before = progress.tally(records.values()).ended
@@ -289,12 +303,22 @@ def _run_loop(
         every_seconds=job.checkpoints["every_seconds"],
         at_end=job.keep_best > 0,
         cap_bytes=cap,
+        stretch_seconds=STRETCH_SECONDS,
         need=nodes.need,
+        lanes=job.lanes,
     )
     # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
     at_once = lambda: job.cluster["max_concurrent"] or backend.room() + 1
     backend = RayBackend(
-        trainable, job.resources, policy, job.folder, nodes, update, on_over_cap, shown.say
+        trainable,
+        job.resources,
+        policy,
+        job.decisions,
+        job.folder,
+        nodes,
+        update,
+        on_over_cap,
+        shown.say,
     )
     score = mean_score(job.metric, SELECTION[job.metric].sign)
     loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)

@@ -184,8 +184,9 @@ def follow(records: dict[int, Record], event: Event) -> None:
         case EpochDone():
             record = records[event.trial]
             record.scores.append(event.score)
-            record.diverged |= {s: (event.epoch, why) for s, why in event.diverged.items()}
-            record.flags |= event.flags
+            newly = {seed: (event.epoch, why) for seed, why in event.diverged.items()}
+            record.diverged = {**record.diverged, **newly}
+            record.flags = {**record.flags, **event.flags}
         case Ended():
             records[event.trial].state = event.state
             records[event.trial].reason = event.reason

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -47,14 +46,21 @@ class Started:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A worker's report of an epoch."""
+    """What a worker says of an epoch."""
 
-    trial: int
     epoch: int  # from 1
     metrics: dict[str, list[float]]  # a value for each seed
     place: dict[str, str]
     diverged: dict[str, str] = field(default_factory=dict)  # seed -> reason
     flags: dict[str, str] = field(default_factory=dict)  # seed -> reason
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A worker's report of one epoch of a trial, or of several in a row."""
+
+    trial: int
+    epochs: Sequence[Epoch]
     obstacle: str | None = None  # why the study must stop: no checkpoint can be written
 
 
@@ -87,13 +93,14 @@ class Resized:
     """The cluster has become larger or smaller."""
 
 
-Outcome = Started | Epoch | Failed | Lost | Hindered | Resized
+Outcome = Started | Reported | Failed | Lost | Hindered | Resized
 Loop = Generator[bool, Outcome, None]
 
 
 # The next trials, given the records: none for now, one, or a batch.
 Source = Callable[[Mapping[int, Record]], Iterable[Asked]]
-Stops = Callable[[Mapping[int, Record], int, float], bool]  # (records, trial, its newest score)
+# (records, the trial with its newest score, which `records` may lack)
+Stops = Callable[[Mapping[int, Record], Record], bool]
 Score = Callable[[Mapping[str, list[float]]], float]  # of an epoch's metrics; more is better
 
 
@@ -151,32 +158,37 @@ def study_loop(
         ended = record.ended
         if ended:
             running.discard(outcome.trial)
-        if isinstance(outcome, Epoch) and outcome.obstacle is not None:
+        if isinstance(outcome, Reported) and outcome.obstacle is not None:
             raise StudyStopped(f"{outcome.obstacle}: make room")
 
 
 def events_of(
-    outcome: Epoch | Failed, records: Mapping[int, Record], stops: Stops, score: Score
+    outcome: Reported | Failed, records: Mapping[int, Record], stops: Stops, score: Score
 ) -> list[Event]:
-    """The events that follow from an outcome; none if it is known, because a trial that continues
-    from a checkpoint reports earlier epochs again."""
+    """The events that follow from an outcome. Epochs that are known are none, because a trial that
+    continues from a checkpoint reports earlier epochs again; nor are those after the trial's end.
+    """
     record = records[outcome.trial]
     if isinstance(outcome, Failed):
         return [_end(record, FAILED, outcome.reason)]
-    if outcome.epoch != record.epochs + 1:
-        return []
-    value = score(outcome.metrics)
-    reported = {name: its for name, its in vars(outcome).items() if name != "obstacle"}
-    done = EpochDone(score=value, **reported)
-    after = deepcopy(record)
-    follow({outcome.trial: after}, done)
-    if len(after.diverged) == len(record.config["seeds"]):
-        return [done, _end(after, FAILED, next(iter(after.diverged.values()))[1])]
-    if done.epoch >= record.budget:
-        return [done, _end(after, COMPLETE)]
-    if stops(records, outcome.trial, value):
-        return [done, _end(after, PRUNED)]
-    return [done]
+    after = replace(record, scores=[*record.scores])
+    events: list[Event] = []
+    for told in outcome.epochs:
+        if told.epoch != after.epochs + 1:
+            continue
+        done = EpochDone(trial=outcome.trial, score=score(told.metrics), **vars(told))
+        events.append(done)
+        follow({outcome.trial: after}, done)
+        if len(after.diverged) == len(record.config["seeds"]):
+            end = FAILED, next(iter(after.diverged.values()))[1]
+        elif after.epochs >= record.budget:
+            end = COMPLETE, None
+        elif stops(records, after):
+            end = PRUNED, None
+        else:
+            continue
+        return [*events, _end(after, *end)]
+    return events
 
 
 def _end(record: Record, state: str, reason: str | None = None) -> Ended:
@@ -184,7 +196,7 @@ def _end(record: Record, state: str, reason: str | None = None) -> Ended:
     return Ended(record.number, state, record.epochs, reason, seeds)
 
 
-def never(records: Mapping[int, Record], trial: int, score: float) -> bool:
+def never(records: Mapping[int, Record], trial: Record) -> bool:
     """No early stopping: every trial runs its whole budget."""
     return False
 

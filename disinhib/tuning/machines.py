@@ -103,7 +103,7 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
+def on(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
@@ -114,7 +114,7 @@ def node_label(left_out: Sequence[str]) -> dict[str, str]:
 
 def end_process(node: str, pid: int) -> None:
     """Ends the worker process `pid` on a machine, soon."""
-    _end.options(scheduling_strategy=_on(node)).remote(pid)
+    _end.options(scheduling_strategy=on(node)).remote(pid)
 
 
 @dataclass
@@ -124,6 +124,7 @@ class Machine:
     id: str  # Ray's
     address: str
     room: int  # trials that fit on it at once
+    servers: int = 0  # of lanes
     alive: bool = True
     look: Any = None  # ray.ObjectRef of its Look, while it is surveyed
     asked: float = 0.0  # when, in s since 1970
@@ -135,12 +136,12 @@ class Machine:
 
 
 class Machines:
-    """The machines of the cluster that Ray is connected to. `trial` has the resources of a trial;
-    a machine without room for one is not surveyed, nor is the driver's own, which has what the
-    driver has."""
+    """The machines of the cluster that Ray is connected to. `trial` has the resources of a trial,
+    or of as many as a server has `lanes`; a machine without room for one is not surveyed, nor is
+    the driver's own, which has what the driver has."""
 
-    def __init__(self, trial: Mapping[str, float], need: Need):
-        self.trial, self.need = trial, need
+    def __init__(self, trial: Mapping[str, float], need: Need, lanes: int = 1):
+        self.trial, self.need, self.lanes = trial, need, lanes
         self.all: dict[str, Machine] = {}
         self.own = ray.get_runtime_context().get_node_id()
 
@@ -188,13 +189,14 @@ class Machines:
         joined = []
         for id, node in now.items():
             if id not in self.all:
-                room = cluster.room(node["Resources"], self.trial)
-                machine = Machine(id, node["NodeManagerAddress"], room)
+                fits = cluster.room(node["Resources"], self.trial)
+                room, servers = fits * self.lanes, fits if self.lanes > 1 else 0
+                machine = Machine(id, node["NodeManagerAddress"], room, servers)
                 self.all[id] = machine
                 joined.append(machine)
                 if room and id != self.own:
                     machine.asked = time.time()
-                    machine.look = _look.options(scheduling_strategy=_on(id)).remote(self.need)
+                    machine.look = _look.options(scheduling_strategy=on(id)).remote(self.need)
         return joined, gone
 
     def surveyed(self, seconds: float = 0.0) -> list[Machine]:

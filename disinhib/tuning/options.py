@@ -63,9 +63,14 @@ class Study:
         """Of a trial."""
         return {"cpu": self.cluster["cpus_per_trial"], "gpu": self.cluster["gpus_per_trial"]}
 
-    def stops(self, records: Mapping[int, Record], number: int, score: float) -> bool:
-        """Whether early stopping ends a trial that reports this score."""
-        return early_stopping.decide(records, number, score, self.scheduler, self.seed, self.batch)
+    def stops(self, records: Mapping[int, Record], trial: Record) -> bool:
+        """Whether early stopping ends a trial after its newest score."""
+        return early_stopping.decide(records, trial, self.scheduler, self.seed, self.batch)
+
+    def decisions(self, trial: TrialConfig) -> list[int]:
+        """The epochs after which early stopping may end a trial."""
+        number, budget = trial["number"], trial["epochs"]
+        return early_stopping.decisions(number, budget, self.scheduler, self.seed)
 
     @property
     def batch(self) -> int | None:

@@ -135,7 +135,7 @@ def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) 
     trial has a random structure of its rule; trials of a rule without structures fail at once.
 
     A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget to get half
-    way. `stops(records, trial, score)` decides which trials end early.
+    way. `stops(records, trial)` decides which trials end early.
     """
     draw = np.random.default_rng(seed)
     quality = draw.uniform(size=study.trials)
@@ -161,9 +161,8 @@ def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) 
         clock, number, worker, cost = heappop(running)
         scores = records[number].scores
         score = float(quality[number] * (1 - 2 ** (-(len(scores) + 1) / half_way[number])))
-        stopped = stops(records, number, score)
         scores.append(score)
-        if stopped or len(scores) == study.epochs:
+        if stops(records, records[number]) or len(scores) == study.epochs:
             free.append(worker)
         else:
             heappush(running, (clock + cost.epoch, number, worker, cost))

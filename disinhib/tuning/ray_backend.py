@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -27,13 +28,35 @@ from ray.tune.search import Searcher
 
 from disinhib.tuning import environment
 from disinhib.tuning.event_log import TrialConfig
-from disinhib.tuning.loop import Epoch, Failed, Hindered, Loop, Lost, Outcome, Resized, Started
-from disinhib.tuning.machines import Machines, end_process, node_label
+from disinhib.tuning.loop import (
+    Epoch,
+    Failed,
+    Hindered,
+    Loop,
+    Lost,
+    Outcome,
+    Reported,
+    Resized,
+    Started,
+)
+from disinhib.tuning.machines import Machines, end_process, node_label, on
 from disinhib.tuning.ray_workaround import deaths_counted_once
-from disinhib.tuning.worker import FAILURE, MACHINE, NODE, REPORT, SAVED, UNFIT, Policy
+from disinhib.tuning.worker import (
+    FAILURE,
+    MACHINE,
+    NODE,
+    PROCESS,
+    REPORT,
+    SAVED,
+    UNFIT,
+    LaneServer,
+    Order,
+    Policy,
+    server_name,
+)
 
 FOLDER = "ray"  # in the study's folder
-LEFT_OUT = "left_out"  # in what Tune knows of a trial: machines (Ray's node ids)
+LEFT_OUT = "left_out"  # of an Order, which is what Tune knows of a trial
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker without a new epoch
 LOOK_SECONDS = 1.0  # between two looks at the cluster
 # A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
@@ -55,7 +78,8 @@ class Running:
 
 @dataclass(eq=False)
 class RayBackend(tune.Callback):
-    """Runs the trials that the study loop starts, as `trainable` with `resources` (cpu, gpu) each.
+    """Runs the trials that the study loop starts, as `trainable` with `resources` (cpu, gpu) each,
+    or as many as the policy has lanes; `decisions` are the epochs after which one may be stopped.
     As Tune's callback, it tells the loop which trials run or are lost, and ends Tune if the study
     cannot continue.
 
@@ -67,11 +91,13 @@ class RayBackend(tune.Callback):
     trainable: type[tune.Trainable]
     resources: Mapping[str, float]
     policy: Policy
+    decisions: Callable[[TrialConfig], Sequence[int]]
     folder: Path
     machines: Machines
     on_step: Callable[[], None]
     on_over_cap: Callable[[], None]
     say: Callable[[str], None]
+    servers: dict[str, Any] = field(default_factory=dict)  # actors of lanes, by name
     queue: deque[TrialConfig] = field(default_factory=deque)
     running: dict[int, Running] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)  # the newest of each trial
@@ -94,7 +120,7 @@ class RayBackend(tune.Callback):
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
             # Ray keeps a copy of this function, which knows only what the configuration says.
-            tune.with_resources(self.trainable, partial(_request, self.resources)),
+            tune.with_resources(self.trainable, partial(_request, self._of_trial())),
             tune_config=tune.TuneConfig(
                 search_alg=RaySearcher(self),
                 scheduler=RayScheduler(self),
@@ -114,14 +140,56 @@ class RayBackend(tune.Callback):
         )
         if not self.over:
             try:
+                self.serve()
                 with environment.variables(VARIABLES), deaths_counted_once(), _handlers_restored():
                     tuner.fit()
                 self._say_lost(math.inf)
             except Exception:
                 if self.error is None:  # Ray wraps errors of its callbacks
                     raise
+            finally:
+                for server in self.servers.values():
+                    ray.kill(server)
         if self.error is not None:
             raise self.error
+
+    def _of_trial(self) -> Mapping[str, float]:
+        """What Tune needs for a trial: its own resources or, if a server of lanes has them, a share
+        of its CPUs."""
+        lanes = self.policy["lanes"]
+        return self.resources if lanes == 1 else {"cpu": _share(self.resources["cpu"], lanes)}
+
+    def serve(self) -> None:
+        """Starts the servers of machines that are fit, and ends those of others."""
+        lanes = self.policy["lanes"]
+        for machine in self.machines.all.values():
+            for number in range(machine.servers):
+                name = server_name(self.policy["need"], machine.id, number)
+                if machine.fit and name not in self.servers:
+                    self.servers[name] = LaneServer.options(
+                        name=name,
+                        num_cpus=_share(self.resources["cpu"], lanes),
+                        num_gpus=self.resources["gpu"],
+                        max_concurrency=2 * lanes + 8,  # a call for each trial, and those of others
+                        max_restarts=-1,
+                        scheduling_strategy=on(machine.id),
+                    ).remote(lanes)
+                elif not machine.fit and name in self.servers:
+                    ray.kill(self.servers.pop(name))
+
+    def order(self, config: TrialConfig) -> Order:
+        """What a worker gets to know of a trial."""
+        return Order(
+            **config,
+            policy=self.policy,
+            decisions=self.decisions(config),
+            left_out=self.machines.left_out(),
+        )
+
+    def _release(self, number: int) -> None:
+        """No server need know the trial that lost its worker."""
+        for server in self.servers.values():
+            server.release.remote(number)
 
     def tell(self, outcome: Outcome | None) -> bool:
         """Sends `outcome` to the loop, or None to begin it; returns whether the trial has ended."""
@@ -147,9 +215,11 @@ class RayBackend(tune.Callback):
         number, now = trial.config["number"], time.monotonic()
         worker = self.running.setdefault(number, Running(now))
         worker.longest = max(worker.longest, now - worker.heard)
-        worker.heard, worker.pid, worker.node = now, result["pid"], result.get(NODE, "")
+        worker.heard, worker.node = now, result.get(NODE, "")
+        worker.pid = result.get(PROCESS, result["pid"])
         self.saved[number] = result.get(SAVED, 0)
-        if FAILURE in result or MACHINE in result:
+        ended = REPORT in result and self._hear_of_epochs(trial, worker, result[REPORT])
+        if not ended and (FAILURE in result or MACHINE in result):
             # The worker raises it in its next step; running the trial again would not help, except
             # on another machine.
             trial.max_failures = 0
@@ -158,17 +228,22 @@ class RayBackend(tune.Callback):
             else:
                 self._blame(trial, worker.node, result)
             return False
-        report = json.loads(result[REPORT])
-        if report.pop("over_cap", False):
-            self.on_over_cap()
-        if report["epoch"] > self.epochs.get(number, 0):  # deaths count if nothing has come of it
-            self.epochs[number] = report["epoch"]
-            trial.max_failures = trial.num_failures + WORKERS_LOST
-        worker.checks = trial.config["final"] and report["epoch"] >= trial.config["epochs"] - 1
-        ended = self.tell(Epoch(trial=number, **report))
         if ended:
             self.running.pop(number, None)
         return ended
+
+    def _hear_of_epochs(self, trial: Trial, worker: Running, text: str) -> bool:
+        """Tells the loop of epochs; returns whether the trial has ended."""
+        number, report = trial.config["number"], json.loads(text)
+        if report.get("over_cap"):
+            self.on_over_cap()
+        epochs = [Epoch(**epoch) for epoch in report["epochs"]]
+        last = epochs[-1].epoch
+        if last > self.epochs.get(number, 0):  # deaths count if nothing has come of it
+            self.epochs[number] = last
+            trial.max_failures = trial.num_failures + WORKERS_LOST
+        worker.checks = trial.config["final"] and last >= trial.config["epochs"] - 1
+        return self.tell(Reported(number, epochs, report.get("obstacle")))
 
     def _blame(self, trial: Trial, node: str, result: Mapping[str, Any]) -> None:
         """A machine that is at fault is left out, and its trial goes elsewhere. If that is so on a
@@ -203,11 +278,13 @@ class RayBackend(tune.Callback):
     def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
         number, now = trial.config["number"], time.monotonic()
         worker = self.running.pop(number, Running(now))
+        self._release(number)
         self.lost.append((number, worker.node, now))
         self.tell(Lost(number))
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
+        self._release(number)
         if self.running.pop(number, None) is None and not self.saved:  # no worker was ever born
             why = "see ray.log; do all machines have the same token?"
             self.tell(Hindered(number, f"Ray could not start a worker ({why})"))
@@ -240,6 +317,7 @@ class RayBackend(tune.Callback):
                 self.say(f"{machine.address} is left out: {'; '.join(machine.faults)}")
             elif machine.fit:
                 self.say(f"{machine.address} joined: {machine.room} more at once")
+        self.serve()
         self._say_lost(now - HOLD_SECONDS)
         if self.machines.room() != before:
             self.tell(Resized())
@@ -279,6 +357,11 @@ class RayBackend(tune.Callback):
         return {}  # Ray pickles its parts; the state is in the log
 
 
+def _share(cpus: float, lanes: int) -> float:
+    """Of the CPUs of a server of lanes: its own, or a trial's. (Ray counts to four places.)"""
+    return int(1e4 * cpus / (lanes + 1)) / 1e4
+
+
 def _request(
     resources: Mapping[str, float], config: Mapping[str, Any]
 ) -> tune.PlacementGroupFactory:
@@ -316,8 +399,7 @@ class RaySearcher(Searcher):
         if self.backend.error is not None:  # else Ray would keep asking for minutes
             raise self.backend.error
         if self.backend.queue:
-            given = {"policy": self.backend.policy, LEFT_OUT: self.backend.machines.left_out()}
-            return {**self.backend.queue.popleft(), **given}
+            return self.backend.order(self.backend.queue.popleft())
         return Searcher.FINISHED if self.backend.over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -342,7 +424,7 @@ class RayScheduler(FIFOScheduler):
         super().on_trial_error(tune_controller, trial)
         if trial.status == Trial.ERROR:  # it is about to wait for another worker
             left_out = {LEFT_OUT: self.backend.machines.left_out()}
-            trial.update_resources(_request(self.backend.resources, left_out))
+            trial.update_resources(_request(self.backend._of_trial(), left_out))
 
 
 @contextmanager

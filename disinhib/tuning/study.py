@@ -103,6 +103,7 @@ def job(study: Study) -> Job:
         metric=study.metric,
         source=from_search(manifest.proposer(study, begun), study.trials, study.batch),
         stops=study.stops,
+        decisions=study.decisions,
         trials=lambda records: study.trials,
         cluster=study.cluster,
         checkpoints=study.checkpoints,

@@ -72,6 +72,10 @@ CHECKS: dict[str, Check] = {
         lambda v: checks.is_number(v) and 0 <= v <= 1,
         "0, a share of a GPU below 1, or 1",
     ),
+    "cluster.lanes": (
+        lambda v: v == "auto" or checks.COUNT[0](v),
+        f"auto or {checks.COUNT[1]}",
+    ),
     "cluster.max_concurrent": or_null(COUNT),
     "tracking.uri": OPTIONAL_TEXT,
     "tracking.experiment": TEXT,

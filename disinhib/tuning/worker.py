@@ -1,277 +1,160 @@
-"""One trial in a Ray worker: a configuration trained epoch by epoch, its seeds as lanes.
+"""One trial in a Ray worker: Tune's handle on its training, which a `lane_server` does.
 
 The driver composes and checks a trial's options; the worker gets the result as plain values
 (`TrialConfig`) and does not use Hydra, Optuna or MLflow. Workers are reused, and the core caches
 compiled programs by structure, so the second trial of a structure compiles nothing: the metric
 `compilations` of every epoch shows it.
-
-A trial's checkpoint has its state and its reports so far. A worker that continues from a checkpoint
-first repeats these reports, so that no epoch is lost that the driver did not hear of before a kill;
-the study loop ignores those that it has.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import platform
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
 import ray
-from filelock import FileLock
 from ray import tune
-from ray.air.constants import TRAINING_ITERATION
+from ray.exceptions import RayError
 
-from disinhib.errors import FULL_DISK, one_line, reason_of
 from disinhib.tuning import machines
-from disinhib.tuning.event_log import TrialConfig, over_seeds
-from disinhib.tuning.retention import checkpoint_file, model_file, sizes
+from disinhib.tuning.event_log import TrialConfig
 
-# Keys of a result: the report of an epoch, as JSON, why training failed, or why the machine did;
-# and the machine (Ray's node id), with the epoch from which another would go on.
+# Keys of a result: the reports of its epochs, as JSON, why training failed, or why the machine did;
+# the machine (Ray's node id) and the process, with the epoch from which another would go on.
 REPORT, FAILURE, MACHINE = "report", "failure", "machine"
-NODE, SAVED = "node", "saved"
+NODE, PROCESS, SAVED = "node", "process", "saved"
 UNFIT = "unfit"  # the machine has not proved itself
-GPU_MB = "gpu_memory_mb"  # in a report's place: what the worker may take of its GPU's memory
+# In a report's place: what the process may take of its GPU's memory, and how many lanes were
+# trained at once.
+GPU_MB, LANES = "gpu_memory_mb", "lanes"
+ADMISSION_SECONDS = 0.2  # between two attempts, if no server has room
 
 
 class Policy(TypedDict):
-    """Where and when a trial saves its state."""
+    """Where and when a trial saves its state, and how often it reports."""
 
     folder: str
     every_seconds: float  # between two checkpoints of a trial
     at_end: bool  # also when it has run its whole budget
     cap_bytes: float  # for the whole folder
+    stretch_seconds: float  # between two reports, if its epochs are shorter
     need: machines.Need
+    lanes: int  # that a server of each device trains at once; 1: each worker trains its own trial
 
 
-class Unfit(RuntimeError):
-    """This machine may not train trials of this study."""
+class Order(TrialConfig):
+    """What a worker gets."""
+
+    policy: Policy
+    decisions: Sequence[int]  # epochs after which the driver decides whether it goes on
+    left_out: Sequence[str]  # machines (Ray's node ids) that may not train it
 
 
 class TrainingTrial(tune.Trainable):
-    """Ray's handle on a training run; a step is one epoch.
+    """Ray's handle on a training run, whose configuration is an `Order`. A step is an epoch, or
+    several if they are short.
 
-    Its configuration is a `TrialConfig` and, under `policy`, a `Policy`. jax is imported only here,
-    after Ray has set the worker's environment (`environment.of_worker`): XLA sizes its thread pool
-    once, when it starts.
+    jax is imported only by the server, after Ray has set the process' environment
+    (`environment.of_worker`): XLA sizes its thread pool once, when it starts.
     """
 
     def setup(self, config: dict) -> None:
-        self._compilations = count_compilations()
-        self._programs: set[str] = set()  # that this process has
-        self._proved = False
-        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._own: Any = None  # the server in this process
+        self._server: Any = None  # the actor that trains the trial
+        self._order = cast(Order, config)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:
         """Prepares for a trial, in a new worker or in a reused one. Whatever can fail happens in
         the first step, whose errors count as the trial's and not as the worker's."""
-        self._trial = cast(TrialConfig, new_config)
-        self._policy = cast(Policy, new_config["policy"])
-        self._begun, self._failure, self._saved_epochs = False, None, 0
+        self._leave()
+        self._order = cast(Order, new_config)
+        self._begun, self._failure = False, ""
         return True
 
     def step(self) -> dict:
-        """Trains one epoch, or repeats the report of an epoch in the checkpoint.
+        """The trial's next epochs, of its training or of its checkpoint.
 
-        An error is reported first and raised in the next step, so that the driver can tell it
-        from the death of a worker.
+        What ends a trial is reported first and raised in the next step, so that the driver can tell
+        it from the death of a worker.
         """
-        if self._failure is not None:
-            raise self._failure
-        try:
-            result = self._step()
-        except Exception as error:
-            self._failure = error
-            if of_machine(error, self._begun):
-                unfit = isinstance(error, Unfit)
-                why = str(error) if unfit else one_line(error)
-                result = {MACHINE: f"{platform.node()}: {why}", UNFIT: unfit}
-            else:
-                result = {FAILURE: reason_of(error)}
-        return {**result, NODE: self._node, SAVED: self._saved_epochs}
-
-    def _step(self) -> dict:
-        if not self._begun:
-            self._begin()
-        self._told += 1
-        obstacle: dict[str, Any] = {}
-        if self._told > len(self._reports):
-            self._reports.append(self._epoch())
-            obstacle = self._save()
-        report = self._reports[self._told - 1]
-        if self._trial["final"] and self._told == self._trial["epochs"]:
-            report = self._checked(report)
-        # No `done` after the last epoch: the study loop ends every trial, and Tune would not pass a
-        # result with `done` to its scheduler.
-        return {
-            **over_seeds(report["metrics"]),
-            REPORT: json.dumps({**report, "epoch": self._told, **obstacle}),
-            TRAINING_ITERATION: self._told,
-        }
-
-    def _begin(self) -> None:
-        """Loads the data, and the trial's checkpoint if it has one; reuses data and compiled
-        programs of earlier trials."""
-        from disinhib import checkpoint, compilation_cache, config, memory, numerics, training
-
-        if not self._proved:
-            if lines := machines.faults(self._policy["need"]):
-                raise Unfit("; ".join(lines))
-            self._proved = True
-        numerics.set_jax()
-        compilation_cache.share()  # here, because it needs the device, which may be missing
-        self._memory = memory.start()
-        self._compiled = len(self._compilations)  # the first epoch includes the start
-        self._run = config.parse(self._trial["options"])
-        self._data = training.prepare(self._run)
-        self._reports: list[dict[str, Any]] = []
-        self._told, self._saved = 0, time.monotonic()
-        file = checkpoint_file(self._policy["folder"], self._trial["number"])
-        if file.exists():
-            self._state, self._reports = checkpoint.load(file, self._run)
-            self._saved_epochs = len(self._reports)
+        if self._failure:
+            raise RuntimeError(self._failure)
+        anew, self._begun = not self._begun, True
+        if self._order["policy"]["lanes"] == 1:
+            result = {**self._here().step(self._order, anew), **identity()}
         else:
-            self._state = training.initial_state(self._run, self._trial["seeds"])
-        self._begun = True
-        self._preparation = self._prepare()
+            if anew:
+                self._server = _admitted(self._order)
+            result = cast(dict, ray.get(self._server.step.remote(self._order, anew)))
+        self._failure = result.get(FAILURE) or result.get(MACHINE) or ""
+        return result
 
-    def _prepare(self) -> float:
-        """Traces and compiles the trial's programs, unless this process has them; takes seconds."""
-        from disinhib import compilation_cache, training
+    def cleanup(self) -> None:
+        self._leave()
 
-        start = time.perf_counter()
-        run = (self._run, self._data, self._state)
-        if (needed := training.programs_of(*run)) not in self._programs:
-            lowered = training.lowered_programs(*run)
-            with compilation_cache.alone(needed):
-                for program in lowered:
-                    program.compile()
-            self._programs.add(needed)
-        return time.perf_counter() - start
+    def _here(self) -> Any:
+        if self._own is None:
+            from disinhib.tuning.lane_server import Server
 
-    def _epoch(self) -> dict[str, Any]:
-        """The report of one epoch. In a search, raises training.Diverged if one seed diverges: its
-        numbers are a failure, never a score."""
-        import jax
+            self._own = Server()
+        return self._own
 
-        from disinhib import memory, training
+    def _leave(self) -> None:
+        """The server need no longer know the trial that this worker had."""
+        if self._own is not None:
+            self._own.release(self._order["number"])
+        if self._server is not None:
+            self._server.release.remote(self._order["number"])
+            self._server = None
 
-        advance = training.advance if self._trial["final"] else training.run_epoch
-        self._state, lanes = advance(self._run, self._data, self._state)
-        lanes["epoch_seconds"] = lanes["epoch_seconds"] + self._preparation
-        self._preparation = 0.0
-        reasons = training.divergences(self._run, lanes, self._state)
-        before = self._diverged()
-        seeds = [*map(str, self._trial["seeds"])]
-        diverged = {
-            seeds[lane]: f"Diverged: {why}"
-            for lane, why in reasons.items()
-            if seeds[lane] not in before
-        }
-        dead = {*before, *diverged}
-        metrics = {
-            name: [math.nan if seeds[lane] in dead else float(v) for lane, v in enumerate(values)]
-            for name, values in lanes.items()
-        }
-        compilations = self._compilations[self._compiled :]
-        self._compiled = len(self._compilations)
-        metrics["compilations"] = [float(len(compilations))]
-        metrics["compilation_seconds"] = [sum(compilations)]
-        metrics["peak_memory_mb"] = [memory.peak_mb(self._memory)]
-        place = {"device": jax.devices()[0].device_kind, "host": platform.node()}
-        if (limit := memory.device_mb()) is not None:
-            place[GPU_MB] = f"{limit:.0f}"
-        return {"metrics": metrics, "place": place, "diverged": diverged}
 
-    def _diverged(self) -> dict[str, str]:
-        """Reasons of the seeds that have diverged up to the epoch being reported."""
-        reports = self._reports[: self._told]
-        return {seed: why for report in reports for seed, why in report["diverged"].items()}
+@ray.remote
+class LaneServer:
+    """The `lane_server.Server` of a device, as an actor."""
 
-    def _checked(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """The last report of a final trial, with the results of the check of its dynamics. Writes a
-        file for each trained model beside the checkpoint."""
-        import jax
+    def __init__(self, slots: int):
+        from disinhib.tuning.lane_server import Server
 
-        from disinhib import export
-        from disinhib.solvers import stability
+        self._server = Server(slots)
 
-        metrics, flags = dict(report["metrics"]), {}
-        diverged = self._diverged()
-        size = self._run.architecture.batch_size
-        images, labels = (array[:size] for array in self._data.validation)
-        for lane, seed in enumerate(self._trial["seeds"]):
-            if str(seed) in diverged:
+    def step(self, order: Order, anew: bool) -> dict:
+        return {**self._server.step(order, anew), **identity()}
+
+    def admit(self, number: int, count: int) -> bool:
+        return self._server.admit(number, count)
+
+    def release(self, number: int) -> None:
+        self._server.release(number)
+
+
+def identity() -> dict[str, Any]:
+    """Which machine, and which process, trains."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return {NODE: node, PROCESS: os.getpid()}
+
+
+def server_name(need: machines.Need, *of_device: object) -> str:
+    """The name of the server of a device (its machine's node id, and a number there), or what the
+    names of all of this session of the study begin with."""
+    return "-".join(["lanes", need["id"], *map(str, of_device)])
+
+
+def _admitted(order: Order) -> Any:
+    """A server that has room for the trial; waits for one. Servers of machines that are left out
+    are not asked, nor those that have died and are being started again."""
+    study = server_name(order["policy"]["need"])
+    while True:
+        names = sorted(name for name in ray.util.list_named_actors() if name.startswith(study))
+        first = order["number"] % max(1, len(names))  # trials that begin together try others first
+        for name in [*names[first:], *names[:first]]:
+            if any(node in name for node in order["left_out"]):
                 continue
-            parameters = jax.tree.map(lambda leaf, lane=lane: leaf[lane], self._state.parameters)
-            measured, flag = stability.check(
-                self._run, parameters, images.astype(float) * self._data.scale, labels
-            )
-            for name, value in measured.items():
-                metrics.setdefault(name, [math.nan] * len(self._trial["seeds"]))[lane] = value
-            if flag:
-                flags[str(seed)] = flag
-            options = {**self._trial["options"], "seed": seed}
-            file = model_file(self._policy["folder"], self._trial["number"], seed)
-            file.write_bytes(export.dump(options, parameters))
-        return {**report, "metrics": metrics, "flags": flags}
-
-    def _save(self) -> dict[str, Any]:
-        """Writes a checkpoint if one is due. Returns why it could not, if so."""
-        from disinhib import checkpoint
-
-        policy, last = self._policy, len(self._reports) >= self._trial["epochs"]
-        due = time.monotonic() - self._saved >= policy["every_seconds"]
-        if not (policy["at_end"] or self._trial["final"] if last else due):
-            return {}
-        file = checkpoint_file(policy["folder"], self._trial["number"])
-        try:
-            with FileLock(file.with_name(".lock")):
-                beside = sum(n for other, n in sizes(file.parent).items() if other != file)
-                room = policy["cap_bytes"] - beside
-                written = checkpoint.save(file, self._run, self._state, self._reports, room)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            return {"obstacle": f"{error.strerror}: {file.parent}"}
-        if not written:
-            if last:
-                file.unlink(missing_ok=True)  # an earlier epoch's is not the final state
-            return {"over_cap": True}
-        self._saved, self._saved_epochs = time.monotonic(), len(self._reports)
-        return {}
-
-
-# What a jax error begins with if another machine would raise it too: a smaller network would fit.
-OF_CONFIGURATION = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
-
-
-def of_machine(error: Exception, begun: bool) -> bool:
-    """Whether an error is the machine's: a file, a device that is gone; before training has `begun`
-    also any other, as the driver has checked the options and seen the data."""
-    import jax
-
-    if isinstance(error, MemoryError):
-        return False
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return not str(error).startswith(OF_CONFIGURATION)
-    return not begun or isinstance(error, OSError | ImportError)
-
-
-def count_compilations() -> list[float]:
-    """A list that from now on gets the seconds of each program that this process compiles (or loads
-    from the cache)."""
-    from jax import monitoring
-
-    seconds: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration_secs)
-
-    monitoring.register_event_duration_secs_listener(listen)
-    return seconds
+            try:
+                server = ray.get_actor(name)
+                if ray.get(server.admit.remote(order["number"], len(order["seeds"]))):
+                    return server
+            except (ValueError, RayError):  # it is gone
+                continue
+        time.sleep(ADMISSION_SECONDS)
