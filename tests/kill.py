@@ -83,6 +83,7 @@ REPLAYED = 2  # trials of a study that are trained again
 # Titles that Ray gives to the process of a worker that trains, and of one between two calls, which
 # may be about to get another trial.
 TRAINS, WAITS = "ray::ResourceTrainable.train", "ray::TrainingTrial"
+SERVES = "ray::LaneServer"
 STATES = {state: name for name, state in OPTUNA_STATES.items()}
 METRIC = "valid_accuracy"  # that the studies are tuned by
 # Trains trials again, in the environment of a worker: their runs' ids are the arguments.
@@ -172,18 +173,19 @@ def kill_and_resume(
     return rows
 
 
-def kill_workers(folder: Path, rng: random.Random, times: int) -> list[Row]:
+def kill_workers(folder: Path, rng: random.Random, times: int, lanes: int) -> list[Row]:
     """Runs a study in `folder`, of which `times` workers are killed at random: one that trains,
-    one that waits, and so on.
+    one that waits, and so on. With more than one of `lanes`, it is their servers.
 
     Raises Failure as `kill_and_resume`, or if it ended before all were killed.
     """
-    with _driver(folder, 0, TRIALS, ()) as driver:
+    titles = [(TRAINS, "training"), (WAITS, "waiting")] if lanes == 1 else [(SERVES, "serving")]
+    with _driver(folder, 0, TRIALS, (f"cluster.lanes={lanes}",)) as driver:
         killed, began = [], time.monotonic()
         while not _finished(driver.study) and driver.runs():
             pass
         for number in range(times):
-            title, how = [(TRAINS, "training"), (WAITS, "waiting")][number % 2]
+            title, how = titles[number % len(titles)]
             driver.runs(rng.uniform(*OF_WORKERS))
             while driver.runs():
                 workers = [p for p in driver.processes() if _title(p).startswith(title)]
@@ -518,7 +520,8 @@ COMMAND = cli.Command(
     (
         Option("times", 25, COUNT, "kills in all"),
         Option("seed", 0, INDEX, "seed of the moments"),
-        Option("workers", False, FLAG, "kill workers, not the driver"),
+        Option("workers", False, FLAG, "kill workers (or servers of lanes), not the driver"),
+        Option("lanes", 1, COUNT, "cluster.lanes of the studies"),
         Option("folder", None, OPTIONAL_TEXT, "folder to leave the studies in; null: none"),
         Option("json", None, OPTIONAL_TEXT, "file to write the rows to as well"),
     ),
@@ -538,13 +541,16 @@ def main(arguments: Sequence[str]) -> int:
             study = place / "out" / NAME
             try:
                 if options["workers"]:
-                    new = kill_workers(place, rng, min(times, ray_backend.WORKERS_LOST))
+                    most = min(times, ray_backend.WORKERS_LOST)
+                    new = kill_workers(place, rng, most, options["lanes"])
                     left -= min(times, ray_backend.WORKERS_LOST)
                     again = restarted(study)
                 else:
                     moments = draw(rng, times)
                     say(f"study {number}, seed {options['seed']}: {', '.join(map(str, moments))}")
-                    new = kill_and_resume(place, moments)
+                    new = kill_and_resume(
+                        place, moments, options=(f"cluster.lanes={options['lanes']}",)
+                    )
                     left -= sum(row.killed for row in new)
                     again = went_on(new)
                 console.print(table(new))

@@ -12,7 +12,7 @@ from contextlib import closing
 import kill
 import pytest
 import tiny
-from kill import END, MORE, Moment
+from kill import MORE, Moment
 from ray import tune
 
 from disinhib.tuning import options, study
@@ -47,11 +47,12 @@ def test_a_study_whose_workers_are_killed_goes_on_by_itself(tmp_path):
 
 
 def test_a_study_whose_driver_is_killed_is_whole(tmp_path, mlflow_template):
-    """Amid its trials, and as it ends."""
+    """Amid its trials, which are lanes of servers. (As it ends: `make kill`.)"""
     (tmp_path / "1/out").mkdir(parents=True)
     shutil.copyfile(mlflow_template, tmp_path / "1/out/mlflow.db")
-    moments = [Moment(MORE, 0.2, trials=2), Moment(END, 0.3)]
-    rows = kill.kill_and_resume(tmp_path / "1", moments, trials=5, options=SMALL)
+    moments = [Moment(MORE, 0.2, trials=2)]
+    small = (*SMALL, "cluster.lanes=2")
+    rows = kill.kill_and_resume(tmp_path / "1", moments, trials=5, options=small)
     print(*rows, sep="\n")
     assert rows[0].killed and rows[-1].code == 0
     folder = tmp_path / "1/out" / kill.NAME

@@ -1,0 +1,204 @@
+"""Studies whose trials are lanes of servers: the same as if each had a worker of its own."""
+
+import json
+import os
+import signal
+import threading
+from contextlib import closing
+
+import pytest
+import tiny
+from ray import tune
+from test_worker import computed, report_of, trial_config
+
+from disinhib.tuning import engine, options, study
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
+from disinhib.tuning.lane_server import Server
+from disinhib.tuning.worker import FAILURE, LANES, PROCESS
+from search_spaces import SPACES
+
+source = tiny.source
+OF_MACHINE = ("epoch_seconds", "compilations", "compilation_seconds", "peak_memory_mb")
+
+
+# One server, in this process.
+
+
+def order(folder, number=0, seeds=(3,), options=(), **policy):
+    return trial_config(folder, number, seeds, options, lanes=4, **policy)
+
+
+def at_once(server, orders):
+    """The results of a step of each, asked for at the same time."""
+    results, ready = {}, threading.Barrier(len(orders))
+
+    def step(asked):
+        ready.wait()
+        results[asked["number"]] = server.step(asked)
+
+    threads = [threading.Thread(target=step, args=[asked]) for asked in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Reports of epochs of a trial that has no neighbours."""
+    folder = tmp_path_factory.mktemp("alone")
+    server = Server()
+    return [computed(server.step(order(folder))) for _ in range(3)]
+
+
+def without_place(report):
+    return {name: value for name, value in report.items() if name != "place"}
+
+
+def test_a_trial_is_what_it_would_be_alone(alone, tmp_path):
+    """Beside others that join and leave, one that diverges, and one of another structure."""
+    server = Server(4)
+    mine, broken = order(tmp_path), order(tmp_path, 1, options=["optimizer.learning_rate=1e30"])
+    other = order(tmp_path, 2, seeds=[5, 6], options=["optimizer.learning_rate=0.1"])
+    apart = order(tmp_path, 3, options=["model.vf.sizes_hidden=[9]"])
+    first = at_once(server, [mine, broken, apart])
+    assert first[1][FAILURE].startswith("Diverged: ")
+    server.release(1)
+    second = at_once(server, [mine, other])
+    server.step(other)  # while the first is not asked for
+    third = at_once(server, [mine, other, apart])
+    mine_told = [computed(results[0]) for results in (first, second, third)]
+    assert [*map(without_place, mine_told)] == [*map(without_place, alone)]
+    assert {int(told["place"][LANES]) for told in mine_told} <= {1, 2, 3}
+    assert report_of(third[2])["epoch"] == 3 and report_of(third[3])["epoch"] == 2
+
+
+def test_there_is_room_for_so_many_lanes(tmp_path):
+    server = Server(4)
+    assert server.admit(0, 2) and server.admit(1, 2)
+    assert not server.admit(2, 1)
+    assert server.admit(1, 2)  # it has its own
+    server.release(0)
+    assert server.admit(2, 1)
+    assert Server(4).admit(0, 10)  # more than there are slots: it trains alone
+
+
+def test_an_error_in_one_trial_fails_no_other(alone, tmp_path):
+    server = Server(4)
+    ours, broken = order(tmp_path), order(tmp_path, 1)
+    broken["options"] = {**broken["options"], "batchsize": 10**6}
+    results = at_once(server, [ours, broken])
+    assert FAILURE in results[1] or "machine" in results[1]
+    assert without_place(computed(results[0])) == without_place(alone[0])
+
+
+def test_what_does_not_fit_goes_on_with_half_of_the_slots(alone, tmp_path, monkeypatch):
+    """Planted: more than two lanes are too much for the memory."""
+    import jax
+
+    from disinhib import lanes
+
+    advance, tried = lanes.advance, []
+
+    def scarce(run, data, slots):
+        tried.append(len(slots.names))
+        if len(slots.names) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return advance(run, data, slots)
+
+    monkeypatch.setattr(lanes, "advance", scarce)
+    server = Server(4)
+    orders = [order(tmp_path, number, stretch_seconds=1e9) for number in range(4)]
+    results = at_once(server, orders)
+    assert max(tried) > 2 and tried[-1] <= 2
+    told = json.loads(results[0]["report"])["epochs"]
+    assert [epoch["epoch"] for epoch in told] == [1, 2, 3, 4]
+    for epoch, expected in zip(told, alone, strict=False):
+        assert epoch["metrics"]["valid_loss"] == expected["metrics"]["valid_loss"]
+
+
+def test_a_step_ends_where_the_driver_decides(tmp_path):
+    server = Server(4)
+    asked = {**order(tmp_path, stretch_seconds=1e9), "decisions": [1, 3]}
+    told = [json.loads(server.step(asked)["report"])["epochs"] for _ in range(3)]
+    assert [[epoch["epoch"] for epoch in epochs] for epochs in told] == [[1], [2, 3], [4]]
+
+
+# Whole studies.
+
+
+TRIALS, PRUNED_TRIAL, DIVERGED_TRIAL = 6, 4, 5
+
+
+def space(trial):
+    """Of back-propagation; one trial cannot learn, one diverges."""
+    rate = trial.suggest_float("optimizer.learning_rate", 1e-3, 2e-2, log=True)
+    rate = {PRUNED_TRIAL: 1e-12, DIVERGED_TRIAL: 1e30}.get(trial.number, rate)
+    return {"model/vf": "non-dale", "trainer": "bp", "optimizer.learning_rate": rate}
+
+
+def asked(folder, *overrides):
+    return options.compose(
+        [
+            *("experiment=smoke", "space=of_lanes", f"trials={TRIALS}", "epochs=4"),
+            *("searcher.deterministic=true", "searcher.batch=4", "scheduler.grace_period=1"),
+            *("searcher.balanced=false", "study=lanes", f"out_dir={folder}", *overrides),
+        ]
+    )
+
+
+def outcome(folder):
+    """What the log says of each trial, but for clocks and memory."""
+    with closing(EventLog(folder, existing=True)) as log:
+        told = {}
+        for _, _, event in log.events():
+            body = {**vars(event)}
+            body.pop("place", None)
+            if isinstance(event, EpochDone):
+                kept = {n: v for n, v in event.metrics.items() if n not in OF_MACHINE}
+                body["metrics"] = kept
+            told.setdefault(event.trial, []).append((event.kind, body))
+    return told
+
+
+@pytest.fixture(scope="module")
+def apart(source, copied_stores, one_ray, tmp_path_factory):
+    """What a study leaves whose trials have a worker each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SPACES, "of_lanes", space)
+        yield of_workers(tmp_path_factory)
+
+
+def of_workers(tmp_path_factory):
+    described = asked(tmp_path_factory.mktemp("apart"), "cluster.lanes=1")
+    done = study.run(described, tiny.quiet())
+    assert {record.state for record in done.records} == {COMPLETE, PRUNED, FAILED}
+    return outcome(described.folder)
+
+
+def test_a_study_in_lanes_is_the_same_study(apart, tmp_path):
+    """With early stopping, a lane that diverges, and more trials than slots."""
+    described = asked(tmp_path, "cluster.lanes=2")
+    done = study.run(described, tiny.quiet())
+    assert done.whole and outcome(described.folder) == apart
+
+
+def test_a_server_that_is_killed_costs_no_trial_and_no_epoch(apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "STRETCH_SECONDS", 0.0)
+
+    class Killer(tune.Callback):
+        """Ends the server that is the first to report a second epoch."""
+
+        def __init__(self):
+            self.killed = []
+
+        def on_trial_result(self, *, result, **_):
+            if not self.killed and result["training_iteration"] == 2:
+                self.killed.append(result[PROCESS])
+                os.kill(result[PROCESS], signal.SIGKILL)
+
+    killer = Killer()
+    described = asked(tmp_path, "cluster.lanes=8", "checkpoints.every_seconds=0")
+    done = study.run(described, tiny.quiet(), callbacks=[killer])
+    assert killer.killed and done.whole and outcome(described.folder) == apart
