@@ -120,7 +120,8 @@ def test_what_does_not_fit_goes_on_with_half_of_the_slots(alone, tmp_path, monke
 
 def test_a_step_ends_where_the_driver_decides(tmp_path):
     server = Server(4)
-    asked = {**order(tmp_path, stretch_seconds=1e9), "decisions": [1, 3]}
+    asked = order(tmp_path, stretch_seconds=1e9)
+    asked["decisions"] = [1, 3]
     told = [json.loads(server.step(asked)["report"])["epochs"] for _ in range(3)]
     assert [[epoch["epoch"] for epoch in epochs] for epochs in told] == [[1], [2, 3], [4]]
 

@@ -33,7 +33,7 @@ from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
 from disinhib.tuning.suggest import SAMPLERS
-from disinhib.tuning.worker import GPU_MB
+from disinhib.tuning.worker import GPU_MB, LANES
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
@@ -71,6 +71,7 @@ class Cost(NamedTuple):
     checkpoint_mb: float
     ready_at: float  # s since 1970: code and data were loaded
     gpu_mb: float = math.nan  # what the worker may take of its GPU's memory, if it has one
+    lanes: int = 1  # that were trained at once
 
 
 Costs = Mapping[str, Sequence[Cost]]  # of the structures of each rule that could be timed
@@ -212,6 +213,7 @@ def measure(
             checkpoints={"every_seconds": math.inf, "cap_gb": math.inf},
             tracking=None,
             keep_best=len(trials),
+            decisions=lambda trial: [1],  # its epochs are reported one by one
         )
         finished = engine.run(job, Console(quiet=True))
         if not finished.whole:
@@ -240,6 +242,7 @@ def measure(
                 checkpoint_mb=file.stat().st_size / 1e6 if file.exists() else 0.0,
                 ready_at=ended - seconds,
                 gpu_mb=float(places[record.number].get(GPU_MB, "nan")),
+                lanes=int(places[record.number].get(LANES, "1")),
             )
     return costs
 
@@ -268,7 +271,7 @@ def run(study: Study, console: Console) -> None:
         fitting = cluster.trials_at_once(study.resources)
         total = ray.cluster_resources()
         measured = measure(study, begun, distinct)
-    most = study.cluster["max_concurrent"]
+    most, lanes = study.cluster["max_concurrent"], cluster.lanes(study.cluster)
     wide = max(len(structure.name) for structure in distinct)
     say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
     costs: dict[str, list[Cost]] = {rule: [] for one in distinct for rule in one.rules}
@@ -287,10 +290,15 @@ def run(study: Study, console: Console) -> None:
         say("no structure could be timed: there is no estimate")
         return
     say("first epoch: with compiling, or loading if cached; the study will only load\n")
-    say(*_estimates(study, costs, min(fitting, most or fitting), started))
+    # An epoch of many lanes takes a GPU as long as was measured; on a CPU they take turns.
+    beside = min(cost.lanes for own in costs.values() for cost in own)
+    at_once = fitting * beside if study.cluster["gpus_per_trial"] else fitting
+    say(*_estimates(study, costs, min(at_once, most or at_once), started))
     say(
-        f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; {fitting} trials fit"
-        f" at once, cluster.max_concurrent={in_hydra(most)}"
+        f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs;"
+        f" {fitting * lanes} trials fit at once"
+        + (f" ({lanes} lanes of {fitting} servers)" if lanes > 1 else "")
+        + f", cluster.max_concurrent={in_hydra(most)}"
     )
 
 
@@ -305,7 +313,8 @@ def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list
     ):
         seconds = startup + estimate.seconds
         hours = f"{seconds / 3600:.2f} h ({progress.clock(seconds)})"
-        lines.append(f"{name}: {hours}, {estimate.epochs:.0f} epochs")
+        rate = f"{3600 * study.trials / estimate.seconds:.0f} trials an hour"
+        lines.append(f"{name}: {hours}, {estimate.epochs:.0f} epochs, {rate}")
     lines.append(
         f"assumed: {at_once} trials at a time, rules in turn, a rule's structures equally often,"
         " random final scores that do not improve during the study, half of a score reached in"
@@ -328,12 +337,15 @@ def _memory(timed: Sequence[Cost], at_once: int, gpus: float) -> str:
     memory = max(cost.memory_mb for cost in timed)
     if not gpus:
         return f"\nmemory: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all"
-    needs = f"\nGPU memory: {memory:.0f} MB a trial"
+    lanes = max(cost.lanes for cost in timed)
+    one, of_them = ("trial", "trials") if lanes == 1 else ("server", f"servers of {lanes} lanes")
+    needs = f"\nGPU memory: {memory:.0f} MB a {one}"
     may_take = min(cost.gpu_mb for cost in timed)
     if math.isnan(may_take):  # jax does not tell
         return needs
     share = min(1.0, math.ceil(1e3 * memory * gpus / may_take) / 1e3)
     return (
         f"{needs}, which cluster.gpus_per_trial={in_hydra(gpus)} lets take {may_take:.0f} MB;"
-        f" of one GPU {int(1 / share + 1e-9)} trials fit (cluster.gpus_per_trial={in_hydra(share)})"
+        f" of one GPU {int(1 / share + 1e-9)} {of_them} fit"
+        f" (cluster.gpus_per_trial={in_hydra(share)})"
     )
