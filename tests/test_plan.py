@@ -1,5 +1,7 @@
 """The plan of a study: its numbers one by one, and one real plan."""
 
+import re
+
 import pytest
 
 from disinhib import config
@@ -169,7 +171,7 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(here)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     monkeypatch.setitem(SPACES, "mixed", mixed)
-    words = ["experiment=smoke", "space=mixed", "solver.max_iterations=1"]
+    words = ["experiment=smoke", "space=mixed", "solver.max_iterations=1", "cluster.lanes=2"]
     assert study.main(["plan=true", *words]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -182,10 +184,11 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     failed = next(line for line in lines if line.startswith("exact-inv  "))
     assert "failed: Diverged: train_CL_converged_share is 0.0000" in failed
     whole = next(line for line in lines if line.startswith("without early stopping: "))
-    assert whole.endswith(" 6 epochs")  # of bp's 3 trials
+    assert re.search(r" 6 epochs, \d+ trials an hour$", whole)  # of bp's 3 trials
     assert "not counted, because none of their structures could be timed: exact-inv" in lines
-    for start in ("with scheduler=asha: ", "memory: ", "disk: at most ", "cluster: "):
+    for start in ("with scheduler=asha: ", "memory: ", "disk: at most "):
         assert any(line.startswith(start) for line in lines)
+    assert " trials fit at once (2 lanes of " in said
     assert not list(here.iterdir())
     assert list(programs.iterdir())  # for the study to load
 
