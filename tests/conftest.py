@@ -7,14 +7,17 @@ none of them sees or touches what is in the user's home.
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -57,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         XDG_CACHE_HOME=str(home / ".cache"),
         RAY_AUTH_TOKEN=secrets.token_hex(32),  # one for all Rays of a process, which reads it once
         RAY_TMPDIR=str(home),  # or a study joins what another suite on this machine has started
+        RAY_worker_niceness="0",  # else 15: workers would wait until other tests have no work
         MPLCONFIGDIR=str(KEPT / "matplotlib"),  # its list of fonts takes seconds to make
     )
     for name in FOLLOWED:
@@ -156,9 +160,31 @@ class Problem(NamedTuple):
     """A small random network and a batch for it."""
 
     architecture: Any
-    parameters: dict[str, jax.Array]
-    x: jax.Array  # [batch, in], in [0, 1]
-    target: jax.Array  # [batch, out]
+    parameters: dict[str, np.ndarray]
+    x: np.ndarray  # [batch, in], in [0, 1]
+    target: np.ndarray  # [batch, out]
+
+
+@cache
+def drawing() -> Callable[..., Any]:
+    """Draws (parameters, x, target): jitted, because each draw by itself would be a program."""
+    from disinhib.hyperparameters import Architecture
+    from disinhib.losses import soft_targets
+    from disinhib.network import initial_parameters
+
+    def draw(sizes, use_bias, batch, seed, weight_scale):
+        plain = Architecture("disinhibition", "dale", sizes, use_bias=use_bias)
+        key = jax.random.fold_in(jax.random.key(1), seed)
+        weights, biases, images, labels = jax.random.split(key, 4)
+        parameters = initial_parameters(plain, weight_scale, weights)
+        for name, value in parameters.items():
+            if name.startswith("bias"):
+                parameters[name] = 0.3 * jax.random.normal(biases, value.shape)
+        x = jax.random.uniform(images, (batch, sizes[0]))
+        classes = jax.random.randint(labels, (batch,), 0, sizes[-1])
+        return parameters, x, soft_targets(classes, sizes[-1], jax.numpy.asarray(0.99, float))
+
+    return jax.jit(draw, static_argnums=(0, 1, 2))
 
 
 def hyperparameters() -> Any:
@@ -181,34 +207,35 @@ def problem() -> Callable[..., Problem]:
     """`problem(seed=, weight_scale=, batch=, **fields of Architecture)`, biases not zero; left out,
     they are those of dis-inhibition in the E-I network."""
     from disinhib.hyperparameters import Architecture
-    from disinhib.losses import soft_targets
-    from disinhib.network import initial_parameters
 
     def make(seed=0, weight_scale=2.0, batch=6, **fields) -> Problem:
         defaults = {"family": "disinhibition", "circuit": "dale", "sizes": (5, 8, 7, 4)}
         architecture = Architecture(**{**defaults, **fields})
-        key = jax.random.fold_in(jax.random.key(1), seed)
-        weights, biases, images, labels = jax.random.split(key, 4)
-        parameters = initial_parameters(architecture, weight_scale, weights)
-        for name, value in parameters.items():
-            if name.startswith("bias"):
-                parameters[name] = 0.3 * jax.random.normal(biases, value.shape)
-        x = jax.random.uniform(images, (batch, architecture.sizes[0]))
-        classes = architecture.sizes[-1]
-        drawn = jax.random.randint(labels, (batch,), 0, classes)
-        target = soft_targets(drawn, classes, jax.numpy.asarray(0.99, float))
-        return Problem(architecture, parameters, x, target)
+        sizes, use_bias = architecture.sizes, architecture.use_bias
+        drawn = drawing()(sizes, use_bias, batch, seed, float(weight_scale))
+        return Problem(architecture, *jax.tree.map(np.asarray, drawn))
 
     return make
+
+
+def forget_programs() -> None:
+    from disinhib import training
+
+    training.programs.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.fixture
 def recompiled():
     """Programs that are compiled within the test, which changes a table, are not kept."""
-    from disinhib import training
-
-    training.programs.cache_clear()
-    jax.clear_caches()
+    forget_programs()
     yield
-    training.programs.cache_clear()
-    jax.clear_caches()
+    forget_programs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a module has compiled goes with it: the process would grow to gigabytes."""
+    yield
+    if "disinhib.training" in sys.modules:
+        forget_programs()

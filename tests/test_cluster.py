@@ -45,9 +45,35 @@ def nodes():
 
 @pytest.fixture
 def compose(nodes, tmp_path):
-    words = ["experiment=smoke", "trials=4", "space=bp", "scheduler=none", "study=two"]
+    words = ["experiment=smoke", "trials=3", "space=bp", "scheduler=none", "study=two"]
     place = [f"cluster.address={nodes.address}", f"out_dir={tmp_path / 'out'}"]
     return lambda *overrides: options.compose([*words, *place, *overrides])
+
+
+TOO_MUCH = {
+    "cluster.cpus_per_trial=4096": "cluster.cpus_per_trial: given 4096, allowed is at most 1",
+    "cluster.gpus_per_trial=1": "cluster.gpus_per_trial: given 1, allowed is at most 0",
+}
+
+
+@pytest.mark.parametrize("override", TOO_MUCH)
+def test_what_no_machine_has_is_refused_and_nothing_written(override, compose, tmp_path):
+    class Started(Callback):
+        def on_trial_start(self, **_):
+            raise AssertionError("a trial was started")
+
+    with pytest.raises(ConfigError, match=TOO_MUCH[override]):
+        study.run(compose(override), tiny.quiet(), tiny.played(), [Started()])
+    assert not list(tmp_path.iterdir())
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def joined(nodes):
+    """The studies from here on share one connection, which takes seconds."""
+    place = {"address": nodes.address, "cpus_per_trial": 1, "gpus_per_trial": 0}
+    with cluster.cluster(place):
+        yield
 
 
 def placed(machines=2):
@@ -78,11 +104,7 @@ def run(asked, trainable, *callbacks):
     return finished.records, printed.getvalue()
 
 
-def test_trials_run_on_every_node(compose):
-    run(compose(), placed())
-
-
-def test_a_machine_at_fault_is_left_out_and_its_trials_go_elsewhere(compose, nodes):
+def test_a_machine_at_fault_is_left_out_and_its_trials_go_elsewhere(compose, nodes, joined):
     bad = nodes.list_all_nodes()[1].node_id
 
     class Faulty(placed()):
@@ -98,7 +120,7 @@ def test_a_machine_at_fault_is_left_out_and_its_trials_go_elsewhere(compose, nod
     assert f"{reason}: trial" in said and "goes on from epoch 0" in said and " lost" not in said
 
 
-def test_only_if_no_machine_is_left_does_the_study_stop(compose):
+def test_only_if_no_machine_is_left_does_the_study_stop(compose, joined):
     class Faulty(tiny.played()):
         def step(self):
             self.failure = OSError("planted")
@@ -106,16 +128,16 @@ def test_only_if_no_machine_is_left_does_the_study_stop(compose):
             return {MACHINE: f"{node}: planted", NODE: node, SAVED: 0}
 
     with pytest.raises(StudyStopped, match="planted: mend it"):
-        study.run(compose(), tiny.quiet(), Faulty)
+        study.run(compose("trials=2"), tiny.quiet(), Faulty)
 
 
-def test_a_worker_that_is_never_born_is_no_failed_trial(compose):
+def test_a_worker_that_is_never_born_is_no_failed_trial(compose, joined):
     class Unborn(tiny.played()):
         def setup(self, config):
             os._exit(1)
 
     with pytest.raises(StudyStopped, match=r"^Ray could not start a worker .*: mend it$"):
-        study.run(compose(), tiny.quiet(), Unborn)
+        study.run(compose("trials=1"), tiny.quiet(), Unborn)
 
 
 class Change(Callback):
@@ -142,7 +164,11 @@ class Change(Callback):
                 (self.folder / file).touch()
 
 
-def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose, nodes, tmp_path):
+def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(
+    compose, nodes, joined, tmp_path
+):
+    """Trials run on all three."""
+
     class Waiting(placed(machines=3)):
         def step(self):
             while not (tmp_path / ("gone" if self.epoch else "joined")).exists():
@@ -150,34 +176,18 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_costs_no_trial(compose
             return super().step()
 
     printed = io.StringIO()
-    asked = compose("trials=6")
+    asked = compose("trials=4")
     change = Change(nodes, printed, tmp_path)
     finished = study.run(asked, Console(file=printed, width=120), Waiting, [change])
-    assert [record.state for record in finished.records] == [COMPLETE] * 6
+    assert [record.state for record in finished.records] == [COMPLETE] * 4
     assert "is gone: trial" in printed.getvalue()
     assert "goes on from epoch 0" in printed.getvalue()
     assert "(raylet)" in (asked.folder / engine.RAY_LOG).read_text()
 
 
-TOO_MUCH = {
-    "cluster.cpus_per_trial=4096": "cluster.cpus_per_trial: given 4096, allowed is at most 1",
-    "cluster.gpus_per_trial=1": "cluster.gpus_per_trial: given 1, allowed is at most 0",
-}
-
-
-@pytest.mark.parametrize("override", TOO_MUCH)
-def test_what_no_machine_has_is_refused_and_nothing_written(override, compose, tmp_path):
-    class Started(Callback):
-        def on_trial_start(self, **_):
-            raise AssertionError("a trial was started")
-
-    with pytest.raises(ConfigError, match=TOO_MUCH[override]):
-        study.run(compose(override), tiny.quiet(), tiny.played(), [Started()])
-    assert not list(tmp_path.iterdir())
-    assert not ray.is_initialized()
-
-
-def test_a_machine_that_is_not_as_the_drivers_is_named_and_nothing_begun(compose, monkeypatch):
+def test_a_machine_that_is_not_as_the_drivers_is_named_and_nothing_begun(
+    compose, joined, monkeypatch
+):
     asked = compose()
     require = machines.require
 

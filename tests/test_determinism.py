@@ -37,7 +37,7 @@ def test_two_runs_propose_and_measure_the_same(tmp_path, monkeypatch):
     for at_once in (2, 1):
         asked = options.compose(
             [
-                *("experiment=smoke", "space=two_rules", "trials=11", "epochs=3", "batchsize=100"),
+                *("experiment=smoke", "space=two_rules", "trials=9", "epochs=3"),
                 *("searcher.deterministic=true", "searcher.batch=4", "scheduler.grace_period=1"),
                 *("searcher.n_startup_trials=1", f"cluster.max_concurrent={at_once}"),
                 *(f"study=at-once-{at_once}", f"out_dir={tmp_path}"),

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -206,12 +207,66 @@ def disinhib(folder, *arguments):
     )
 
 
+# Several commands, each in a folder of its own, in one process: what takes long is to start one.
+CHILD = """
+import contextlib, io, json, os, sys
+from disinhib import __main__ as program, cli
+
+told = {}
+for folder, arguments in json.loads(sys.argv[1]).items():
+    os.mkdir(folder)
+    os.chdir(folder)
+    sys.argv[1:] = arguments
+    code, out, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            cli.run(program.main)
+        except SystemExit as ended:
+            code = ended.code or 0
+    told[os.path.basename(folder)] = code, out.getvalue(), errors.getvalue()
+print(json.dumps(told))
+"""
+
+
+class Told(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 2 epochs in a process of its own: (its folder's parent, folder, process)."""
     work = tmp_path_factory.mktemp("run")
     process = disinhib(work, *TINY, "hydra.run.dir=first", "OL_eval_on_train=true")
     return work, work / "first", process
+
+
+@pytest.fixture(scope="module")
+def others(run):
+    """What other commands told, by the name of their folder beside that of the run."""
+    work, folder, _ = run
+    here, four = "hydra.run.dir=.", ["epochs=4", "OL_eval_on_train=true"]
+    options, choices = hydra_config.compose("train", [*TINY, "OL_eval_on_train=true"])
+    seeds = shlex.split(hydra_config.command(options, choices, [0, 4]))
+    assert seeds[:4] == ["python", "-m", "disinhib", "-m"] and seeds[-1] == "seed=0,4"
+    commands = {
+        "whole": [*TINY, *four, here],
+        "second": [*TINY, *four, here, f"resume={folder}"],
+        "diverged": [*TINY, "optimizer=sgd", "optimizer.learning_rate=1e20", here],
+        "seeds": seeds[3:],
+        "shown": ["--cfg", "job", "model/vf=dale", "trainer=exact-inv"],
+    }
+    given = json.dumps({str(work / name): words for name, words in commands.items()})
+    process = subprocess.run(
+        [sys.executable, "-c", CHILD, given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PJRT_NPROC": "1"},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return {name: Told(*told) for name, told in json.loads(process.stdout).items()}
 
 
 def test_a_run_leaves_its_results(run):
@@ -231,12 +286,10 @@ def test_a_run_leaves_its_results(run):
     assert parse(resolved).architecture.sizes == (64, 8, 10)
 
 
-def test_a_run_goes_on_from_its_folder(run):
+def test_a_run_goes_on_from_its_folder(run, others):
     """2 epochs and 2 more give the numbers of 4 at once."""
-    work, folder, _ = run
-    four = ["epochs=4", "OL_eval_on_train=true"]
-    whole = disinhib(work, *TINY, *four, "hydra.run.dir=whole")
-    resumed = disinhib(work, *TINY, *four, f"resume={folder}", "hydra.run.dir=second")
+    work, _, _ = run
+    whole, resumed = others["whole"], others["second"]
     assert whole.returncode == resumed.returncode == 0, whole.stderr + resumed.stderr
     at_once = json.loads((work / "whole" / "results.json").read_text())
     later = json.loads((work / "second" / "results.json").read_text())
@@ -267,26 +320,20 @@ def test_another_run_is_not_resumed(run, monkeypatch, tmp_path, capsys, changed,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_diverges_says_where_and_fails(run):
-    work, _, _ = run
-    process = disinhib(
-        work, *TINY, "optimizer=sgd", "optimizer.learning_rate=1e20", "hydra.run.dir=diverged"
-    )
+def test_a_run_that_diverges_says_where_and_fails(run, others):
+    work, process = run[0], others["diverged"]
     assert process.returncode == 1
     assert "diverged: " in process.stdout and "epoch 1 (seed 0)" in process.stdout
     assert "Traceback" not in process.stderr
     assert not (work / "diverged" / "results.json").exists()
 
 
-def test_a_command_of_several_seeds_is_a_run_of_each(run, tmp_path):
+def test_a_command_of_several_seeds_is_a_run_of_each(run, others):
     """Hydra's multirun, with the numbers of the run of that seed alone."""
-    _, alone, _ = run
-    options, choices = hydra_config.compose("train", [*TINY, "OL_eval_on_train=true"])
-    written = shlex.split(hydra_config.command(options, choices, [0, 4]))
-    assert written[:4] == ["python", "-m", "disinhib", "-m"] and written[-1] == "seed=0,4"
-    process = disinhib(tmp_path, *written[3:])
-    assert process.returncode == 0, process.stderr
-    folders = sorted(path.parent for path in tmp_path.rglob("results.json"))
+    work, alone, _ = run
+    assert others["seeds"].returncode == 0, others["seeds"].stderr
+    options, _ = hydra_config.compose("train", [*TINY, "OL_eval_on_train=true"])
+    folders = sorted(path.parent for path in (work / "seeds").rglob("results.json"))
     configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
     assert configs == [{**options, "seed": 0}, {**options, "seed": 4}]
     zero, four, expected = (
@@ -304,8 +351,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hydra_shows_the_configuration(tmp_path):
-    process = disinhib(tmp_path, "--cfg", "job", "model/vf=dale", "trainer=exact-inv")
-    assert process.returncode == 0
-    assert yaml.safe_load(process.stdout)["trainer"]["name"] == "exact-inv"
-    assert list(tmp_path.iterdir()) == []
+def test_hydra_shows_the_configuration(run, others):
+    shown = others["shown"]
+    assert shown.returncode == 0
+    assert yaml.safe_load(shown.stdout)["trainer"]["name"] == "exact-inv"
+    assert list((run[0] / "shown").iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from ray import tune
 
 from disinhib.errors import ConfigError
 from disinhib.tuning import lease, options, study
@@ -90,7 +91,7 @@ def test_a_removed_lease_is_not_made_again(tmp_path):
 @pytest.fixture
 def asked(tmp_path):
     place = f"out_dir={tmp_path / 'out'}"
-    return options.compose(["experiment=smoke", "space=bp", "study=mine", place])
+    return options.compose(["experiment=smoke", "space=bp", "trials=2", "study=mine", place])
 
 
 @pytest.mark.usefixtures("copied_stores", "one_ray")
@@ -108,21 +109,20 @@ def test_a_driver_whose_study_another_has_taken_over_ends(asked):
 
 
 @pytest.mark.usefixtures("copied_stores", "one_ray")
-def test_the_same_command_again_is_refused_and_the_first_goes_on(asked, tmp_path):
-    said = tmp_path / "said"
+def test_the_same_command_again_is_refused_and_the_first_goes_on(asked):
+    said = []
 
-    class Twice(tiny.played()):
-        def step(self):
-            if not said.exists():
-                said.touch()
+    class Again(tune.Callback):
+        def on_trial_result(self, **_):
+            if not said:
                 place = ["study=mine", f"out_dir={asked.out_dir}", "resume=true"]
-                done = subprocess.run(
-                    [sys.executable, "tune_main.py", *place], capture_output=True, text=True
+                said.append(
+                    subprocess.run(
+                        [sys.executable, "tune_main.py", *place], capture_output=True, text=True
+                    )
                 )
-                said.write_text(f"{done.returncode} {done.stderr}")
-            return super().step()
 
-    finished = study.run(asked, tiny.quiet(), Twice)
+    finished = study.run(asked, tiny.quiet(), tiny.played(), [Again()])
     assert {record.state for record in finished.records} == {COMPLETE}
-    assert said.read_text().startswith("2 error: study: ")
-    assert "is open in another process" in said.read_text()
+    assert said[0].returncode == 2 and said[0].stderr.startswith("error: study: ")
+    assert "is open in another process" in said[0].stderr

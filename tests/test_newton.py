@@ -3,6 +3,7 @@ happens where it does not converge. The truth is the dynamics (ode.py, other cod
 steady state they stand still."""
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from disinhib.feedback import disinhibition, jacobian_weights, modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.microcircuit import Microcircuit, microcircuit, relax, search_from
+from disinhib.network import feedforward_input
 from disinhib.solvers import newton, ode
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -34,6 +36,9 @@ FIXED = settings(derandomize=True, max_examples=15)
 def traced(hyper):
     """Hyperparameters as arrays, so that one program serves all of them."""
     return jax.tree.map(lambda value: jnp.asarray(value, float), hyper)
+
+
+as_numpy = partial(jax.tree.map, np.asarray)  # where jax would compile each of a test's sums
 
 
 def log_uniform(low, high):
@@ -57,12 +62,12 @@ def neurons(kind_e, kind_i):
     return search
 
 
-PLAIN = {kind: bind(kind).value for kind in ACTIVATIONS} | {
-    "softrelu": jax.nn.softplus,
+PLAIN: dict[str, Any] = {kind: bind(kind).value for kind in ACTIVATIONS} | {
+    "softrelu": lambda u: np.logaddexp(0, u),
     "linear": lambda u: u,
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
+    "tanh": np.tanh,
+    "relu": lambda u: np.maximum(u, 0),
+    "sigmoid": lambda u: 0.5 + 0.5 * np.tanh(u / 2),
 }
 
 
@@ -77,8 +82,8 @@ PLAIN = {kind: bind(kind).value for kind in ACTIVATIONS} | {
 def test_a_neuron_is_in_equilibrium_whatever_its_activations_and_gains(
     kind_e, kind_i, a, s, g_ei, g_ie
 ):
-    a, s = jnp.asarray(a), jnp.asarray(s)
-    u = neurons(kind_e, kind_i)(a, s, *(jnp.asarray(g) for g in (g_ei, g_ie)))
+    a, s, g_ei, g_ie = map(np.asarray, (a, s, g_ei, g_ie))
+    u = np.asarray(neurons(kind_e, kind_i)(a, s, g_ei, g_ie))
     inhibition = g_ie * PLAIN[kind_i](g_ei * PLAIN[kind_e](u) - s)
     # u is known to its last place, 1e-15, and the slope of f is up to 1 + 10 * 10.
     assert np.max(np.abs(u + inhibition - a)) < 1e-11
@@ -98,18 +103,18 @@ def test_a_neuron_is_in_equilibrium_whatever_its_activations_and_gains(
 )
 def test_the_open_loop_settles_within_its_steps(kind_e, kind_i, problem):
     # An identity kernel makes x the neurons' input; Newton's plain method cycles for some of these.
-    x = jnp.tile(jnp.linspace(-20, 20, 400)[:, None], (1, 2))
+    x = np.tile(np.linspace(-20, 20, 400)[:, None], (1, 2))
     small = problem(sizes=(2, 2, 2), activation_e=kind_e, activation_i=kind_i, use_bias=False)
-    parameters = small.parameters | {"kernel_0": jnp.eye(2)}
+    parameters = small.parameters | {"kernel_0": np.eye(2)}
     solve = jax.jit(partial(newton.open_loop, small.architecture))
     for g_ei, g_ie in ((0.25, 4.0), (1.0, 1.0), (4.0, 1.0), (4.0, 4.0), (1.0, 10.0)):
         hyper = traced(HYPER._replace(g_ei=g_ei, g_ie=g_ie))
-        solution = solve(parameters, hyper, x)
+        solution = as_numpy(solve(parameters, hyper, x))
         assert np.all(solution.converged), (g_ei, g_ie)
         u_e, u_i = solution.state.u_e[0], solution.state.u_i[0]
         np.testing.assert_allclose(u_i, g_ei * PLAIN[kind_e](u_e), rtol=1e-12, atol=1e-15)
-        imbalance = jnp.linalg.norm(u_e + g_ie * PLAIN[kind_i](u_i) - x, axis=-1)
-        size = 1 + jnp.linalg.norm(u_e, axis=-1)
+        imbalance = np.linalg.norm(u_e + g_ie * PLAIN[kind_i](u_i) - x, axis=-1)
+        size = 1 + np.linalg.norm(u_e, axis=-1)
         np.testing.assert_allclose(solution.residual, imbalance / size, rtol=1e-6, atol=1e-13)
         assert np.max(imbalance / size) <= small.architecture.solver.tolerance
 
@@ -131,44 +136,52 @@ shared = jax.jit(both_loops, static_argnums=0)  # tests with the same structure 
 
 def solved(problem, hyper=HYPER, program=shared):
     architecture, parameters, x, target = problem
-    return program(architecture, parameters, traced(hyper), x, target)
+    return as_numpy(program(architecture, parameters, traced(hyper), x, target))
 
 
-def speed(problem, hyper, solution, weights):
-    """The largest tau * |d/dt| of any variable of the network and its controller at `solution`."""
-    architecture, parameters, x, target = problem
-    error = LOSSES[architecture.loss].error(solution.state.u_y, target)
+@partial(jax.jit, static_argnums=0)
+def moved(architecture, parameters, hyper, x, target, state, weights):
+    """(d/dt of a network and its controller in closed loop, control) at `state`."""
+    error = LOSSES[architecture.loss].error(state.u_y, target)
     z = error / hyper.controller["leak"]  # the integral's own equilibrium
-    control = ode.Control(target, weights)
     first = x @ parameters[f"kernel_{0 if architecture.hidden_layers else 'out'}"]
     first = first + parameters.get("bias_0", jnp.zeros(first.shape[-1]))
-    rate, signal = jax.vmap(partial(ode.velocity, architecture, parameters, hyper))(
-        ode.DynamicState(solution.state, z), first, control
+    return jax.vmap(partial(ode.velocity, architecture, parameters, hyper))(
+        ode.DynamicState(state, z), first, ode.Control(target, weights)
     )
-    np.testing.assert_allclose(signal, solution.control, atol=1e-9)
-    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(rate)) * hyper.tau_e
 
 
+def speed(problem, hyper, solution, weights, control_to=1e-9):
+    """The largest tau * |d/dt| of any variable of the network and its controller at `solution`."""
+    architecture, parameters, x, target = problem
+    rate, signal = moved(
+        architecture, parameters, traced(hyper), x, target, solution.state, weights
+    )
+    np.testing.assert_allclose(signal, solution.control, atol=control_to)
+    return max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(rate)) * hyper.tau_e
+
+
+SMALL = {"sizes": (5, 8, 4), "batch": 20, "solver": TIGHT}  # what one program serves
+DEEP = {**SMALL, "sizes": (5, 8, 7, 6, 4)}
+HIDDEN_ONLY = {
+    **SMALL,
+    **{"fb_to_readout": False, "loss": "mse", "controller": "proportional", "use_bias": False},
+}
+OTHER = {**SMALL, "activation_e": "tanh", "activation_i": "relu"}
 VARIANTS = {
-    "no hidden layer": {"sizes": (5, 4), "loss": "mse"},
-    "five hidden layers": {"sizes": (5, 6, 6, 5, 5, 4, 4)},
-    "feedback to hidden layers only": {"sizes": (5, 8, 4), "fb_to_readout": False},
-    "mse, proportional, no bias": {
-        "sizes": (5, 8, 4),
-        "loss": "mse",
-        "controller": "proportional",
-        "use_bias": False,
-    },
-    "averaged": {"sizes": (5, 8, 4), "average_fb_weights": 1.0},
-    "clipped": {"sizes": (5, 8, 4), "clip_fb_weights": 1.0, "norm_fb_weights": 0.0},
-    "other activations": {"sizes": (5, 8, 4), "activation_e": "relu", "activation_i": "tanh"},
+    "no hidden layer": {**SMALL, "sizes": (5, 4), "loss": "mse"},
+    "three hidden layers": DEEP,
+    "feedback to hidden layers only, mse, proportional, no bias": HIDDEN_ONLY,
+    "averaged": {**SMALL, "average_fb_weights": 1.0},
+    "clipped": {**SMALL, "clip_fb_weights": 1.0, "norm_fb_weights": 0.0},
+    "other activations": OTHER,
 }
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_nothing_moves_at_the_steady_state_in_closed_loop(fields, problem):
     flags = {name: value for name, value in fields.items() if name in HYPER.rule}
-    small = problem(solver=TIGHT, **{k: v for k, v in fields.items() if k not in flags})
+    small = problem(**{k: v for k, v in fields.items() if k not in flags})
     rule = {"clip_val": 0.05, **flags}
     hyper = HYPER.updated(g_ei=1.3, g_ie=0.7, controller={"leak": 0.5}, rule=rule)
     _, closed, weights = solved(small, hyper)
@@ -181,7 +194,7 @@ def test_nothing_moves_at_the_steady_state_in_closed_loop(fields, problem):
 
 
 def test_without_hidden_layers_the_closed_loop_has_a_closed_form(problem):
-    small = problem(sizes=(5, 4), loss="mse", solver=TIGHT)
+    small = problem(**VARIANTS["no hidden layer"])
     opened, closed, weights = solved(small)
     assert weights == ()
     gain = 0.2 + 0.4 / 1.0
@@ -192,17 +205,21 @@ def test_without_hidden_layers_the_closed_loop_has_a_closed_form(problem):
     np.testing.assert_allclose(closed.state.u_y, opened.state.u_y + c, rtol=1e-10)
 
 
+SEARCHED = {
+    **{"sizes": (5, 12, 12, 12, 10), "batch": 20},
+    "solver": Newton(tolerance=1e-6, max_iterations=30),
+}
+
+
 @pytest.mark.parametrize("kind_i", ["softrelu", "tanh"])
 def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
     # 45 settings, as many as DESIGN section 3 reports, to its tolerance of 1e-6.
     draw = np.random.default_rng(0)
     between = lambda low, high: float(np.exp(draw.uniform(np.log(low), np.log(high))))
-    solver = Newton(tolerance=1e-6, max_iterations=30)
-    sizes = {"sizes": (5, 12, 12, 12, 10), "activation_i": kind_i, "solver": solver}
     evaluations = []
     for seed in range(45):
         # 0.7 to 4 times the initial weights: from untrained to well beyond trained ones.
-        small = problem(seed=seed, batch=20, weight_scale=between(0.7, 4), **sizes)
+        small = problem(seed, between(0.7, 4), activation_i=kind_i, **SEARCHED)
         hyper = HYPER.updated(
             g_ei=between(0.25, 4),
             g_ie=between(0.25, 4),
@@ -212,39 +229,31 @@ def test_the_closed_loop_converges_over_the_searched_gains(kind_i, problem):
         assert np.all(opened.converged), hyper
         assert np.all(closed.converged), hyper
         assert np.all(closed.residual <= 1e-6)
-        evaluations.append(float(jnp.mean(closed.iterations)))
+        evaluations.append(np.mean(closed.iterations))
         if seed < 5:  # what it calls converged is an equilibrium
-            rate = ode.velocity
-            state = ode.DynamicState(
-                closed.state,
-                LOSSES["softmax-cross-entropy"].error(closed.state.u_y, small.target)
-                / hyper.controller["leak"],
-            )
-            first = small.x @ small.parameters["kernel_0"] + small.parameters["bias_0"]
-            control = ode.Control(small.target, weights)
-            moved, _ = jax.vmap(partial(rate, small.architecture, small.parameters, hyper))(
-                state, first, control
-            )
             # Norms over a layer of 12, relative to 1 + |u|: 1e-6 grows to some 1e-5.
-            largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(moved))
-            assert largest * hyper.tau_e < 1e-4
+            assert speed(small, hyper, closed, weights, control_to=1e-4) < 1e-4
     assert np.mean(evaluations) < newton.BROYDEN_EVALUATIONS
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("gain", [0.02, 0.6, 20.0])
-def test_a_loss_starts_newton_from_its_own_curvature(kind, gain):
+def test_a_loss_starts_newton_from_its_own_curvature(kind):
     """damping = (1 + gain S)^-1, S = -d(error)/d(output) by jax."""
     loss = losses.bind(kind, defaults(LOSSES[kind].options))
     assert loss.damping is not None
     draw = np.random.default_rng(0)
-    output = jnp.asarray(draw.normal(size=(3, 4)))
-    target = jnp.asarray(draw.dirichlet(np.ones(4), size=3))
-    found = loss.damping(output, target, jnp.asarray(gain))
-    for i in range(3):
-        alone = lambda y, i=i: loss.error(y[None], target[i : i + 1])[0]
-        matrix = jnp.eye(4) - gain * jax.jacfwd(alone)(output[i])
-        np.testing.assert_allclose(found[i] @ matrix, jnp.eye(4), atol=1e-12)
+    output, target = draw.normal(size=(3, 4)), draw.dirichlet(np.ones(4), size=3)
+    alone = lambda y, t: loss.error(y[None], t[None])[0]
+    slopes, damping = (
+        np.asarray(jax.jit(jax.vmap(jax.jacfwd(alone)))(output, target)),
+        jax.jit(loss.damping),
+    )
+    for gain in (0.02, 0.6, 20.0):
+        found = np.asarray(damping(output, target, gain))
+        for i in range(3):
+            np.testing.assert_allclose(
+                found[i] @ (np.eye(4) - gain * slopes[i]), np.eye(4), atol=1e-12
+            )
 
 
 def test_a_new_loss_needs_its_error_only(problem, monkeypatch):
@@ -274,7 +283,7 @@ def test_saturating_neurons_settle_in_closed_loop_too(problem):
     """Newton's method on tanh neurons held by rectifying interneurons jumps from one side of the
     root to the other for ever; the bracket has to be kept from step to step."""
     hyper = HYPER._replace(g_ei=6.0, g_ie=6.0)
-    small = problem(weight_scale=3.0, batch=40, activation_e="tanh", activation_i="relu")
+    small = problem(weight_scale=3.0, **OTHER)
     _, closed, _ = solved(small, hyper)
     assert np.all(closed.converged)
 
@@ -283,14 +292,11 @@ STRONG = HYPER.updated(controller={"k_p": 2.0, "k_i": 4.0}, g_ei=2.0)
 
 
 def test_the_exact_jacobian_finds_the_same_steady_state_in_fewer_steps(problem, monkeypatch):
-    small = problem(sizes=(5, 8, 4), weight_scale=1.0, solver=TIGHT)
-
-    def after(evaluations):
-        monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", evaluations)
-        program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
-        return solved(small, STRONG, program)[1]
-
-    by_newton, by_broyden = after(1), after(60)
+    small = problem(weight_scale=1.0, **SMALL)
+    _, by_broyden, _ = solved(small, STRONG)
+    monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", 1)
+    program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
+    _, by_newton, _ = solved(small, STRONG, program)
     assert np.all(by_broyden.converged)
     assert np.all(by_newton.converged)
     np.testing.assert_allclose(by_newton.control, by_broyden.control, atol=1e-9)
@@ -301,14 +307,14 @@ def test_the_exact_jacobian_finds_the_same_steady_state_in_fewer_steps(problem, 
 
 def test_the_exact_jacobian_takes_over_where_broyden_does_not_get_there(problem):
     # Strong control of large weights; the brief of twelve evaluations is the shipped one.
-    small = problem(weight_scale=4.0, batch=40, solver=TIGHT)
+    small = problem(weight_scale=4.0, **SMALL)
     _, closed, _ = solved(small, STRONG)
     assert np.max(closed.iterations) > newton.BROYDEN_EVALUATIONS
     assert np.all(closed.converged)
 
 
 def test_what_does_not_converge_is_said_not_raised(problem):
-    small = problem(solver=Newton(tolerance=1e-11, max_iterations=1))
+    small = problem(sizes=(5, 8, 4), solver=Newton(tolerance=1e-11, max_iterations=1))
     _, closed, _ = solved(small)
     assert not np.any(closed.converged)
     assert np.all(closed.iterations == 1)
@@ -317,41 +323,45 @@ def test_what_does_not_converge_is_said_not_raised(problem):
 
 
 def test_an_open_loop_that_is_not_finite_is_not_called_converged(problem):
-    small = problem(sizes=(5, 8, 4))
-    parameters = {name: value * jnp.nan for name, value in small.parameters.items()}
+    small = problem(**SMALL)
+    parameters = {name: value * np.nan for name, value in small.parameters.items()}
     opened, closed, _ = solved(small._replace(parameters=parameters))
     assert not np.any(opened.converged)
     assert not np.any(closed.converged)
 
 
-@pytest.mark.parametrize("to_readout", [True, False])
-def test_the_slope_of_the_output_is_that_of_neurons_that_settle(to_readout, problem):
+@partial(jax.jit, static_argnums=0)
+def settled(architecture, parameters, hyper, x, weights, u_e, control):
+    """(residual, output, the output's slope) of neurons that settle at `control`."""
+    circuit = microcircuit(architecture, hyper)
+    first = feedforward_input(parameters, 0, x)
+    relief, unknown = disinhibition(control, weights), jnp.full(len(x), jnp.inf)
+    u_e, residual, _ = newton.settle(circuit, parameters, first, u_e, relief, unknown, 1e-12, 60)
+    u_y = circuit.phi_e.value(u_e[-1]) @ parameters["kernel_out"]
+    slope = newton._output_slope(architecture, parameters, circuit, weights, u_e, control)
+    return residual, u_y + control if architecture.fb_to_readout else u_y, slope
+
+
+@pytest.mark.parametrize("fields", [DEEP, HIDDEN_ONLY], ids=["to all layers", "to hidden ones"])
+def test_the_slope_of_the_output_is_that_of_neurons_that_settle(fields, problem):
     """Central differences of the output of settled neurons, in each direction of the control."""
-    small = problem(sizes=(5, 8, 7, 6, 4), fb_to_readout=to_readout, solver=TIGHT)
+    small = problem(**fields)
     architecture, parameters, x, _ = small
     hyper = HYPER.updated(g_ei=1.3, g_ie=0.7)
     _, closed, weights = solved(small, hyper)
-    circuit = microcircuit(architecture, traced(hyper))
-    first = x @ parameters["kernel_0"] + parameters["bias_0"]
-
-    @jax.jit
-    def output(control):
-        unknown = jnp.full(len(x), jnp.inf)
-        relief = disinhibition(control, weights)
-        u_e, residual, _ = newton.settle(
-            circuit, parameters, first, closed.state.u_e, relief, unknown, 1e-12, 60
-        )
-        u_y = circuit.phi_e.value(u_e[-1]) @ parameters["kernel_out"]
-        return u_e, u_y + control * float(to_readout), residual
-
-    u_e, _, residual = output(closed.control)
+    arrays = parameters, traced(hyper), x, weights, closed.state.u_e
+    residual, _, found = as_numpy(settled(architecture, *arrays, closed.control))
     assert np.all(residual <= 1e-12)
-    found = newton._output_slope(architecture, parameters, circuit, weights, u_e, closed.control)
     for direction in range(4):
-        step = 1e-5 * jnp.eye(4)[direction]
-        above, below = (output(closed.control + sign * step)[1] for sign in (1, -1))
+        step = 1e-5 * np.eye(4)[direction]
+        above, below = (
+            np.asarray(settled(architecture, *arrays, closed.control + sign * step)[1])
+            for sign in (1, -1)
+        )
         np.testing.assert_allclose(found[..., direction], (above - below) / 2e-5, atol=1e-8)
-    assert np.max(np.abs(found - float(to_readout) * jnp.eye(4))) > 1e-3  # the layers' own share
+    assert (
+        np.max(np.abs(found - architecture.fb_to_readout * np.eye(4))) > 1e-3
+    )  # the layers' own share
 
 
 def test_a_sample_of_which_nothing_more_can_be_made_is_given_up(problem):
@@ -365,24 +375,23 @@ def test_a_sample_of_which_nothing_more_can_be_made_is_given_up(problem):
 @pytest.mark.parametrize("kind_i", ["softrelu", "tanh"])
 def test_a_sample_settles_as_if_it_were_alone(kind_i, problem):
     """Also one that needs more than the first steps, beside others that need more still."""
-    small = problem(sizes=(5, 12, 12, 12, 4), weight_scale=6.0, batch=20, activation_i=kind_i)
-    solve = jax.jit(partial(newton.open_loop, small.architecture))
-    hyper = traced(HYPER._replace(g_ei=4.0, g_ie=4.0))
-    together = solve(small.parameters, hyper, small.x)
+    small = problem(weight_scale=6.0, activation_i=kind_i, **SEARCHED)
+    hyper = HYPER._replace(g_ei=4.0, g_ie=4.0)
+    together, *_ = solved(small, hyper)
     assert np.all(together.converged) and np.all(together.iterations > 1)
     for i in range(len(small.x)):
-        alone = solve(small.parameters, hyper, jnp.broadcast_to(small.x[i], small.x.shape))
+        alone, *_ = solved(small._replace(x=np.tile(small.x[i], (20, 1))), hyper)
         assert np.all(alone.converged)
         np.testing.assert_allclose(alone.residual[0], together.residual[i], rtol=1e-6, atol=1e-14)
         np.testing.assert_allclose(alone.state.u_y[0], together.state.u_y[i], rtol=1e-12)
 
 
 def test_a_sample_is_solved_as_if_it_were_alone(problem):
-    small = problem(sizes=(5, 8, 4), weight_scale=4.0)
+    small = problem(weight_scale=4.0, **SMALL)
     _, together, _ = solved(small)
-    assert len(set(np.asarray(together.iterations))) > 1  # some wait for others
+    assert len(set(together.iterations)) > 1  # some wait for others
     for i in range(3):
-        copies = lambda rows, i=i: jnp.broadcast_to(rows[i], rows.shape)
+        copies = lambda rows, i=i: np.broadcast_to(rows[i], rows.shape)
         _, alone, _ = solved(small._replace(x=copies(small.x), target=copies(small.target)))
         assert np.all(alone.iterations == together.iterations[i])
         np.testing.assert_allclose(alone.control[0], together.control[i], rtol=1e-12)
@@ -390,13 +399,13 @@ def test_a_sample_is_solved_as_if_it_were_alone(problem):
 
 
 def test_more_control_brings_the_output_closer_to_its_target(problem):
-    small = problem(sizes=(5, 8, 4), solver=TIGHT)
+    small = problem(**SMALL)
     values = []
     for k_i in (0.0, 0.4, 4.0, 40.0):
         _, closed, _ = solved(small, HYPER.updated(controller={"k_i": k_i}))
         assert np.all(closed.converged)
         loss = LOSSES["softmax-cross-entropy"].value(closed.state.u_y, small.target)
-        values.append(float(jnp.mean(loss)))
+        values.append(np.mean(loss))
     assert values == sorted(values, reverse=True)
     gain = CONTROLLERS["leaky-pi"].gain({**HYPER.controller, "k_i": 40.0, "leak": 2.0})
     assert gain == pytest.approx(20.2)

@@ -28,7 +28,7 @@ import disinhib
 from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
-from disinhib.tuning import engine, environment, mlflow_store
+from disinhib.tuning import engine, environment, mlflow_store, outbox
 
 source = tiny.source
 pytestmark = pytest.mark.usefixtures("source", "copied_stores", "one_ray")
@@ -61,7 +61,8 @@ def selected(study):
 @pytest.fixture(scope="module")
 def done(study, selected, one_ray):
     """What the retraining printed."""
-    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}")
+    alone = "cluster.max_concurrent=1"  # or several workers compile the same
+    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}", alone)
     assert code == 0, printed
     return printed
 
@@ -128,7 +129,7 @@ def test_the_test_set_is_evaluated_once_at_the_last_epoch(study, rows):
 
 def test_a_seed_is_what_its_command_trains(study, rows):
     """The pasteable command composes to the options; trained alone it gives the lane's metrics."""
-    row = next(row for row in rows if row["rule"] == "exact-inv" and row["seed"] == 1)
+    row = next(row for row in rows if row["rule"] == "bp" and row["seed"] == 1)
     words = shlex.split(row["command"])
     assert words[:3] == ["python", "-m", "disinhib"]
     composed, _ = hydra_config.compose(hydra_config.TRAINING, words[3:])
@@ -295,11 +296,12 @@ def test_every_experiment_says_what_to_expect_and_every_grid_composes(file):
         assert len(planned) == math.prod(len(names) for names in axes.values())
 
 
-def trained(uri):
+def trained(uri, rules=("bp", "exact-inv")):
     """(rows of retrained seeds, the grid's own run, every epoch of every seed)."""
     store = stores.connect(uri)
     grid = stores.find_study(store)
     rows = runs.retrained(store, grid).rows.to_dict("records")
+    rows = [row for row in rows if row["rule"] in rules]
     epochs = {
         (row["rule"], row["seed"]): [
             entry.step for entry in stores.history(store, row["run_id"], "valid_accuracy")
@@ -332,16 +334,15 @@ def acts_of(**acts):
 
 def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
     play(monkeypatch, tiny.played())
-    grid, place = GRID[0], f"out_dir={tmp_path}"
     parts = [
         (["trainer=bp", "seeds=2"], {("bp", 0), ("bp", 1)}),
-        (["trainer=bp", "seeds=3"], {("bp", 2)}),
         (["trainer=bp,exact-inv", "seeds=[1,5]"], {("bp", 5), ("exact-inv", 1), ("exact-inv", 5)}),
+        (["trainer=bp", "seeds=3"], {("bp", 2)}),
         (["trainer=exact-inv", "seeds=[5]"], set()),
     ]
     seeds = set()
     for words, new in parts:
-        code, printed = call(grid, place, *words)
+        code, printed = call(GRID[0], *words, f"out_dir={tmp_path}")
         assert code == 0, printed
         rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
         assert {*epochs} - seeds == new and {*epochs} >= seeds
@@ -351,29 +352,22 @@ def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
         assert parent.info.status == "FINISHED"
 
 
-def test_a_seed_that_diverges_ends_alone_and_is_a_result(tmp_path, monkeypatch):
-    play(monkeypatch, acts_of(bp={"2": "diverge"}))
-    words = [GRID[0], "trainer=bp", "epochs=3", f"out_dir={tmp_path}"]
-    for _ in range(2):  # it is not trained again
-        code, printed = call(*words)
-        assert code == 0
-        assert "1 of 2 seeds complete, test accuracy 50.00 %, seed 1 Diverged: planted" in printed
-        rows, _, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        assert epochs == {("bp", 0): [1, 2, 3], ("bp", 1): [1]}
-        ends = {row["seed"]: (row["state"], row["epochs"]) for row in rows}
-        assert ends == {0: ("complete", 3), 1: ("failed", 1)}
-        assert {row["seed"]: row["reason"] for row in rows}[1] == "Diverged: planted"
-
-
-def test_what_raised_is_trained_again_when_the_command_is_given_again(tmp_path, monkeypatch):
-    words = [*GRID, f"out_dir={tmp_path}"]
-    play(monkeypatch, acts_of(bp={"2": "raise"}))
+def test_what_raised_is_trained_again_and_a_seed_that_diverged_is_a_result(tmp_path, monkeypatch):
+    words = [*GRID, "epochs=3", f"out_dir={tmp_path}"]
+    diverged = "1 of 2 seeds complete, test accuracy 50.00 %, seed 1 Diverged: planted"
+    play(monkeypatch, acts_of(**{"bp": {"2": "diverge"}, "exact-inv": {"2": "raise"}}))
     code, printed = call(*words)
     assert code == 1 and "2 of 4 seeds are finished: run the command again" in printed
-    assert "0 of 2 seeds complete, RuntimeError: planted" in printed
+    assert "0 of 2 seeds complete, RuntimeError: planted" in printed and diverged in printed
     play(monkeypatch, tiny.played())
     code, printed = call(*words)
-    assert code == 0 and printed.count("2 of 2 seeds complete") == 2 and "planted" not in printed
+    assert code == 0 and printed.count("2 of 2 seeds complete") == 1
+    assert "RuntimeError" not in printed and diverged in printed
+    rows, _, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}", rules=["bp"])
+    assert epochs == {("bp", 0): [1, 2, 3], ("bp", 1): [1]}
+    ends = {row["seed"]: (row["state"], row["epochs"]) for row in rows}
+    assert ends == {0: ("complete", 3), 1: ("failed", 1)}
+    assert {row["seed"]: row["reason"] for row in rows}[1] == "Diverged: planted"
 
 
 def test_what_other_code_has_begun_does_not_go_on(tmp_path, monkeypatch):
@@ -401,8 +395,8 @@ def test_what_other_code_has_begun_does_not_go_on(tmp_path, monkeypatch):
 def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, mlflow_template):
     """Killed in the midst of real training, when it has a checkpoint."""
     shutil.copyfile(mlflow_template, tmp_path / "mlflow.db")
-    words = [GRID[0], "trainer=bp", "seeds=3", "epochs=40", "batchsize=20", f"out_dir={tmp_path}"]
-    words.append("checkpoints.every_seconds=0")
+    words = [GRID[0], "trainer=bp", "epochs=40", "batchsize=25", f"out_dir={tmp_path}"]
+    words.append("checkpoints.every_seconds=0")  # compiled already: as in `done`
     driver = subprocess.Popen(
         [sys.executable, "-m", "analysis.retrain", *words],
         env={**os.environ, **environment.of_worker(1, 0)},
@@ -418,7 +412,7 @@ def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, ml
     assert "resumed with 0 of 1 trials ended; unfinished: trial 0" in printed
     rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert parent.info.status == "FINISHED"
-    assert epochs == {("bp", seed): list(range(1, 41)) for seed in range(3)}
+    assert epochs == {("bp", seed): list(range(1, 41)) for seed in (0, 1)}
     store = stores.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
     for row in rows:
         assert json.loads(stores.text(store, row["run_id"], "provenance.json"))["code"]
@@ -427,8 +421,8 @@ def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, ml
     own = {row["seed"]: row for row in rows}
     options = yaml.safe_load(stores.text(store, own[0]["run_id"], "config.yaml"))
     whole = []
-    training.train(config.parse(options), [0, 1, 2], lambda _, metrics: whole.append(metrics))
-    for lane, seed in enumerate(range(3)):
+    training.train(config.parse(options), [0, 1], lambda _, metrics: whole.append(metrics))
+    for lane, seed in enumerate((0, 1)):
         for name in ("valid_loss", "test_loss"):
             assert own[seed][name] == pytest.approx(float(whole[-1][name][lane]), rel=1e-5)
 
@@ -436,6 +430,7 @@ def test_a_killed_retraining_goes_on_without_a_lost_or_doubled_seed(tmp_path, ml
 def test_an_outage_of_mlflow_in_its_midst_loses_nothing(tmp_path, mlflow_template, monkeypatch):
     server = Server(tmp_path, mlflow_template)
     server.start()
+    monkeypatch.setattr(outbox, "RETRY", (0.2, 0.2))
     outage, last = Outage(server, tmp_path), 6
     waits = {3: tmp_path / Outage.AWAY, last: tmp_path / Outage.BACK}
 

@@ -30,21 +30,28 @@ def configured(*overrides):
     return parse(hydra_config.compose("train", [*DALE, *SIZES, *overrides])[0])
 
 
-def batch_for(config, samples=20) -> Any:
+SAMPLES = 20  # of every batch, so that one program serves all of a structure
+
+
+def batch_for(config) -> Any:
     """(parameters, x, target): random weights and images."""
+    return drawn(config.architecture, config.hyperparameters.soft_target)
+
+
+@partial(jax.jit, static_argnums=0)
+def drawn(architecture, soft_target):
     weights, images, labels = jax.random.split(jax.random.key(1), 3)
-    sizes = config.architecture.sizes
-    drawn = jax.random.randint(labels, (samples,), 0, sizes[-1])
+    sizes = architecture.sizes
     return (
-        initial_parameters(config.architecture, 2.0, weights),
-        jax.random.uniform(images, (samples, sizes[0])),
-        soft_targets(drawn, sizes[-1], config.hyperparameters.soft_target),
+        initial_parameters(architecture, 2.0, weights),
+        jax.random.uniform(images, (SAMPLES, sizes[0])),
+        soft_targets(jax.random.randint(labels, (SAMPLES,), 0, sizes[-1]), sizes[-1], soft_target),
     )
 
 
-def probed(config, *batch: Any, samples=20) -> probes.Probe:
+def probed(config, *batch: Any) -> probes.Probe:
     """The probe of a network that has dynamics, of `batch` or of a random one."""
-    parameters, x, target = batch or batch_for(config, samples)
+    parameters, x, target = batch or batch_for(config)
     found = probes.probe(config, parameters, x, target)
     assert found is not None
     return found
@@ -59,8 +66,8 @@ def trained():
     config = configured("epochs=2", "batchsize=20", "optimizer.learning_rate=1e-2")
     state = training.train(config, [0], lambda *_: None)
     data = training.prepare(config)
-    x = data.validation.images[:50] * data.scale
-    target = soft_targets(data.validation.labels[:50], 10, config.hyperparameters.soft_target)
+    x = data.validation.images[:SAMPLES] * data.scale
+    target = soft_targets(data.validation.labels[:SAMPLES], 10, config.hyperparameters.soft_target)
     return config, jax.tree.map(lambda leaf: leaf[0], state.parameters), x, target
 
 
@@ -223,14 +230,15 @@ def test_growth_is_how_fast_a_small_departure_changes(overrides, stable):
     config = configured(*overrides)
     times = np.concatenate([[0.0], np.linspace(0.3, 0.7, 101)])
     architecture = replace(config.architecture, solver=Newton(1e-12, 100))
-    parameters, *batch = batch_for(config, samples=1)
+    parameters, *batch = batch_for(config)
+    one = [array[:1] for array in batch]
     with jax.enable_x64(True):
         arrays = jax.tree.map(
             lambda value: jnp.asarray(value, jnp.float64),
-            (parameters, config.hyperparameters, *batch, times),
+            (parameters, config.hyperparameters, *one, times),
         )
         distance = np.asarray(depart(architecture, Ode(rtol=1e-8, atol=1e-15), *arrays))
     slope, _ = np.polyfit(times[1:], np.log(distance[1:]), 1)
-    found = probed(config, samples=1)
+    found = probed(config, parameters, *(jnp.repeat(array, SAMPLES, axis=0) for array in one))
     assert (found.growth < 0) == stable
     assert slope == pytest.approx(found.growth, rel=0.05)
