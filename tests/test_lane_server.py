@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -13,7 +15,7 @@ from test_worker import computed, report_of, trial_config
 
 from disinhib.tuning import engine, options, study
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
-from disinhib.tuning.lane_server import Server
+from disinhib.tuning.lane_server import QUIET_EPOCHS, Group, Server
 from disinhib.tuning.worker import FAILURE, LANES, PROCESS
 from search_spaces import SPACES
 
@@ -124,6 +126,35 @@ def test_a_step_ends_where_the_driver_decides(tmp_path):
     asked["decisions"] = [1, 3]
     told = [json.loads(server.step(asked)["report"])["epochs"] for _ in range(3)]
     assert [[epoch["epoch"] for epoch in epochs] for epochs in told] == [[1], [2, 3], [4]]
+
+
+@pytest.mark.usefixtures("recompiled")
+def test_in_one_program_a_trial_is_what_it_would_be_alone(alone, tmp_path, monkeypatch):
+    """As on a GPU, whose slots stay as many while trials come and go; to float32's rounding."""
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    server = Server(4)
+    mine, other = order(tmp_path), order(tmp_path, 1, options=["optimizer.learning_rate=0.1"])
+    told = [computed(at_once(server, orders)[0]) for orders in ([mine], [mine, other], [mine])]
+    assert {epoch["place"][LANES] for epoch in told} == {"4"}
+    for epoch, expected in zip(told, alone, strict=True):
+        for name in ("train_CL_loss", "valid_loss"):
+            assert epoch["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5)
+
+
+def test_slots_that_have_long_been_free_are_given_up_until_they_are_needed(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    group: Any = Group("", None, None, Server(8))  # pyright: ignore[reportArgumentType]
+    slots = lambda needed, largest=1: group._slots(needed, largest)
+    held = lambda count: SimpleNamespace(names=(None,) * count)
+    assert slots(1) == 8
+    group.lanes = held(8)
+    assert [slots(2) for _ in range(QUIET_EPOCHS)] == [8] * QUIET_EPOCHS
+    assert slots(2) == 2
+    group.lanes = held(2)
+    assert slots(2) == 2
+    assert slots(3) == 4
+    assert slots(30) == 8
+    assert slots(10, largest=10) == 10  # the seeds of one trial stay together
 
 
 # Whole studies.

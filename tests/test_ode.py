@@ -146,7 +146,7 @@ def test_a_linear_network_moves_as_its_matrix_exponential_says(problem, closed):
     taus = np.array([hyper.tau_e, hyper.tau_i, hyper.tau_e, hyper.controller["tau"]])
     for i in range(2):
         # d(u_E, u_I, y, z)/dt = M (u_E, u_I, y, z) + b,  c = k_p (t - y) + k_i z
-        t = target[i, 0]
+        t = float(target[i, 0])
         matrix = np.array(
             [
                 [-1, -hyper.g_ie, 0, 0],

@@ -45,6 +45,8 @@ TOKEN = secrets.token_hex(32)
 HEALTH_SECONDS = 120.0  # in which Ray's own command says whether a cluster takes our token
 # Ray's only port that would answer everybody, with its metrics: what is no port is not opened.
 CLOSED = {"AUTOSCALER_METRIC_PORT": "-1"}
+# Our own Ray has one machine, which is not dead if it does not answer: it is busy, or was asleep.
+PATIENT = {"RAY_health_check_failure_threshold": "100"}  # times 3 s
 SET_BY_RAY = ("PYTHONBREAKPOINT",)
 
 
@@ -59,7 +61,11 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     cpus, gpus = options["cpus_per_trial"], options["gpus_per_trial"]
-    own = {} if options["address"] else {"RAY_TMPDIR": temporary_folder(), **CLOSED, **_token()}
+    own = (
+        {}
+        if options["address"]
+        else {"RAY_TMPDIR": temporary_folder(), **CLOSED, **PATIENT, **_token()}
+    )
     with environment.variables({**SWITCHES, **own}, also=SET_BY_RAY), _without_summary():
         try:
             _connect(options["address"], environment.of_worker(cpus, gpus))
