@@ -210,7 +210,8 @@ def of_workers(tmp_path_factory):
 
 
 def test_a_study_in_lanes_is_the_same_study(apart, tmp_path):
-    """With early stopping, a lane that diverges, and more trials than slots."""
+    """With early stopping, a lane that diverges, and more trials than slots; however many run at a
+    time (`searcher.deterministic=true`)."""
     described = asked(tmp_path, "cluster.lanes=2")
     done = study.run(described, tiny.quiet())
     assert done.whole and outcome(described.folder) == apart
