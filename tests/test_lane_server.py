@@ -26,8 +26,15 @@ OF_MACHINE = ("epoch_seconds", "compilations", "compilation_seconds", "peak_memo
 # One server, in this process.
 
 
+NEEDS: dict[Any, Any] = {}  # by folder; trials of one study have the same
+
+
 def order(folder, number=0, seeds=(3,), options=(), **policy):
-    return trial_config(folder, number, seeds, options, lanes=4, **policy)
+    config = trial_config(folder, number, seeds, options, lanes=4, **policy)
+    newest = NEEDS.setdefault(folder, {})  # which a machine shows that it sees
+    newest.update(config["policy"]["need"])
+    config["policy"]["need"] = newest
+    return config
 
 
 def at_once(server, orders):

@@ -347,7 +347,10 @@ class Group:
         if jax.default_backend() == "cpu":
             return max(largest, min(needed, self.most)) if self.server.slots > 1 else needed
         enough = max(self.most, largest)
-        now = enough if self.lanes is None else len(self.lanes.names)
+        if self.lanes is None:
+            self.quiet = 0
+            return enough
+        now = len(self.lanes.names)
         while enough // 2 >= max(needed, largest):
             enough //= 2
         self.quiet = self.quiet + 1 if enough < now else 0
