@@ -148,6 +148,8 @@ def _replay(trial: Trial) -> int:
         print(f"the same: {epochs}{compared}" + (f", then {reason}" if reason else ""))
         return 0
     print("\n".join(problems))
+    if trial.tags.get("lanes", "1") != "1" and trial.tags["device"] != "cpu":
+        print("(then one of several lanes of a GPU, now alone: the last bits may differ)")
     cpu, cpu_now = trial.provenance["machine"]["cpu"], now["machine"]["cpu"]
     if cpu != cpu_now:  # XLA compiles for the processor
         print(f"(then on {cpu}, now on {cpu_now}: another processor may give other bits)")

@@ -8,14 +8,18 @@ from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 import tiny
 from ray import tune
 from test_worker import computed, report_of, trial_config
 
+from disinhib import checkpoint, lanes
 from disinhib.tuning import engine, options, study
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
-from disinhib.tuning.lane_server import QUIET_EPOCHS, Group, Server
+from disinhib.tuning.lane_group import QUIET_EPOCHS, Group, Process
+from disinhib.tuning.lane_server import Server
+from disinhib.tuning.retention import checkpoint_file
 from disinhib.tuning.worker import FAILURE, LANES, PROCESS
 from search_spaces import SPACES
 
@@ -93,21 +97,39 @@ def test_there_is_room_for_so_many_lanes(tmp_path):
     assert Server(4).admit(0, 10)  # more than there are slots: it trains alone
 
 
-def test_an_error_in_one_trial_fails_no_other(alone, tmp_path):
+def test_an_error_in_one_trial_fails_no_other(alone, tmp_path, monkeypatch):
+    """Planted: as its state is saved."""
+    save = checkpoint.save
+
+    def broken(file, *args):
+        if file == checkpoint_file(tmp_path, 1):
+            raise ValueError("planted")
+        return save(file, *args)
+
+    monkeypatch.setattr(checkpoint, "save", broken)
     server = Server(4)
-    ours, broken = order(tmp_path), order(tmp_path, 1)
-    broken["options"] = {**broken["options"], "batchsize": 10**6}
-    results = at_once(server, [ours, broken])
-    assert FAILURE in results[1] or "machine" in results[1]
-    assert without_place(computed(results[0])) == without_place(alone[0])
+    orders = [order(tmp_path, number, every_seconds=0) for number in (0, 1)]
+    results = at_once(server, orders)
+    assert results[1][FAILURE] == "ValueError: planted"
+    told = [results[0], server.step(orders[0])]
+    assert [without_place(computed(r)) for r in told] == [*map(without_place, alone[:2])]
+
+
+def test_an_error_of_all_that_train_leaves_those_alone_that_do_not(alone, tmp_path, monkeypatch):
+    """Planted: amid an epoch in which one trial is not asked for."""
+    server = Server(4)
+    orders = [order(tmp_path, number) for number in (0, 1)]
+    first = at_once(server, orders)
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "advance", lambda *_: 1 / 0)
+        assert server.step(orders[1])[FAILURE].startswith("ZeroDivisionError")
+    told = [first[0], server.step(orders[0]), server.step(orders[0])]
+    assert [without_place(computed(r)) for r in told] == [*map(without_place, alone)]
+    assert server.step(orders[1])[FAILURE].startswith("ZeroDivisionError")  # it stays so
 
 
 def test_what_does_not_fit_goes_on_with_half_of_the_slots(alone, tmp_path, monkeypatch):
     """Planted: more than two lanes are too much for the memory."""
-    import jax
-
-    from disinhib import lanes
-
     advance, tried = lanes.advance, []
 
     def scarce(run, data, slots):
@@ -150,7 +172,8 @@ def test_in_one_program_a_trial_is_what_it_would_be_alone(alone, tmp_path, monke
 
 def test_slots_that_have_long_been_free_are_given_up_until_they_are_needed(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    group: Any = Group("", None, None, Server(8))  # pyright: ignore[reportArgumentType]
+    nothing: Any = None
+    group: Any = Group("", nothing, nothing, 8, Process())
     slots = lambda needed, largest=1: group._slots(needed, largest)
     held = lambda count: SimpleNamespace(names=(None,) * count)
     assert slots(1) == 8

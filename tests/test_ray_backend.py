@@ -26,7 +26,6 @@ from disinhib.tuning.event_log import (
     replay,
 )
 from disinhib.tuning.loop import StudyStopped, from_list, mean_score, study_loop
-from disinhib.tuning.ray_backend import RayBackend
 
 pytestmark = pytest.mark.usefixtures("one_ray", "impatient")
 
@@ -72,17 +71,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None, ep
     with closing(EventLog(folder)) as log:
         watch, over_cap, said = Watch(), [], []
         records = replay(log.events())
-        policy: Any = {
-            "folder": str(folder),
-            "every_seconds": 0,
-            "at_end": False,
-            "cap_bytes": 1e9,
-            "lanes": 1,
-        }
-        backend = RayBackend(
-            tiny.played(), {"cpu": 1, "gpu": 0}, policy, lambda trial: (), folder,
-            tiny.cluster_of_one(), lambda: None, lambda: over_cap.append(1), said.append,
-        )  # fmt: skip
+        backend = tiny.backend(tiny.played(), folder, lambda: over_cap.append(1), said.append)
         listed = from_list(asked(number, acts, epochs) for number, acts in enumerate(trials))
         loop = study_loop(
             log, records, source or listed, lambda records, trial: trial.scores[-1] < 0,

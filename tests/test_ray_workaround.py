@@ -37,17 +37,7 @@ def ends(folder):
     """How trials end whose workers die while they are reset."""
     config: Any = {"rule": "bp", "epochs": 1, "seeds": [1], "final": False, "searched": {}}
     trials = [Asked(number, config | {"number": number}) for number in range(TRIALS)]
-    policy: Any = {
-        "folder": str(folder),
-        "every_seconds": 0,
-        "at_end": False,
-        "cap_bytes": 1e9,
-        "lanes": 1,
-    }
-    backend = ray_backend.RayBackend(
-        dies_in_reset(), {"cpu": 1, "gpu": 0}, policy, lambda trial: (), folder,
-        tiny.cluster_of_one(), lambda: None, lambda: None, print,
-    )  # fmt: skip
+    backend = tiny.backend(dies_in_reset(), folder)
     records = {}
     with closing(EventLog(folder)) as log:
         score = mean_score("valid_accuracy", 1)

@@ -1,11 +1,8 @@
 """A student that learns while it runs, against the published run (its notebook's losses)."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 import pytest
 
 from disinhib.activations import tangent_of_inverse
@@ -13,9 +10,6 @@ from disinhib.paper import student_teacher
 from disinhib.paper.student_teacher import FORMS, HYPER, RULES
 
 pytestmark = pytest.mark.usefixtures("optimised")
-EPOCHS = 8  # of the 60, which take long
-# The course of 60 epochs that docs/figures.md shows, by our commands.
-SHOWN = pd.read_csv(Path(__file__).parents[1] / "docs/figures/fig4.csv")
 # Of the published run, by (epoch, loss): approximate, exact.
 PUBLISHED = {
     (0, "open_loop"): (5.264, 5.264),
@@ -30,35 +24,26 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def course():
-    return student_teacher.experiment(epochs=EPOCHS)
+    return student_teacher.experiment()
 
 
-@pytest.mark.parametrize("loss", student_teacher.Losses._fields)
-def test_the_losses_are_the_published_ones(loss, course):
-    """All 60 epochs of the figure are, and the first ones as they are now are the figure's."""
-    shown = np.stack([SHOWN.loc[SHOWN["rule"] == rule, loss] for rule in RULES], axis=-1)
-    found = np.asarray(getattr(course.losses, loss))
-    np.testing.assert_allclose(found, shown[:EPOCHS], rtol=0.01)
-    for (epoch, name), published in PUBLISHED.items():
-        if name == loss:
-            np.testing.assert_allclose(shown[epoch], published, rtol=0.03, err_msg=f"{epoch}")
+def test_the_losses_are_the_published_ones(course):
+    for (epoch, loss), published in PUBLISHED.items():
+        found = np.asarray(getattr(course.losses, loss))[epoch]
+        np.testing.assert_allclose(found, published, rtol=0.03, err_msg=f"{loss}, epoch {epoch}")
 
 
-def test_control_brings_the_output_to_the_target_before_learning_does(course):
+def test_control_brings_the_output_to_the_target_before_learning(course):
     half = student_teacher.SAMPLES // 2
-    before, after = (
-        np.abs(np.asarray(seen.output - seen.target)) for seen in (course.before, course.after)
-    )
-    error = before.max(axis=-1)
+    error = np.abs(np.asarray(course.before.output - course.before.target)).max(axis=-1)
     assert error[:, :half].mean() > 1
     assert error[:, half + 200 :].mean() < 0.05  # 0.2 s after it was switched on
-    assert after[:, half + 200 :].mean() < 0.05
-    assert after[:, :half].mean() < before[:, :half].mean() / 5
+    assert np.abs(np.asarray(course.after.output - course.after.target)).mean() < 0.05
 
 
 def test_both_students_start_equal_and_see_the_same_teacher(course):
     np.testing.assert_array_equal(course.before.output[0], course.before.output[1])
-    # After steps of their own, to float32's precision.
+    # After five minutes of steps of their own, to float32's precision.
     np.testing.assert_allclose(course.after.target[0], course.after.target[1], atol=1e-5)
     assert course.losses.open_loop[1, 0] != course.losses.open_loop[1, 1]
 

@@ -78,9 +78,9 @@ def finished(tiny_space, copied_stores, one_ray, tries, tmp_path_factory):
 
     class Planted(TrainingTrial):  # here, so that it goes to Ray's workers by value
         def _here(self):
-            from disinhib.tuning.lane_server import Group
+            from disinhib.tuning import lane_group, lane_server
 
-            class Raising(Group):
+            class Raising(lane_group.Group):
                 def _report(self, trial, *args):
                     if trial.config["number"] == RAISED_TRIAL:
                         with tries.open("a") as file:
@@ -88,9 +88,8 @@ def finished(tiny_space, copied_stores, one_ray, tries, tmp_path_factory):
                         raise RuntimeError("planted\nand more of it")
                     super()._report(trial, *args)
 
-            server = super()._here()
-            server.make_group = Raising
-            return server
+            lane_server.Group = Raising
+            return super()._here()
 
     printed, witness = io.StringIO(), Witness()
     console = Console(file=printed, width=120)
@@ -377,9 +376,9 @@ def extended(finished, tmp_path_factory):
 
     class Poisoned(TrainingTrial):
         def _here(self):
-            from disinhib.tuning.lane_server import Group
+            from disinhib.tuning import lane_group, lane_server
 
-            class Poisoning(Group):
+            class Poisoning(lane_group.Group):
                 def train(self, trial):
                     if trial.config["number"] == POISONED_TRIAL and trial.state is not None:
                         weights = dict(trial.state.parameters)
@@ -387,9 +386,8 @@ def extended(finished, tmp_path_factory):
                         trial.state = trial.state._replace(parameters=weights)
                     super().train(trial)
 
-            server = super()._here()
-            server.make_group = Poisoning
-            return server
+            lane_server.Group = Poisoning
+            return super()._here()
 
     job = finished[0].job
     points = tmp_path_factory.mktemp("points") / "points.yaml"

@@ -17,6 +17,7 @@ from ray.air.constants import TRAINING_ITERATION
 from rich.console import Console
 
 from disinhib.tuning import machines, manifest, options, provenance, study
+from disinhib.tuning.ray_backend import RayBackend
 from disinhib.tuning.worker import FAILURE, NODE, REPORT, SAVED
 from search_spaces import SPACES
 
@@ -70,6 +71,15 @@ def cluster_of_one():
     found = machines.Machines({"cpu": 1, "gpu": 0}, need)
     machines.survey(found)
     return found
+
+
+def backend(trainable, folder, on_over_cap=lambda: None, say=print):
+    """Ray Tune as it runs trials of one core each, whose checkpoints would be in `folder`."""
+    policy: Any = {"folder": str(folder), "cap_bytes": 1e9, "lanes": 1}
+    return RayBackend(
+        trainable, {"cpu": 1, "gpu": 0}, policy, lambda trial: (), folder, cluster_of_one(),
+        lambda: None, on_over_cap, say,
+    )  # fmt: skip
 
 
 def quiet():

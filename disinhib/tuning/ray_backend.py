@@ -120,7 +120,7 @@ class RayBackend(tune.Callback):
         name = lambda trial: f"{trial.config['number']:04d}"
         tuner = tune.Tuner(
             # Ray keeps a copy of this function, which knows only what the configuration says.
-            tune.with_resources(self.trainable, partial(_request, self._of_trial())),
+            tune.with_resources(self.trainable, partial(_request, self.of_trial())),
             tune_config=tune.TuneConfig(
                 search_alg=RaySearcher(self),
                 scheduler=RayScheduler(self),
@@ -148,12 +148,13 @@ class RayBackend(tune.Callback):
                 if self.error is None:  # Ray wraps errors of its callbacks
                     raise
             finally:
-                for server in self.servers.values():
-                    ray.kill(server)
+                if ray.is_initialized():  # it may be what has failed
+                    for server in self.servers.values():
+                        ray.kill(server)
         if self.error is not None:
             raise self.error
 
-    def _of_trial(self) -> Mapping[str, float]:
+    def of_trial(self) -> Mapping[str, float]:
         """What Tune needs for a trial: its own resources or, if a server of lanes has them, a share
         of its CPUs."""
         lanes = self.policy["lanes"]
@@ -261,6 +262,7 @@ class RayBackend(tune.Callback):
             if node not in self.machines.left_out():  # nor said by its survey
                 _, _, why = reason.partition(": ")
                 self.machines.leave_out(node, why)
+                self.serve()  # no server there must take the trial again
                 self.say(f"{self.machines.name(node)} is left out: {why}")
         else:
             self.tell(Hindered(number, reason))
@@ -328,7 +330,8 @@ class RayBackend(tune.Callback):
                 self.say(f"trial {number} has been silent for {quiet:.0f} s: its worker is ended")
                 end_process(worker.node, worker.pid)
                 worker.heard = now
-        if not self.running and (hindrance := self.machines.hindrance()):
+        trains = any(worker.pid for worker in self.running.values())  # not before its first report
+        if not trains and (hindrance := self.machines.hindrance()):
             self.tell(Hindered(0, hindrance))
 
     def _say_lost(self, until: float) -> None:
@@ -424,7 +427,7 @@ class RayScheduler(FIFOScheduler):
         super().on_trial_error(tune_controller, trial)
         if trial.status == Trial.ERROR:  # it is about to wait for another worker
             left_out = {LEFT_OUT: self.backend.machines.left_out()}
-            trial.update_resources(_request(self.backend._of_trial(), left_out))
+            trial.update_resources(_request(self.backend.of_trial(), left_out))
 
 
 @contextmanager
