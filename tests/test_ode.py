@@ -207,6 +207,6 @@ def test_an_integration_that_ends_before_the_steady_state_has_not_converged(open
 
 def test_an_integration_that_needs_too_many_steps_is_said_not_raised(opened_by, monkeypatch):
     monkeypatch.setattr(ode, "MAX_STEPS", 5)
-    cut = opened_by(adaptive_stepsize=False, early_termination=False)
+    cut = opened_by()
     assert not np.any(cut.converged)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cut.state))
