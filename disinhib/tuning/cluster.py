@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,13 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
             # if it is no longer there.
             local = {"address": "local", "num_cpus": cores(), "include_dashboard": False}
             place: dict[str, Any] = {"address": address} if address else local
-            ray.init(
-                **place,
-                runtime_env={"env_vars": dict(worker_environment)},
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            with nullcontext() if address else _in_another_group():
+                ray.init(
+                    **place,
+                    runtime_env={"env_vars": dict(worker_environment)},
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
         except ConfigError:
             raise
         except Exception as error:  # Ray raises many kinds
@@ -136,6 +137,23 @@ def _no_entry(address: str, words: str) -> ConfigError:
     why = re.sub(r"^AuthenticationError: (RPC error: \w+: )?", "", words).split(". ")[0]
     cure = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where that Ray was started"
     return ConfigError(f"cluster.address: {address}: {why}: {cure}")
+
+
+@contextmanager
+def _in_another_group() -> Iterator[None]:
+    """What starts within it does not hear a signal to this process' group (of `timeout`, a closed
+    terminal, a scheduler). A Ray that ended at once would take a minute of the driver's end, and
+    then the driver before it is done."""
+    own = os.getpgrp()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first_of_group:
+        moved = os.getsid(0) != os.getpid()  # the first process of a session must stay
+        if moved:
+            os.setpgid(0, first_of_group.pid)
+        try:
+            yield
+        finally:
+            if moved:
+                os.setpgid(0, own)
 
 
 @contextmanager
