@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,12 @@ def _in_another_group() -> Iterator[None]:
     """What starts within it does not hear a signal to this process' group (of `timeout`, a closed
     terminal, a scheduler). A Ray that ended at once would take a minute of the driver's end, and
     then the driver before it is done."""
-    own = os.getpgrp()
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first_of_group:
-        moved = os.getsid(0) != os.getpid()  # the first process of a session must stay
-        if moved:
-            os.setpgid(0, first_of_group.pid)
+    own, moved = os.getpgrp(), os.getsid(0) != os.getpid()  # the first of a session must stay
+    idle = partial(subprocess.Popen, ["cat"], stdin=subprocess.PIPE)
+    with idle(), idle(process_group=0) as other:  # a group is gone once it is empty
         try:
+            if moved:
+                os.setpgid(0, other.pid)
             yield
         finally:
             if moved:

@@ -27,15 +27,18 @@ from disinhib.tuning.retention import checkpoint_file, sizes
 from disinhib.tuning.worker import GPU_MB, LANES, Policy
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
-QUIET_EPOCHS = 20  # with half of the slots free, before there are half as many: that compiles
+QUIET_EPOCHS = 20  # for which half of the slots would have done, before there are half as many
+GATHER_SECONDS = 2.0  # without another trial, before the first slots of a GPU are compiled
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
 
 class Process:
     """What all groups of a process share: the seconds of each program that it has compiled (or
-    loaded from the cache), and the programs that it has."""
+    loaded from the cache), the programs that it has, and how many slots of each group (by its key)
+    fit."""
 
     def __init__(self) -> None:
+        self.most: dict[str, int] = {}
         self.compilations: list[float] = []
         self.programs: set[str] = set()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -47,7 +50,11 @@ class Process:
 
 @dataclass(eq=False)
 class Trial:
-    """A trial in training. `state` is None while its lanes are in slots."""
+    """A trial in training. `state` is None while its lanes are in slots.
+
+    `told` of its `reports` have gone to the driver. Those after it are of epochs that were run
+    ahead, while the driver was busy, or are its checkpoint's.
+    """
 
     config: TrialConfig
     policy: Policy
@@ -65,23 +72,54 @@ class Trial:
     waits: bool = False  # for its next epochs
     words: dict[str, Any] = field(default_factory=dict)  # beside its epochs: what prevented a save
     error: Exception | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of what is told
 
     @property
     def names(self) -> tuple[tuple[int, int], ...]:
         """Of its lanes."""
         return tuple((self.config["number"], seed) for seed in self.config["seeds"])
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether its next epoch may be run: it waits for it, or it is in a slot and is run ahead,
+        to the next decision of the driver and one further. (Its last epoch it must wait for.)"""
+        if self.waits or self.error is not None:
+            return self.waits
+        trained = len(self.reports)
+        undecided = [epoch for epoch in self.decisions if self.told <= epoch < trained]
+        return self.state is None and trained < self.config["epochs"] - 1 and not undecided
+
+    def ask(self) -> None:
+        with self.lock:
+            self.asked, self.waits = time.monotonic(), True
+            self._tell()
+
     def tell(self) -> None:
-        """Its next report is told, and it waits no longer if that is what it has waited for."""
-        self.told += 1
+        with self.lock:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tells its reports until it need wait no longer: the driver has to decide, or has heard
+        nothing for long, or there will be no more of them."""
         epochs, late = self.config["epochs"], self.policy["stretch_seconds"]
-        final = self.config["final"] and self.told == epochs - 1  # its last one takes longer
-        decided = self.told in self.decisions or self.told >= epochs
-        if decided or final or self.words or time.monotonic() - self.asked >= late:
+        while self.waits and self.told < len(self.reports):
+            self.told += 1
+            final = self.config["final"] and self.told == epochs - 1  # its last one takes longer
+            decided = self.told in self.decisions or self.told >= epochs
+            if decided or final or self.words or time.monotonic() - self.asked >= late:
+                self.waits = False
+        if self.failed:
             self.waits = False
 
+    @property
+    def failed(self) -> bool:
+        """Whether all that there is to tell is why it has failed."""
+        return self.error is not None and self.told == len(self.reports)
+
     def fail(self, error: Exception) -> None:
-        self.error, self.waits = error, False
+        with self.lock:
+            self.error = error
+            self._tell()
 
     def diverged(self) -> dict[str, str]:
         """Reasons of the seeds that have diverged."""
@@ -96,18 +134,15 @@ class Group:
         self.given, self.process = slots, process
         self.trials: list[Trial] = []
         self.lanes: Lanes | None = None
-        self.most: int | None = None  # slots, once it is known what fits into the memory
-        self.quiet = 0  # epochs with half of the slots free
+        self.most: int | None = process.most.get(key)  # slots that fit into the device's memory
+        self.slots = 0  # on a GPU
+        self.quiet = 0  # epochs for which fewer would have done
         self.taken = False  # whether a thread has the turn, and with it `lanes` and all states
         self.news = threading.Condition()  # the turn is free again
 
     def train(self, trial: Trial) -> None:
         """Trains until the trial need wait no longer, and with it all others that wait."""
-        if trial.error is not None:
-            return
-        trial.asked, trial.waits = time.monotonic(), True
-        while trial.waits and trial.told < len(trial.reports):  # its checkpoint has them
-            trial.tell()
+        trial.ask()
         while self._turn(lambda: trial.waits):
             try:
                 self._epoch()
@@ -142,41 +177,67 @@ class Group:
         return lanes.state_of(self.lanes, trial.names)
 
     def _epoch(self) -> None:
-        """Trains the trials that wait by an epoch, as many as there is room for."""
-        waiting = [trial for trial in list(self.trials) if trial.waits]
+        """Trains the trials that wait by an epoch, as many as there is room for, and in the room
+        that is left those that may go on: a slot costs the same whether it holds a lane or none."""
+        if self.most is None and jax.default_backend() != "cpu":
+            self._gather()
+        trials = list(self.trials)
+        waiting = [trial for trial in trials if trial.waits]
         if not waiting:  # the last one has just been released
             return
+        room = self.given if self.most is None else self.most
+        training = list(waiting)
+        for trial in trials:
+            lanes_of = sum(len(other.names) for other in (*training, trial))
+            if trial not in waiting and trial.goes_on and lanes_of <= room:
+                training.append(trial)
         try:
-            self._place(waiting)
+            self._place(training)
             assert self.lanes is not None
             seconds = self._prepare()
             self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
         except Exception as error:
             if not (_is_out_of_memory(error) and self._halve()):
-                self.lanes = None
-                for trial in waiting:
-                    trial.fail(error)
+                self._give_up(waiting, training[len(waiting) :], error)
             return
-        for trial in waiting:
+        for trial in training:
             if trial.state is None:
                 try:
                     self._report(trial, told, seconds)
                 except Exception as error:  # this trial's alone
                     trial.fail(error)
 
-    def _place(self, waiting: list[Trial]) -> None:
-        """Takes out the lanes of trials that do not wait, and puts in those that do."""
-        needed = sum(len(trial.names) for trial in waiting)
-        outside = [trial for trial in waiting if trial.state is not None]
+    def _give_up(self, waiting: list[Trial], ahead: list[Trial], error: Exception) -> None:
+        """Fails those that waited for this epoch; the others are where they were before it."""
+        for trial in waiting:
+            trial.fail(error)
+        for trial in ahead:
+            try:
+                trial.state = self._state_of(trial)
+            except Exception as of_device:
+                trial.fail(of_device)
+        self.lanes = None
+
+    def _gather(self) -> None:
+        """Waits for the trials that begin at the same time."""
+        known = 0
+        while len(self.trials) > known:
+            known = len(self.trials)
+            time.sleep(GATHER_SECONDS)
+
+    def _place(self, training: list[Trial]) -> None:
+        """Takes out the lanes of other trials, and puts in those of these."""
+        needed = sum(len(trial.names) for trial in training)
+        outside = [trial for trial in training if trial.state is not None]
         if self.lanes is not None:
             for trial in list(self.trials):
-                if trial.state is None and trial.error is None and trial not in waiting:
+                if trial.state is None and trial.error is None and trial not in training:
                     trial.state = self._state_of(trial)
-            staying = {name for trial in waiting if trial.state is None for name in trial.names}
+            staying = {name for trial in training if trial.state is None for name in trial.names}
             self.lanes = lanes.leave(self.lanes, [n for n in self.lanes.names if n not in staying])
             if not staying:
                 self.lanes = None
-        slots = self._slots(needed, max(len(trial.names) for trial in waiting))
+        slots = self._slots(needed, max(len(trial.names) for trial in training))
         if self.lanes is None:
             first, *outside = outside
             assert first.state is not None
@@ -191,24 +252,20 @@ class Group:
                 trial.state = None
 
     def _slots(self, needed: int, largest: int) -> int:
-        """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else
-        as many as fit, and a half, a quarter ... of it once the others have long been free."""
+        """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else,
+        as each number is a program to compile, a whole, half or quarter of what fits: more at once,
+        fewer when they have long been enough."""
         if self.most is None:
-            self.most = self._fitting()
+            self.most = self.process.most[self.key] = self._fitting()
         if jax.default_backend() == "cpu":
             return max(largest, min(needed, self.most)) if self.given > 1 else needed
         enough = max(self.most, largest)
-        if self.lanes is None:
-            self.quiet = 0
-            return enough
-        now = len(self.lanes.names)
-        while enough // 2 >= max(needed, largest):
+        while enough // 2 >= max(needed, largest, self.most // 4):
             enough //= 2
-        self.quiet = self.quiet + 1 if enough < now else 0
-        if enough > now or self.quiet > QUIET_EPOCHS:
-            self.quiet = 0
-            return enough
-        return now
+        self.quiet = self.quiet + 1 if enough < self.slots else 0
+        if enough > self.slots or self.quiet > QUIET_EPOCHS:
+            self.slots, self.quiet = enough, 0
+        return self.slots
 
     def _fitting(self) -> int:
         """The number of slots that the device has memory for."""
@@ -226,7 +283,8 @@ class Group:
         for trial in list(self.trials):
             if trial.state is None and trial.error is None:
                 trial.state = self._state_of(trial)
-        self.most, self.lanes = max(largest, len(self.lanes.names) // 2), None
+        self.most, self.slots, self.lanes = max(largest, len(self.lanes.names) // 2), 0, None
+        self.process.most[self.key] = self.most
         return True
 
     def _prepare(self) -> float:
@@ -276,7 +334,8 @@ class Group:
         if self.given > 1:
             place[LANES] = str(len(self.lanes.names))
         trial.reports.append({"metrics": metrics, "place": place, "diverged": diverged})
-        self._save(trial)
+        if trial.waits:  # else the driver may have ended it, and removed its checkpoint
+            self._save(trial)
         trial.tell()
 
     def _save(self, trial: Trial) -> None:

@@ -154,7 +154,9 @@ class Server:
                 TRAINING_ITERATION: trial.told,
             }
         trial.words = {}
-        return result if trial.error is None else {**result, **_fault(trial.error, begun=True)}
+        if trial.error is not None and trial.failed:
+            result |= _fault(trial.error, begun=True)
+        return result
 
     def _checked(self, trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
         """The last report of a final trial, with the results of the check of its dynamics. Writes a
