@@ -321,11 +321,10 @@ with cluster.cluster({"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0}
 """
 
 
-def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
+def test_our_own_ray_answers_nobody_else_and_hears_no_signal_to_our_group(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    with subprocess.Popen(
-        [sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as driver:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", OWN], process_group=0, **pipes) as driver:
         assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
         log = Path(os.environ["RAY_TMPDIR"], "ray/session_latest/logs/monitor.log")
         while not (log.exists() and "Starting autoscaler metrics server" in log.read_text()):
@@ -338,6 +337,7 @@ def test_our_own_ray_has_no_port_that_answers_everybody(monkeypatch):
             if connection.status == psutil.CONN_LISTEN and connection.pid in own
         }
         answers = [answer for place in places for answer in http(*place)]
+        assert [pid for pid in own if os.getpgid(pid) == driver.pid] == [driver.pid]
         driver.communicate()
     assert len(places) > 3 and {*answers} == {401}
 

@@ -313,6 +313,24 @@ def test_the_exact_jacobian_takes_over_where_broyden_does_not_get_there(problem)
     assert np.all(closed.converged)
 
 
+def test_a_loose_tolerance_is_reached_where_feedback_is_strong(problem):
+    """The control is found by what neurons answer, so they must settle to more than the tolerance:
+    otherwise 1 to 5 samples of each are given up."""
+    shape = {"sizes": (20, 40, 40, 40, 10), "batch": 60}
+    solver = Newton(tolerance=1e-4, max_iterations=30)
+    for seed, scale, g_ei, g_ie, k_p, k_i, norm_val in (
+        (5, 7.6, 0.34, 1.41, 0.43, 0.55, 3.2),
+        (7, 8.4, 0.51, 2.57, 0.21, 0.41, 2.0),
+        (106, 5.25, 0.99, 0.33, 0.21, 0.90, 4.0),
+    ):
+        hyper = HYPER.updated(
+            g_ei=g_ei, g_ie=g_ie, controller={"k_p": k_p, "k_i": k_i}, rule={"norm_val": norm_val}
+        )
+        _, closed, _ = solved(problem(seed, scale, solver=solver, **shape), hyper)
+        assert np.max(closed.iterations) > newton.BROYDEN_EVALUATIONS
+        assert np.all(closed.converged)
+
+
 def test_what_does_not_converge_is_said_not_raised(problem):
     small = problem(sizes=(5, 8, 4), solver=Newton(tolerance=1e-11, max_iterations=1))
     _, closed, _ = solved(small)
@@ -384,6 +402,26 @@ def test_a_sample_settles_as_if_it_were_alone(kind_i, problem):
         assert np.all(alone.converged)
         np.testing.assert_allclose(alone.residual[0], together.residual[i], rtol=1e-6, atol=1e-14)
         np.testing.assert_allclose(alone.state.u_y[0], together.state.u_y[i], rtol=1e-12)
+
+
+def test_lanes_are_solved_as_if_they_were_alone(problem, monkeypatch):
+    """All at once, and those that take long a few at a time: here 4 of 5, by two."""
+    monkeypatch.setattr(newton, "FEW_LANES", 2)
+    problems = [problem(seed, scale, **SMALL) for seed, scale in enumerate((0.1, 4, 5, 6, 4))]
+    gains = [HYPER, STRONG, STRONG, HYPER, STRONG]
+    architecture = problems[0].architecture
+    stacked = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    arrays = stacked(
+        [(p.parameters, traced(h), p.x, p.target) for p, h in zip(problems, gains, strict=True)]
+    )
+    _, together, _ = as_numpy(jax.jit(jax.vmap(partial(both_loops, architecture)))(*arrays))
+    assert np.all(together.converged)
+    took_long = np.max(together.iterations, axis=1) > newton.COMMON_EVALUATIONS
+    assert list(took_long) == [False, True, True, True, True]
+    for lane, (small, hyper) in enumerate(zip(problems, gains, strict=True)):
+        _, alone, _ = solved(small, hyper)
+        np.testing.assert_array_equal(alone.iterations, together.iterations[lane])
+        np.testing.assert_allclose(alone.control, together.control[lane], rtol=1e-9, atol=1e-12)
 
 
 def test_a_sample_is_solved_as_if_it_were_alone(problem):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from disinhib.controller import CONTROLLERS
@@ -41,8 +42,13 @@ from disinhib.microcircuit import (
 from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 
 BROYDEN_EVALUATIONS = 12
+# Of many lanes at once: evaluations in all lanes together, and how many lanes go on at a time.
+COMMON_EVALUATIONS, FEW_LANES = 5, 8
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
 NOT_SETTLED = 2.0  # in place of a share: neurons have to settle before the first step
+# Residual of settled neurons, of the tolerance: |F| is as uncertain as they are, and what a step
+# makes of it must be told.
+SETTLED = 1e-2
 NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 
 
@@ -200,6 +206,17 @@ class _Iterate(NamedTuple):
     evaluations: Array
 
 
+class _Problem(NamedTuple):
+    """What a closed loop is solved for, of one lane or, with a leading axis, of several."""
+
+    parameters: Parameters
+    hyper: Hyperparameters
+    x: Float[Array, "batch in"]
+    first: Array  # input of the first layer
+    target: Float[Array, "batch out"]
+    weights: FeedbackWeights
+
+
 def closed_loop(
     architecture: Architecture,
     parameters: Parameters,
@@ -215,12 +232,100 @@ def closed_loop(
     circuit = microcircuit(architecture, hyper)
     loss = bind(architecture.loss, hyper.loss)
     gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    first = _first_input(parameters, x)
-    near = max(NEAR, solver.tolerance)
+    problem = _Problem(parameters, hyper, x, _first_input(parameters, x), target, weights)
+    iterate = _Iterate(
+        control=jnp.zeros_like(start.u_y),
+        # At c = 0 the open-loop state solves every neuron; only the control is off.
+        mismatch=gain * loss.error(start.u_y, target),
+        u_e=start.u_e,
+        neurons=jnp.zeros(len(x), x.dtype),
+        residual=jnp.full(len(x), jnp.inf, x.dtype),
+        inverse=_first_inverse(architecture, loss, gain, start.u_y, target),
+        share=jnp.full(len(x), NOT_SETTLED, x.dtype),
+        iterations=jnp.zeros(len(x), x.dtype),
+        evaluations=jnp.zeros((), jnp.int32),
+    )
+    iterate = _solver(architecture)(problem, iterate)
+    s = disinhibition(iterate.control, weights)
+    u_i = tuple(
+        inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
+    )
+    return Solution(
+        NetworkState(
+            iterate.u_e, u_i, _output(architecture, problem, iterate.u_e, iterate.control)
+        ),
+        iterate.control,
+        iterate.iterations,
+        iterate.residual,
+        iterate.residual <= solver.tolerance,  # not of a NaN, which ends the iteration as well
+    )
 
-    def output(u_e, control):
-        u_y = (circuit.phi_e.value(u_e[-1]) if u_e else x) @ parameters["kernel_out"]
-        return u_y + control if architecture.fb_to_readout else u_y
+
+def _solver(architecture: Architecture) -> Callable[[_Problem, _Iterate], _Iterate]:
+    """The closed loop's iteration. Over lanes at once (vmap), a loop goes on until the last sample
+    of the last lane is solved: so most samples are solved in all lanes together, and the others in
+    few of them at a time, lest one lane hold up all."""
+    solver = architecture.solver
+    assert isinstance(solver, Newton)
+    brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
+    common = (("broyden", min(COMMON_EVALUATIONS, brief)),)
+    rest = (("broyden", brief), ("newton", solver.max_iterations))
+
+    @custom_vmap
+    def solve(problem, iterate):
+        return _iterated(architecture, rest, problem, iterate)
+
+    @solve.def_vmap
+    def solve_lanes(lanes, has_lanes, *arguments):
+        spread = lambda leaf, has: leaf if has else jnp.broadcast_to(leaf, (lanes, *leaf.shape))
+        problem, iterate = jax.tree.map(spread, arguments, tuple(has_lanes))
+        iterate = jax.vmap(partial(_iterated, architecture, common))(problem, iterate)
+        few = min(FEW_LANES, lanes)
+
+        def round_of_few(carry):
+            iterate, waiting = carry
+            which = jnp.argsort(~waiting)[:few]  # lanes that wait go first
+            own = partial(jax.tree.map, lambda leaf: leaf[which])
+            after = jax.vmap(partial(_iterated, architecture, rest))(own(problem), own(iterate))
+            put = lambda leaf, its: leaf.at[which].set(its)
+            return jax.tree.map(put, iterate, after), waiting.at[which].set(False)
+
+        waiting = jnp.any(_unsolved(solver, iterate), axis=1)
+        carry = jax.lax.while_loop(lambda c: jnp.any(c[1]), round_of_few, (iterate, waiting))
+        return carry[0], jax.tree.map(lambda _: True, iterate)
+
+    return solve
+
+
+def _unsolved(solver: Newton, iterate: _Iterate) -> Bool[Array, "*lanes batch"]:
+    return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
+
+
+def _output(architecture: Architecture, problem: _Problem, u_e: Layers, control: Array) -> Array:
+    circuit = microcircuit(architecture, problem.hyper)
+    top = circuit.phi_e.value(u_e[-1]) if u_e else problem.x
+    u_y = top @ problem.parameters["kernel_out"]
+    return u_y + control if architecture.fb_to_readout else u_y
+
+
+def _iterated(
+    architecture: Architecture,
+    stages: Sequence[tuple[str, int]],
+    problem: _Problem,
+    iterate: _Iterate,
+) -> _Iterate:
+    """After each method of `stages` has gone on until all samples are solved, or so many
+    evaluations have been made in all."""
+    solver = architecture.solver
+    assert isinstance(solver, Newton)
+    parameters, hyper, x, first, target, weights = problem
+    circuit = microcircuit(architecture, hyper)
+    loss = bind(architecture.loss, hyper.loss)
+    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
+    near = max(NEAR, solver.tolerance)
+    settled = max(SETTLED * solver.tolerance, 4 * float(jnp.finfo(x.dtype).eps))
+    output = partial(_output, architecture, problem)
+    unsolved = partial(_unsolved, solver)
 
     def step_neurons(u_e, s):
         move = lambda layer, a: _step(circuit, u_e[layer], a, s[layer])
@@ -228,12 +333,9 @@ def closed_loop(
 
     def settle_neurons(which, u_e, s):
         unknown = jnp.full(len(x), jnp.inf if u_e else 0.0, x.dtype)
-        goal = jnp.where(which, solver.tolerance, jnp.inf)
+        goal = jnp.where(which, settled, jnp.inf)
         arguments = (circuit, parameters, first, u_e, s, unknown, goal)
         return settle(*arguments, solver.max_iterations)[:2]
-
-    def unsolved(iterate: _Iterate):
-        return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
 
     def evaluated(iterate: _Iterate, control, move) -> _Iterate:
         """With another control, for which `move(u_E, s)` moves the neurons."""
@@ -286,37 +388,15 @@ def closed_loop(
         share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
         return after._replace(share=jnp.where(active, jnp.where(first, 1, share), iterate.share))
 
-    iterate = _Iterate(
-        control=jnp.zeros_like(start.u_y),
-        # At c = 0 the open-loop state solves every neuron; only the control is off.
-        mismatch=gain * loss.error(start.u_y, target),
-        u_e=start.u_e,
-        neurons=jnp.zeros(len(x), x.dtype),
-        residual=jnp.full(len(x), jnp.inf, x.dtype),
-        inverse=_first_inverse(architecture, loss, gain, start.u_y, target),
-        share=jnp.full(len(x), NOT_SETTLED, x.dtype),
-        iterations=jnp.zeros(len(x), x.dtype),
-        evaluations=jnp.zeros((), jnp.int32),
-    )
-    brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
-    for method, cap in ((broyden, brief), (newton, solver.max_iterations)):
-        with jax.named_scope(method.__name__):
+    methods = {"broyden": broyden, "newton": newton}
+    for method, cap in stages:
+        with jax.named_scope(method):
             iterate = jax.lax.while_loop(
                 lambda iterate, cap=cap: jnp.any(unsolved(iterate)) & (iterate.evaluations < cap),
-                method,
+                methods[method],
                 iterate,
             )
-    s = disinhibition(iterate.control, weights)
-    u_i = tuple(
-        inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
-    )
-    return Solution(
-        NetworkState(iterate.u_e, u_i, output(iterate.u_e, iterate.control)),
-        iterate.control,
-        iterate.iterations,
-        iterate.residual,
-        iterate.residual <= solver.tolerance,  # not of a NaN, which ends the iteration as well
-    )
+    return iterate
 
 
 def _output_slope(
