@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
 from disinhib.tuning import options as _registers_the_groups, suggest, validation  # noqa: F401
-from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
+from disinhib.tuning.event_log import COMPLETE, FAILED, NO_POINT, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
@@ -496,6 +496,18 @@ def test_optuna_is_told_every_state_by_its_name_and_failed_trials_have_no_value(
         assert trial.value == (record.score if record.state in (COMPLETE, PRUNED) else None)
         assert trial.params == course.params[number]
         trial._validate()
+
+
+def test_the_newest_trials_and_the_best_of_the_others_are_remembered():
+    states = {3: PRUNED, 4: FAILED}
+    scores = {n: [float(n % 50)] for n in range(100)} | {3: [1e3], 4: [math.nan], 7: [99.0]}
+    trials = [
+        suggest.Tried(rule=str(n), point=NO_POINT, scores=s, state=states.get(n, COMPLETE))
+        for n, s in scores.items()
+    ]
+    known = [trials.index(trial) for trial in suggest.remembered(trials, suggest.BEST + 30)]
+    assert known == [7, *range(26, 50), *range(70, 100)]
+    assert suggest.remembered(trials, 100) == suggest.remembered(trials, None) == trials
 
 
 @pytest.mark.parametrize("name", INSTALLED)

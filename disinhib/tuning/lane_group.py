@@ -179,7 +179,7 @@ class Group:
     def _epoch(self) -> None:
         """Trains the trials that wait by an epoch, as many as there is room for, and in the room
         that is left those that may go on: a slot costs the same whether it holds a lane or none."""
-        if self.most is None and jax.default_backend() != "cpu":
+        if self.most is None and self.given > 1 and jax.default_backend() != "cpu":
             self._gather()
         trials = list(self.trials)
         waiting = [trial for trial in trials if trial.waits]

@@ -185,12 +185,14 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     space = SPACES[study.space]
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
+    memory = suggest.SAMPLERS[study.searcher["name"]].memory
 
     def propose(number: int, records: Mapping[int, Record]) -> Asked:
+        known = suggest.history(records, manifest.past, number, rules, study.batch)
         proposal = suggest.suggest(
             space,
             make,
-            suggest.history(records, manifest.past, number, rules, study.batch),
+            suggest.remembered(known, memory),
             suggest.sampler_seed(study.seed, number),
             number,
             suggest.fixed_params(number, manifest.points, rules),
