@@ -7,8 +7,8 @@ The same study over all rules, with successive halving, once in each way, one af
 a device (on a CPU: a core), lanes, and four trials that share a GPU. Each begins without compiled
 programs, as a first study does. On digits or, with the folder of its files, on Fashion-MNIST (3 x
 256). Without lanes, `alone` trials are enough to tell their rate. Seconds are those of the study,
-with the start of Ray; `start s` of them are before the first epoch's report, and `epochs an hour`
-leaves them out, as a long study would.
+with the start of Ray; `start s` of them are before the first epoch's report or after the last
+one's, and `epochs an hour` leaves them out, as a long study would.
 """
 
 import tempfile

@@ -46,8 +46,8 @@ BROYDEN_EVALUATIONS = 12
 COMMON_EVALUATIONS, FEW_LANES = 5, 8
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
 NOT_SETTLED = 2.0  # in place of a share: neurons have to settle before the first step
-# Residual of settled neurons, of the tolerance: |F| is as uncertain as they are, and what a step
-# makes of it must be told.
+# Neurons count as settled at this share of the tolerance: |F| is only as exact as they are, and it
+# is what steps are judged by.
 SETTLED = 1e-2
 NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 

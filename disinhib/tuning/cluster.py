@@ -85,7 +85,8 @@ def cluster(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None:
-    with warnings.catch_warnings(), _own_handler(signal.SIGTERM):
+    elsewhere = nullcontext() if address else _in_another_group()
+    with warnings.catch_warnings(), elsewhere, _own_handler(signal.SIGTERM):
         # jax warns of forks; Ray's forks are all followed by an exec.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         try:
@@ -101,13 +102,12 @@ def _connect(address: str | None, worker_environment: Mapping[str, str]) -> None
             # if it is no longer there.
             local = {"address": "local", "num_cpus": cores(), "include_dashboard": False}
             place: dict[str, Any] = {"address": address} if address else local
-            with nullcontext() if address else _in_another_group():
-                ray.init(
-                    **place,
-                    runtime_env={"env_vars": dict(worker_environment)},
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
+            ray.init(
+                **place,
+                runtime_env={"env_vars": dict(worker_environment)},
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
         except ConfigError:
             raise
         except Exception as error:  # Ray raises many kinds
@@ -142,19 +142,28 @@ def _no_entry(address: str, words: str) -> ConfigError:
 
 @contextmanager
 def _in_another_group() -> Iterator[None]:
-    """What starts within it does not hear a signal to this process' group (of `timeout`, a closed
-    terminal, a scheduler). A Ray that ended at once would take a minute of the driver's end, and
-    then the driver before it is done."""
-    own, moved = os.getpgrp(), os.getsid(0) != os.getpid()  # the first of a session must stay
+    """What starts within it does not hear a signal to this process' group (of `timeout`, of a
+    closed terminal). If Ray ended at once, Tune would wait for it, until Ray ended this process.
+
+    On Linux, and not for the first process of a session, which cannot leave its group. A signal
+    that comes meanwhile is taken by a placeholder, which also keeps the group alive, and passed on.
+    """
+    if sys.platform != "linux" or os.getsid(0) == os.getpid():
+        yield
+        return
+    own = os.getpgrp()
     idle = partial(subprocess.Popen, ["cat"], stdin=subprocess.PIPE)
-    with idle(), idle(process_group=0) as other:  # a group is gone once it is empty
+    with idle() as placeholder, idle(process_group=0) as other:
+        os.setpgid(0, other.pid)
         try:
-            if moved:
-                os.setpgid(0, other.pid)
             yield
         finally:
-            if moved:
-                os.setpgid(0, own)
+            os.setpgid(0, own)
+            ended_by = placeholder.poll()
+            placeholder.kill()
+            other.kill()
+            if ended_by is not None:
+                os.kill(os.getpid(), -ended_by)
 
 
 @contextmanager

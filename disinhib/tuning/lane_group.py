@@ -27,7 +27,7 @@ from disinhib.tuning.retention import checkpoint_file, sizes
 from disinhib.tuning.worker import GPU_MB, LANES, Policy
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
-QUIET_EPOCHS = 20  # for which half of the slots would have done, before there are half as many
+QUIET_EPOCHS = 20  # for which fewer slots would have done, before there are fewer
 GATHER_SECONDS = 2.0  # without another trial, before the first slots of a GPU are compiled
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
@@ -68,11 +68,12 @@ class Trial:
     saved_epochs: int
     saved: float = field(default_factory=time.monotonic)
     told: int = 0
-    asked: float = 0.0  # when, by time.monotonic()
-    waits: bool = False  # for its next epochs
     words: dict[str, Any] = field(default_factory=dict)  # beside its epochs: what prevented a save
     error: Exception | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of what is told
+    released: bool = False
+    asked: float = 0.0  # when, by time.monotonic()
+    _waits: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)  # of what is told
 
     @property
     def names(self) -> tuple[tuple[int, int], ...]:
@@ -80,36 +81,44 @@ class Trial:
         return tuple((self.config["number"], seed) for seed in self.config["seeds"])
 
     @property
-    def goes_on(self) -> bool:
-        """Whether its next epoch may be run: it waits for it, or it is in a slot and is run ahead,
-        to the next decision of the driver and one further. (Its last epoch it must wait for.)"""
-        if self.waits or self.error is not None:
-            return self.waits
-        trained = len(self.reports)
-        undecided = [epoch for epoch in self.decisions if self.told <= epoch < trained]
-        return self.state is None and trained < self.config["epochs"] - 1 and not undecided
+    def waits(self) -> bool:
+        """Whether it waits for its next epoch."""
+        with self._lock:
+            return self._waits
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether its next epoch may be run before it is asked for: from its slot, up to the next
+        decision of the driver and one further. Not its last epoch, nor one to be saved."""
+        with self._lock:
+            trained = len(self.reports)
+            undecided = [epoch for epoch in self.decisions if self.told <= epoch < trained]
+            in_slot = self.state is None and self.error is None
+            last = trained >= self.config["epochs"] - 1
+            return in_slot and not (undecided or last or self.save_is_due)
+
+    @property
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.saved >= self.policy["every_seconds"]
 
     def ask(self) -> None:
-        with self.lock:
-            self.asked, self.waits = time.monotonic(), True
-            self._tell()
+        with self._lock:
+            self.asked, self._waits = time.monotonic(), not self.released
+            self.tell()
 
     def tell(self) -> None:
-        with self.lock:
-            self._tell()
-
-    def _tell(self) -> None:
         """Tells its reports until it need wait no longer: the driver has to decide, or has heard
         nothing for long, or there will be no more of them."""
         epochs, late = self.config["epochs"], self.policy["stretch_seconds"]
-        while self.waits and self.told < len(self.reports):
-            self.told += 1
-            final = self.config["final"] and self.told == epochs - 1  # its last one takes longer
-            decided = self.told in self.decisions or self.told >= epochs
-            if decided or final or self.words or time.monotonic() - self.asked >= late:
-                self.waits = False
-        if self.failed:
-            self.waits = False
+        with self._lock:
+            while self._waits and self.told < len(self.reports):
+                self.told += 1
+                final = self.config["final"] and self.told == epochs - 1  # its last takes longer
+                decided = self.told in self.decisions or self.told >= epochs
+                if decided or final or self.words or time.monotonic() - self.asked >= late:
+                    self._waits = False
+            if self.failed:
+                self._waits = False
 
     @property
     def failed(self) -> bool:
@@ -117,9 +126,13 @@ class Trial:
         return self.error is not None and self.told == len(self.reports)
 
     def fail(self, error: Exception) -> None:
-        with self.lock:
+        with self._lock:
             self.error = error
-            self._tell()
+            self.tell()
+
+    def release(self) -> None:
+        with self._lock:
+            self.released, self._waits = True, False
 
     def diverged(self) -> dict[str, str]:
         """Reasons of the seeds that have diverged."""
@@ -178,7 +191,7 @@ class Group:
 
     def _epoch(self) -> None:
         """Trains the trials that wait by an epoch, as many as there is room for, and in the room
-        that is left those that may go on: a slot costs the same whether it holds a lane or none."""
+        that is left those that may run ahead: a slot of a GPU costs as much without a lane."""
         if self.most is None and self.given > 1 and jax.default_backend() != "cpu":
             self._gather()
         trials = list(self.trials)
@@ -189,7 +202,7 @@ class Group:
         training = list(waiting)
         for trial in trials:
             lanes_of = sum(len(other.names) for other in (*training, trial))
-            if trial not in waiting and trial.goes_on and lanes_of <= room:
+            if trial not in waiting and trial.may_run_ahead and lanes_of <= room:
                 training.append(trial)
         try:
             self._place(training)
@@ -198,7 +211,7 @@ class Group:
             self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
         except Exception as error:
             if not (_is_out_of_memory(error) and self._halve()):
-                self._give_up(waiting, training[len(waiting) :], error)
+                self._give_up(waiting, error)
             return
         for trial in training:
             if trial.state is None:
@@ -207,15 +220,16 @@ class Group:
                 except Exception as error:  # this trial's alone
                     trial.fail(error)
 
-    def _give_up(self, waiting: list[Trial], ahead: list[Trial], error: Exception) -> None:
+    def _give_up(self, waiting: list[Trial], error: Exception) -> None:
         """Fails those that waited for this epoch; the others are where they were before it."""
         for trial in waiting:
             trial.fail(error)
-        for trial in ahead:
-            try:
-                trial.state = self._state_of(trial)
-            except Exception as of_device:
-                trial.fail(of_device)
+        for trial in list(self.trials):
+            if trial.state is None and trial.error is None:
+                try:
+                    trial.state = self._state_of(trial)
+                except Exception as of_device:
+                    trial.fail(of_device)
         self.lanes = None
 
     def _gather(self) -> None:
@@ -229,6 +243,7 @@ class Group:
         """Takes out the lanes of other trials, and puts in those of these."""
         needed = sum(len(trial.names) for trial in training)
         outside = [trial for trial in training if trial.state is not None]
+        outside.sort(key=lambda trial: trial.asked)
         if self.lanes is not None:
             for trial in list(self.trials):
                 if trial.state is None and trial.error is None and trial not in training:
@@ -245,7 +260,7 @@ class Group:
             first.state = None
         self.lanes = lanes.resized(self.lanes, slots)
         for trial in outside:
-            if len(trial.names) <= self.lanes.free:
+            if len(trial.names) <= self.lanes.free:  # else it waits for another epoch
                 assert trial.state is not None
                 scalars = trial.run.hyperparameters
                 self.lanes = lanes.join(self.lanes, trial.names, trial.state, scalars)
@@ -253,8 +268,8 @@ class Group:
 
     def _slots(self, needed: int, largest: int) -> int:
         """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else,
-        as each number is a program to compile, a whole, half or quarter of what fits: more at once,
-        fewer when they have long been enough."""
+        as each number is a program to compile, all, half or a quarter of what fits: more as soon as
+        they are needed, fewer when fewer have long been enough."""
         if self.most is None:
             self.most = self.process.most[self.key] = self._fitting()
         if jax.default_backend() == "cpu":
@@ -262,7 +277,7 @@ class Group:
         enough = max(self.most, largest)
         while enough // 2 >= max(needed, largest, self.most // 4):
             enough //= 2
-        self.quiet = self.quiet + 1 if enough < self.slots else 0
+        self.quiet = self.quiet + 1 if max(enough, needed) < self.slots else 0
         if enough > self.slots or self.quiet > QUIET_EPOCHS:
             self.slots, self.quiet = enough, 0
         return self.slots
@@ -342,8 +357,7 @@ class Group:
         """Writes a checkpoint if one is due, or notes why it could not."""
         policy, config = trial.policy, trial.config
         last = len(trial.reports) >= config["epochs"]
-        due = time.monotonic() - trial.saved >= policy["every_seconds"]
-        if not (policy["at_end"] or config["final"] if last else due):
+        if not (policy["at_end"] or config["final"] if last else trial.save_is_due):
             return
         file = checkpoint_file(policy["folder"], config["number"])
         try:

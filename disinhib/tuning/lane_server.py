@@ -68,7 +68,7 @@ class Server:
             self.admitted.pop(number, None)
             trial = self.trials.pop(number, None)
             if trial is not None:
-                trial.waits = False
+                trial.release()
                 trial.group.trials.remove(trial)
                 if not trial.group.trials:
                     self.groups.pop(trial.group.key, None)

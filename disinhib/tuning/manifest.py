@@ -186,6 +186,8 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
     memory = suggest.SAMPLERS[study.searcher["name"]].memory
+    if memory is not None:  # else there would be random trials for ever
+        memory = max(memory, 2 * study.searcher["n_startup_trials"])
 
     def propose(number: int, records: Mapping[int, Record]) -> Asked:
         known = suggest.history(records, manifest.past, number, rules, study.batch)

@@ -43,8 +43,8 @@ class Tried(TypedDict):
     state: str  # a key of STATES if the trial has ended
 
 
-# TPE calls at most so many trials good, whose neighbourhood it proposes; of the others more tell it
-# little, and each makes the next proposal slower (30 µs).
+# As many as TPE calls good at most, in whose neighbourhood it proposes. Each of the others makes a
+# proposal 30 µs slower.
 BEST = 25
 
 
