@@ -478,6 +478,8 @@ def carry_out(
     if scenario is no_data:
         size = ["batchsize=500", "model.vf.sizes_hidden=[32]", "epochs=30"]
         options = [*size, "dataset=fmnist", f"dataset.path={data}"]
+    if scenario is joins:
+        options.append("trials=10")  # enough for the new node too
     study = Study(hosts, server, folder / name / "out" / name, options)
     study.folder.parent.mkdir()
     try:
