@@ -40,7 +40,7 @@ COMMAND = cli.Command(
 
 class Measured(NamedTuple):
     seconds: float
-    start: float  # s until the first epoch is reported
+    start: float  # s before the first epoch's report or after the last one's
     epochs: int
 
 

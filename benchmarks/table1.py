@@ -66,10 +66,17 @@ def trained(
         slots = lanes.join(slots, names, state, cell.hyperparameters)
     for program in training.lowered_programs(run, data, slots.state):
         program.compile()
-    compiled, told = time.perf_counter(), {}
+    compiled, told, diverged = time.perf_counter(), {}, {}
     for _ in range(epochs):
         slots, told = lanes.advance(run, data, slots)
-    rows = [{"cell": name, "seed": seed, **told[name, seed]} for name in together for seed in seeds]
+        for slot, lane in enumerate(slots.names):
+            if why := training.divergence(run, told[lane], slots.state, slot):
+                diverged.setdefault(lane, why)
+    rows = [
+        {"cell": name, "seed": seed, "diverged": diverged.get((name, seed)), **told[name, seed]}
+        for name in together
+        for seed in seeds
+    ]
     return rows, compiled - start, time.perf_counter() - compiled
 
 
@@ -81,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     print(jax.devices()[0].device_kind)
     seeds, begun = range(options["seeds"]), time.perf_counter()
     times = Table("structure", "lanes", "compile s", "train s", "lane-epochs/s", box=None)
-    scores = Table("cell", "test accuracy", "sd", "seeds", box=None)
+    scores = Table("cell", "test accuracy", "sd", "seeds", "diverged", box=None)
     for dataset in options["dataset"]:
         grid = cells(dataset, options["path"])
         for structure in dict.fromkeys(run.architecture for run in grid.values()):
@@ -94,9 +101,11 @@ def main(arguments: Sequence[str]) -> None:
             seconds = (f"{compiling:.1f}", f"{training_s:.1f}", f"{speed:.1f}")
             times.add_row(words, str(len(found)), *seconds)
             for name in together:
-                of_seeds = [row["test_accuracy"] for row in found if row["cell"] == name]
-                mean, spread = np.mean(of_seeds), np.std(of_seeds, ddof=min(1, len(of_seeds) - 1))
-                scores.add_row(name, f"{mean:.2f}", f"{spread:.2f}", str(len(of_seeds)))
+                own = [row for row in found if row["cell"] == name]
+                whole = [row["test_accuracy"] for row in own if row["diverged"] is None]
+                mean = f"{np.mean(whole):.2f}" if whole else ""
+                spread = f"{np.std(whole, ddof=1):.2f}" if len(whole) > 1 else ""
+                scores.add_row(name, mean, spread, str(len(whole)), str(len(own) - len(whole)))
             rows += found
             if options["json"]:
                 Path(options["json"]).write_text(json.dumps(rows, indent=1))

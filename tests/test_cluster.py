@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -340,6 +341,30 @@ def test_our_own_ray_answers_nobody_else_and_hears_no_signal_to_our_group(monkey
         assert [pid for pid in own if os.getpgid(pid) == driver.pid] == [driver.pid]
         driver.communicate()
     assert len(places) > 3 and {*answers} == {401}
+
+
+PASSED_ON = """
+import sys
+from disinhib.tuning import cluster
+with cluster._in_another_group():
+    print("ready", flush=True)
+    sys.stdin.read()
+print("not reached")
+"""
+
+
+def test_a_signal_to_our_group_while_ray_starts_is_passed_on():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PASSED_ON], process_group=0, **pipes) as driver:
+        assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
+        assert os.getpgid(driver.pid) != driver.pid
+        placeholders = psutil.Process(driver.pid).children()
+        (ours,) = (child for child in placeholders if os.getpgid(child.pid) == driver.pid)
+        os.killpg(driver.pid, signal.SIGTERM)
+        while ours.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert driver.communicate()[0] == ""
+    assert driver.returncode == -signal.SIGTERM
 
 
 def http(host, port):

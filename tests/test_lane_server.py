@@ -201,6 +201,16 @@ def test_a_trial_is_trained_ahead_while_the_driver_is_busy(alone, tmp_path):
     assert [*map(without_place, told)] == [*map(without_place, alone[1:])]
 
 
+def test_an_epoch_that_is_to_be_saved_is_not_run_ahead(tmp_path):
+    server = Server(4)
+    busy, other = order(tmp_path, every_seconds=0), order(tmp_path, 1)
+    at_once(server, [busy, other])
+    for _ in range(2):
+        server.step(other)
+    trial = server.trials[0]
+    assert (trial.told, len(trial.reports), trial.saved_epochs) == (1, 1, 1)
+
+
 # Whole studies.
 
 

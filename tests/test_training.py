@@ -431,7 +431,8 @@ def test_data_are_checked_without_a_device(monkeypatch):
 
 def test_an_option_that_xla_does_not_know_is_left_out(caplog):
     name = "xla_made_up_by_a_test"
-    assert training.understood({name: "", **training.CPU_OPTIONS}) == training.CPU_OPTIONS
+    for options in (training.CPU_OPTIONS, training.GPU_OPTIONS):
+        assert training.understood({name: "", **options}) == options
     assert "training may be slower" in caplog.text and name in caplog.text
 
 
