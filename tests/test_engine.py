@@ -22,7 +22,7 @@ from rich.console import Console
 
 from disinhib import process
 from disinhib.errors import ConfigError
-from disinhib.tuning import cluster, engine, event_log, manifest, mlflow_store, options, study
+from disinhib.tuning import cluster, engine, event_log, manifest, mlflow_process, options, study
 from disinhib.tuning.event_log import COMPLETE, KILLED
 from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE
@@ -108,7 +108,7 @@ def test_a_store_that_takes_no_record_leaves_the_studys_name_free(tmp_path, monk
     def broken(self, records):
         raise OSError("no such table: runs")
 
-    monkeypatch.setattr(mlflow_store.MlflowStore, "load", broken)
+    monkeypatch.setattr(mlflow_process.RemoteStore, "load", broken)
     asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine"])
     with pytest.raises(ConfigError, match=r"tracking\.uri: .* \(OSError: no such table: runs\)"):
         study.run(asked, tiny.quiet(), tiny.played())

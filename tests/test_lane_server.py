@@ -272,7 +272,7 @@ def test_a_study_in_lanes_is_the_same_study(apart, tmp_path):
 
 
 def test_a_server_that_is_killed_costs_no_trial_and_no_epoch(apart, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "STRETCH_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "STRETCH_OF_LANES", 0.0)
 
     class Killer(tune.Callback):
         """Ends the server that is the first to report a second epoch."""

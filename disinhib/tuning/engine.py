@@ -9,9 +9,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from disinhib import numerics, process
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import cluster, lease, machines, manifest, progress, retention
+from disinhib.tuning import cluster, lease, machines, manifest, optuna_store, progress, retention
 from disinhib.tuning.event_log import (
     KILLED,
     Ended,
@@ -36,13 +36,16 @@ from disinhib.tuning.event_log import (
 from disinhib.tuning.lease import TakenOver
 from disinhib.tuning.loop import Source, Stops, StudyStopped, mean_score, never, study_loop
 from disinhib.tuning.manifest import Manifest
+from disinhib.tuning.mlflow_process import MlflowProcess, RemoteStore
 from disinhib.tuning.outbox import Outbox, Store
 from disinhib.tuning.provenance import DataSource
 from disinhib.tuning.ray_backend import FOLDER, RayBackend
 from disinhib.tuning.worker import Policy, TrainingTrial
 
 RAY_LOG = "ray.log"  # in a study's folder
-STRETCH_SECONDS = 1.0  # between two reports of a trial whose epochs are shorter
+# Between two reports of a trial whose epochs are shorter, alone or as lanes: to hear of a report
+# costs the driver 3 ms, to hear of an epoch 0.5.
+STRETCH_SECONDS, STRETCH_OF_LANES = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def run(
             lease.refuse_live(job.folder)
             log = stack.enter_context(closing(EventLog(job.folder, existing=True)))
         numerics.check()
-        _check_stores(job, stack)  # a wrong address is refused at once, before Ray starts
+        mlflow = stack.enter_context(closing(MlflowProcess()))
+        _check_stores(job, mlflow)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
         if not job.resume:
             name = manifest.write(job.folder, job.manifest, job.kept, job.numbered)
@@ -138,7 +142,7 @@ def run(
         outboxes: list[Outbox] = []
         missing: dict[str, int] = {}
         try:
-            outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job)]
+            outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job, mlflow)]
             where = f", recorded in {masked(outboxes[0].store.address)}" if outboxes else ""
             shown.say(f"study {job.name} in {job.folder}{where}")
             if job.manifest.past:
@@ -174,12 +178,12 @@ def run(
         for record in records.values():
             if not record.ended:
                 record.state = KILLED
-        mlflow = outboxes[0].store if outboxes else None
+        recorded = outboxes[0].store if outboxes else None
         finished = Finished(
             job,
             [records[number] for number in sorted(records)],
-            mlflow.address if mlflow else "",
-            getattr(mlflow, "study_run", None),
+            recorded.address if recorded else "",
+            getattr(recorded, "study_run", None),
             time.monotonic() - started,
             {name: count for name, count in missing.items() if count},
             whole,
@@ -212,41 +216,31 @@ def obstacle(error: BaseException | None) -> str | None:
     return None
 
 
-def _check_stores(job: Job, stack: ExitStack) -> None:
+def _check_stores(job: Job, mlflow: MlflowProcess) -> None:
     """Raises ConfigError if a store cannot be used; makes none, as Ray may still be refused."""
     if job.tracking is None:
         return
-    # MLflow takes seconds to import: not for a wrong option.
-    from disinhib.tuning import mlflow_settings, mlflow_store, optuna_store
-
-    stack.enter_context(mlflow_settings.requests())
     if job.storage is not None:
         optuna_store.refuse_taken(job.storage, job.name, job.resume)
-    uri = mlflow_store.address(job.tracking["uri"], job.out_dir)
-    artifacts = job.out_dir / mlflow_store.ARTIFACTS
-    mlflow_store.check_store(uri, job.tracking["experiment"], artifacts)
+    mlflow.call("check", job.tracking["uri"], job.tracking["experiment"], job.out_dir)
 
 
-def _open_stores(job: Job) -> list[Store]:
+def _open_stores(job: Job, mlflow: MlflowProcess) -> list[Store]:
     """The stores that are given copies."""
     if job.tracking is None:
         return []
-    from disinhib.tuning import mlflow_store, optuna_store
-
-    uri = mlflow_store.address(job.tracking["uri"], job.out_dir)
-    artifacts = job.out_dir / mlflow_store.ARTIFACTS
-    experiment = mlflow_store.open_store(uri, job.tracking["experiment"], artifacts)
     files = job.manifest.files()
     options = masked(yaml.safe_dump(dict(job.kept["options"])))
     stores: list[Store] = [
-        mlflow_store.MlflowStore(
-            experiment,
-            job.name,
-            job.manifest.id,
-            {**job.manifest.tags(job.command), **job.tags},
-            {"config.yaml": options, **files},
-            files,
-            lambda number, seed: retention.model_file(job.checkpoint_folder, number, seed),
+        RemoteStore(
+            mlflow,
+            mlflow.call("open", job.tracking["uri"], job.tracking["experiment"], job.out_dir),
+            study=job.name,
+            id=job.manifest.id,
+            tags={**job.manifest.tags(job.command), **job.tags},
+            files={"config.yaml": options, **files},
+            trial_files=files,
+            models=partial(retention.model_file, job.checkpoint_folder),
         )
     ]
     if job.optuna:
@@ -303,7 +297,7 @@ def _run_loop(
         every_seconds=job.checkpoints["every_seconds"],
         at_end=job.keep_best > 0,
         cap_bytes=cap,
-        stretch_seconds=STRETCH_SECONDS,
+        stretch_seconds=STRETCH_SECONDS if job.lanes == 1 else STRETCH_OF_LANES,
         need=nodes.need,
         lanes=job.lanes,
     )
@@ -323,5 +317,9 @@ def _run_loop(
     score = mean_score(job.metric, SELECTION[job.metric].sign)
     loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)
     # Ray prints what its processes say of themselves, pages of it when a machine is lost.
-    with open(job.folder / RAY_LOG, "a", encoding="utf-8") as words, redirect_stdout(words):
+    with (
+        open(job.folder / RAY_LOG, "a", encoding="utf-8") as words,
+        redirect_stdout(words),
+        redirect_stderr(words),
+    ):
         backend.run(loop, callbacks)

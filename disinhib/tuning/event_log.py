@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
@@ -248,7 +248,7 @@ class EventLog:
         new = []
         with self._lock, self._transaction() as execute:
             for event in events:
-                text = json.dumps(asdict(event))
+                text = json.dumps(vars(event))
                 cursor = execute(
                     "INSERT OR IGNORE INTO events (time, trial, kind, epoch, body)"
                     " VALUES (?, ?, ?, ?, ?)",

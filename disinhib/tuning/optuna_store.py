@@ -11,7 +11,7 @@ import optuna
 from optuna.distributions import json_to_distribution
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
@@ -79,14 +79,16 @@ class OptunaStore:
         return set(self.ids)
 
     def deliver(self, events: Sequence[Logged]) -> None:
+        known: dict[int, FrozenTrial] = {}  # as it was; Optuna copies a trial for each question
         for _, _, event in events:
             if isinstance(event, Asked):
                 if event.trial not in self.ids:
                     self.ids[event.trial] = self._create(event)
                 continue
             trial = self.ids[event.trial]
-            there = self.storage.get_trial(trial)
-            if there.state.is_finished():
+            if trial not in known:
+                known[trial] = self.storage.get_trial(trial)
+            if known[trial].state.is_finished():
                 continue
             if isinstance(event, EpochDone):
                 score = self.sign * event.score
@@ -94,6 +96,7 @@ class OptunaStore:
                 continue
             if event.reason is not None:
                 self.storage.set_trial_user_attr(trial, "reason", event.reason)
+            there = self.storage.get_trial(trial)
             scores = [score for _, score in sorted(there.intermediate_values.items())]
             last = value(event.state, scores)
             values = None if last is None else [last]

@@ -423,6 +423,12 @@ class RayScheduler(FIFOScheduler):
         ended = self.backend.hear(trial, result)
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first that waits. (Tune's own looks through all that have ended, at every step.)"""
+        live = tune_controller.get_live_trials()
+        waiting = (trial for trial in live if trial.status == Trial.PENDING)
+        return min(waiting, key=lambda trial: trial.config["number"], default=None)
+
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_error(tune_controller, trial)
         if trial.status == Trial.ERROR:  # it is about to wait for another worker
