@@ -3,16 +3,18 @@
     python -m benchmarks.driver [trials=200] [epochs=11] [lanes=1] [stretch=1]
 
 Real studies of trials that train nothing, with Ray, the event log, Optuna's store and MLflow (in
-SQLite): CPU time of the driver's process, all its threads, from the first trial to the last record
-delivered. Two studies that differ in their epochs tell trial and epoch apart. With `lanes`, so many
-trials run at once for each core; with `stretch`, each report has so many epochs, as those of trials
-whose epochs are shorter than a second.
+SQLite): CPU time of the driver's process, all its threads, and of MLflow's beside it, from the
+first trial to the last record delivered. Two studies that differ in their epochs tell trial and
+epoch apart. With `lanes`, so many trials run at once for each core; with `stretch`, each report has
+so many epochs, as those of trials whose epochs are short (`engine.STRETCH_SECONDS`).
 """
 
 import json
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
@@ -20,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from disinhib import cli
-from disinhib.checks import COUNT, Option, is_whole
-from disinhib.tuning import options, study
+from disinhib.checks import COUNT, Option
+from disinhib.tuning import engine, mlflow_process, options, study
 from disinhib.tuning.worker import REPORT
 
 COMMAND = cli.Command(
@@ -30,10 +32,7 @@ COMMAND = cli.Command(
     (
         Option("trials", 200, COUNT, "of each study"),
         Option(
-            "epochs",
-            11,
-            (lambda n: is_whole(n) and n > 1, "a whole number of at least 2"),
-            "of a trial in the second study; in the first it has one",
+            "epochs", 11, COUNT, "of a trial in the second study, after one with one; 1: no second"
         ),
         Option("lanes", 1, COUNT, "cluster.lanes of the studies"),
         Option("stretch", 1, COUNT, "epochs of a report"),
@@ -71,38 +70,68 @@ def instant(stretch: int = 1):
     return Instant
 
 
-def cpu_seconds(trials: int, epochs: int, lanes: int = 1, stretch: int = 1) -> tuple[float, float]:
-    """(CPU seconds of the driver, wall seconds) of a study without its start and end."""
-    measured: list[tuple[float, float]] = []
+class Seconds(NamedTuple):
+    driver: float  # of CPU
+    mlflow: float
+    wall: float
+    disk: float  # bytes in the study's folder, and in MLflow's store
 
-    class Watch(tune.Callback):
-        def on_trial_start(self, **_):
-            if not measured:
-                measured.append((time.process_time(), time.perf_counter()))
 
+class Noted(mlflow_process.MlflowProcess):
+    """Leaves the CPU seconds of its last answer behind."""
+
+    seconds: ClassVar = 0.0
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        answer = super().call(name, *arguments)
+        Noted.seconds = self.cpu_seconds
+        return answer
+
+
+class Watch(tune.Callback):
+    """Notes the seconds when the first trial starts."""
+
+    begun: ClassVar[list[tuple[float, float, float]]] = []
+
+    def on_trial_start(self, **_: Any) -> None:
+        if not self.begun:
+            self.begun.append((time.process_time(), Noted.seconds, time.perf_counter()))
+
+
+def measured(trials: int, epochs: int, lanes: int = 1, stretch: int = 1) -> Seconds:
+    """Of a study without its start and end."""
+    Watch.begun.clear()
+    engine.MlflowProcess = Noted
     with tempfile.TemporaryDirectory() as folder:
         described = [f"trials={trials}", f"epochs={epochs}", "scheduler=none", f"out_dir={folder}"]
         asked = options.compose([*described, f"cluster.lanes={lanes}"])
         finished = study.run(asked, Console(quiet=True), instant(stretch), [Watch()])
         assert len(finished.records) == trials and not finished.undelivered
-    (cpu, wall), *_ = measured
-    return time.process_time() - cpu, time.perf_counter() - wall
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        disk = sum(file.stat().st_size for file in files)
+    (driver, mlflow, wall), *_ = Watch.begun
+    return Seconds(
+        time.process_time() - driver,
+        Noted.seconds - mlflow,
+        time.perf_counter() - wall,
+        disk,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     trials, most_epochs, lanes, stretch = COMMAND.parse(arguments).values()
-    few, few_wall = cpu_seconds(trials, 1, lanes, stretch)
-    many, many_wall = cpu_seconds(trials, most_epochs, lanes, stretch)
-    epoch = (many - few) / trials / (most_epochs - 1)
-    table = Table("driver CPU", "ms", "trials", "epochs", "CPU s", "wall s", box=None)
-    trial = few / trials - epoch
-    for name, value, epochs, cpu, wall in (
-        ("a trial", trial, 1, few, few_wall),
-        ("an epoch", epoch, most_epochs, many, many_wall),
-    ):
-        table.add_row(
-            name, f"{1e3 * value:.1f}", str(trials), str(epochs), f"{cpu:.1f}", f"{wall:.1f}"
-        )
+    few = measured(trials, 1, lanes, stretch)
+    rows = [("a trial of one epoch", few, [cost / trials for cost in few], 1)]
+    if most_epochs > 1:
+        many = measured(trials, most_epochs, lanes, stretch)
+        further = trials * (most_epochs - 1)
+        costs = [(b - a) / further for a, b in zip(few, many, strict=True)]
+        rows.append(("a further epoch", many, costs, most_epochs))
+    columns = ("driver, CPU ms", "MLflow, CPU ms", "kB on disk", "trials", "epochs", "wall s")
+    table = Table("", *columns, box=None)
+    for name, whole, (driver, mlflow, _, disk), epochs in rows:
+        cells = (f"{1e3 * driver:.2f}", f"{1e3 * mlflow:.2f}", f"{disk / 1e3:.1f}")
+        table.add_row(name, *cells, str(trials), str(epochs), f"{whole.wall:.1f}")
     Console().print(table)
 
 

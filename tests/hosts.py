@@ -42,7 +42,7 @@ NET = "10.203.77"  # .1 is this machine, with MLflow's server; .2 and so on are 
 RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 55000, 55432
 NAMES = ("a", "b", "c")
 PATIENCE = 300.0  # s for anything to come
-EPOCHS = 100  # of a trial
+EPOCHS = 250  # of a trial
 # Trials of half a minute, so that what happens does so amid them.
 STUDY = (
     *("experiment=smoke", "space=bp", "scheduler=none", "trials=5", f"epochs={EPOCHS}"),
@@ -479,7 +479,7 @@ def carry_out(
         size = ["batchsize=500", "model.vf.sizes_hidden=[32]", "epochs=30"]
         options = [*size, "dataset=fmnist", f"dataset.path={data}"]
     if scenario is joins:
-        options.append("trials=10")  # enough for the new node too
+        options.append("trials=8")  # enough for the new node too
     study = Study(hosts, server, folder / name / "out" / name, options)
     study.folder.parent.mkdir()
     try:

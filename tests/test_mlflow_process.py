@@ -1,5 +1,6 @@
 """MLflow's own process: what it answers, what it survives, and that it never outlives a driver."""
 
+import io
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import tiny
 from ray import tune
+from rich.console import Console
 
 from disinhib.errors import ConfigError
 from disinhib.tuning import engine, mlflow_process, mlflow_store, options, outbox, study
@@ -100,17 +102,19 @@ class Killer(tune.Callback):
 
     def on_trial_start(self, *, trial, **_):
         if trial.config["number"] == 1:
-            MADE[-1]._process.kill()
+            process = MADE[-1]._process
+            assert process is not None
+            process.kill()
 
 
 def test_a_study_survives_its_death(tmp_path, monkeypatch, tiny_space, one_ray):
     monkeypatch.setattr(engine, "MlflowProcess", Noted)
     monkeypatch.setattr(outbox, "RETRY", (0.2, 0.2))
     asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}"])
-    console = tiny.quiet()
+    console = Console(file=(printed := io.StringIO()), width=120)
     done = study.run(asked, console, tiny.played(), [Killer()])
     assert done.whole and done.undelivered == {}
-    said = " ".join(console.file.getvalue().split())
+    said = " ".join(printed.getvalue().split())
     assert "mlflow does not take records (RuntimeError: the process of MLflow has died)" in said
     assert "mlflow answers again and has all records" in said
     assert MADE[-1]._process is None

@@ -153,6 +153,18 @@ def test_deaths_count_only_if_nothing_has_come_of_it(tmp_path):
     assert (record.state, record.epochs) == (COMPLETE, epochs)
 
 
+@pytest.mark.parametrize(("surveyed", "state"), [(True, FAILED), (False, COMPLETE)])
+def test_deaths_count_only_where_all_machines_have_proved_themselves(
+    surveyed, state, tmp_path, monkeypatch
+):
+    """On one that has just joined, it may be that no worker can live."""
+    there = tiny.cluster_of_one()
+    there.surveying = lambda: not surveyed
+    monkeypatch.setattr(tiny, "cluster_of_one", lambda: there)
+    (record,) = play(tmp_path, {"1": "die twice"}).records.values()
+    assert record.state == state
+
+
 def test_a_worker_that_is_silent_is_ended_and_its_trial_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_backend, "QUIET_SECONDS", 3.0)
     monkeypatch.setattr(ray_backend, "PATIENCE", 1.0)

@@ -88,9 +88,10 @@ def quiet():
 
 def played():
     """A trainable that plays what the trial's `searched` says of an epoch: `raise`, `die`, `die
-    once` or `die in each` (its worker), `hang` (once), `stay` for a moment, `full` (the disk),
-    `over cap`, or `diverge` (its last seed); else its score is the number there, or 50. A final
-    trial has a test set. (A local class: Ray sends it to workers, which cannot import this file.)
+    once`, `die twice` or `die in each` (its worker), `hang` (once), `stay` for a moment, `full`
+    (the disk), `over cap`, or `diverge` (its last seed); else its score is the number there, or 50.
+    A final trial has a test set. (A local class: Ray sends it to workers, which cannot import this
+    file.)
     """
 
     class Played(tune.Trainable):
@@ -118,6 +119,10 @@ def played():
             if act in ("die in each", "hang") and not again.exists():
                 again.touch()
                 os.kill(os.getpid(), signal.SIGSTOP if act == "hang" else signal.SIGKILL)
+            deaths = len(list(mark.parent.glob(f"{mark.name}-*")))
+            if act == "die twice" and deaths < 2:
+                mark.with_name(f"{mark.name}-{deaths}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             if act == "stay":
                 time.sleep(0.2)
             score = act if isinstance(act, float) else 50.0

@@ -131,8 +131,13 @@ class Machine:
     faults: list[str] = field(default_factory=list)
 
     @property
+    def open(self) -> bool:
+        """Whether it may have trials: it has proved itself, or its workers will."""
+        return self.alive and not self.faults
+
+    @property
     def fit(self) -> bool:
-        return self.alive and self.look is None and not self.faults
+        return self.open and self.look is None
 
 
 class Machines:
@@ -146,8 +151,13 @@ class Machines:
         self.own = ray.get_runtime_context().get_node_id()
 
     def room(self) -> int:
-        """How many trials fit on the machines that are fit."""
-        return sum(machine.room for machine in self.all.values() if machine.fit)
+        """How many trials fit on the machines that may have some. (To wait for a survey would keep
+        a machine that joins idle for as long as its first workers take to start.)"""
+        return sum(machine.room for machine in self.all.values() if machine.open)
+
+    def surveying(self) -> bool:
+        """Whether a machine has not yet proved itself."""
+        return any(machine.look is not None for machine in self.all.values())
 
     def name(self, node: str) -> str:
         """Its address."""
@@ -156,7 +166,7 @@ class Machines:
     def elsewhere(self, node: str) -> bool:
         """Whether another machine has room for trials."""
         others = (machine for machine in self.all.values() if machine.id != node)
-        return any(m.alive and m.room and not m.faults for m in others)
+        return any(machine.open and machine.room for machine in others)
 
     def leave_out(self, node: str, why: str) -> None:
         """Gives a machine no new trials."""
@@ -237,7 +247,7 @@ def _answer(look: Any, asked: float) -> list[str]:
 def survey(machines: Machines) -> None:
     """Waits until every machine has proved itself or is gone. Raises ConfigError with faults."""
     machines.refresh()
-    while any(machine.look is not None for machine in machines.all.values()):
+    while machines.surveying():
         machines.surveyed(SURVEY_SECONDS)
     machines.refresh()  # one that has died meanwhile could not answer
     unfit = [machine for machine in machines.all.values() if machine.alive and machine.faults]

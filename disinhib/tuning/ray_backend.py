@@ -207,8 +207,8 @@ class RayBackend(tune.Callback):
     def room(self) -> int:
         """How many trials there may be: those that fit, and those that end where no other may
         begin."""
-        fit = {id for id, machine in self.machines.all.items() if machine.fit}
-        elsewhere = sum(bool(w.node) and w.node not in fit for w in self.running.values())
+        open = {id for id, machine in self.machines.all.items() if machine.open}
+        elsewhere = sum(bool(w.node) and w.node not in open for w in self.running.values())
         return self.machines.room() + elsewhere
 
     def hear(self, trial: Trial, result: Mapping[str, Any]) -> bool:
@@ -275,6 +275,8 @@ class RayBackend(tune.Callback):
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
         self.running[number] = Running(time.monotonic())
+        if self.machines.surveying():  # its worker may be where none can live
+            trial.max_failures = trial.num_failures + WORKERS_LOST
         self.tell(Started(number))
 
     def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
