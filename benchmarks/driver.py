@@ -31,9 +31,7 @@ COMMAND = cli.Command(
     __doc__,
     (
         Option("trials", 200, COUNT, "of each study"),
-        Option(
-            "epochs", 11, COUNT, "of a trial in the second study, after one with one; 1: no second"
-        ),
+        Option("epochs", 11, COUNT, "of a trial in the second study; the first has one"),
         Option("lanes", 1, COUNT, "cluster.lanes of the studies"),
         Option("stretch", 1, COUNT, "epochs of a report"),
     ),
@@ -121,12 +119,12 @@ def measured(trials: int, epochs: int, lanes: int = 1, stretch: int = 1) -> Seco
 def main(arguments: Sequence[str]) -> None:
     trials, most_epochs, lanes, stretch = COMMAND.parse(arguments).values()
     few = measured(trials, 1, lanes, stretch)
-    rows = [("a trial of one epoch", few, [cost / trials for cost in few], 1)]
+    rows = [("a trial", few, [cost / trials for cost in few], 1)]
     if most_epochs > 1:
         many = measured(trials, most_epochs, lanes, stretch)
         further = trials * (most_epochs - 1)
         costs = [(b - a) / further for a, b in zip(few, many, strict=True)]
-        rows.append(("a further epoch", many, costs, most_epochs))
+        rows.append(("an epoch", many, costs, most_epochs))
     columns = ("driver, CPU ms", "MLflow, CPU ms", "kB on disk", "trials", "epochs", "wall s")
     table = Table("", *columns, box=None)
     for name, whole, (driver, mlflow, _, disk), epochs in rows:

@@ -78,6 +78,7 @@ def test_it_ends_amid_a_call_when_its_driver_is_killed(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         words = ["-c", DRIVER, str(tmp_path), f"http://127.0.0.1:{mute.getsockname()[1]}"]
         with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE) as driver:
+            assert driver.stdout is not None
             own = psutil.Process(int(driver.stdout.readline()))
             with mute.accept()[0]:  # it waits for an answer
                 for number in (signal.SIGINT, signal.SIGTERM):  # for the driver to decide about

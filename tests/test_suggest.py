@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
 from disinhib.tuning import options as _registers_the_groups, suggest, validation  # noqa: F401
-from disinhib.tuning.event_log import COMPLETE, FAILED, NO_POINT, PRUNED, RUNNING, Record
+from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
@@ -501,13 +501,21 @@ def test_optuna_is_told_every_state_by_its_name_and_failed_trials_have_no_value(
 def test_the_newest_trials_and_the_best_of_the_others_are_remembered():
     states = {3: PRUNED, 4: FAILED}
     scores = {n: [float(n % 50)] for n in range(100)} | {3: [1e3], 4: [math.nan], 7: [99.0]}
-    trials = [
-        suggest.Tried(rule=str(n), point=NO_POINT, scores=s, state=states.get(n, COMPLETE))
-        for n, s in scores.items()
-    ]
-    known = [trials.index(trial) for trial in suggest.remembered(trials, suggest.BEST + 30)]
+    ends = [(states.get(n, COMPLETE), s) for n, s in scores.items()]
+    known = suggest.remembered(ends, suggest.BEST + 30)
     assert known == [7, *range(26, 50), *range(70, 100)]
-    assert suggest.remembered(trials, 100) == suggest.remembered(trials, None) == trials
+    assert suggest.remembered(ends, 100) == suggest.remembered(ends, None) == list(range(100))
+
+
+def test_a_history_that_is_too_long_is_that_of_the_remembered_trials():
+    """Of an earlier study's and its own, of the rule whose turn it is."""
+    most = suggest.BEST + 3
+    course = Course(past=earlier().tried()).go(3 * most)
+    whole = course.history(3 * most)
+    kept = suggest.history(course.records, course.past, 3 * most, RULES, None, most)
+    ends = [(trial["state"], trial["scores"]) for trial in whole]
+    assert kept == [whole[n] for n in suggest.remembered(ends, most)]
+    assert len(kept) == most < len(whole)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

@@ -190,11 +190,11 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
         memory = max(memory, 2 * study.searcher["n_startup_trials"])
 
     def propose(number: int, records: Mapping[int, Record]) -> Asked:
-        known = suggest.history(records, manifest.past, number, rules, study.batch)
+        known = suggest.history(records, manifest.past, number, rules, study.batch, memory)
         proposal = suggest.suggest(
             space,
             make,
-            suggest.remembered(known, memory),
+            known,
             suggest.sampler_seed(study.seed, number),
             number,
             suggest.fixed_params(number, manifest.points, rules),

@@ -148,6 +148,7 @@ def history(
     number: int,
     rules: Sequence[str] = (),
     batch: int | None = None,
+    most: int | None = None,
 ) -> list[Tried]:
     """The trials that the proposal of trial `number` may learn from, oldest first.
 
@@ -155,31 +156,39 @@ def history(
     study, TPE would call the best few trials *of all rules* good and learn nothing about the
     parameters of the other rules. With `batch`, the trials of the same batch (`batch` consecutive
     numbers) count as running, so that no proposal depends on which trial was faster. `past` are
-    trials of earlier studies.
+    trials of earlier studies. Of more than `most` trials, those are left that are `remembered`.
     """
     turns, size = max(1, len(rules)), batch or 1
     learnt = [trial for trial in past if not rules or trial["rule"] == rules[number % turns]]
-    for earlier in sorted(n for n in records if n < number and n % turns == number % turns):
+    own = [n for n in range(number % turns, number, turns) if n in records]
+    ends = [(trial["state"], trial["scores"]) for trial in learnt]
+    ends += [(records[n].state, records[n].scores) for n in own]
+    known = []
+    for index in remembered(ends, most):
+        if index < len(learnt):
+            known.append(learnt[index])
+            continue
+        earlier = own[index - len(learnt)]
         trial = tried(records[earlier])
         if earlier // size == number // size:
             trial = Tried(**{**trial, "scores": [], "state": event_log.RUNNING})
-        learnt.append(trial)
-    return learnt
+        known.append(trial)
+    return known
 
 
-def remembered(trials: Sequence[Tried], most: int | None) -> list[Tried]:
-    """Of `trials`, oldest first, the newest and the BEST of the others, at most `most` in all."""
-    if most is None or len(trials) <= most:
-        return list(trials)
-    older, newest = trials[: BEST - most], trials[BEST - most :]
+def remembered(ends: Sequence[tuple[str, Sequence[float]]], most: int | None) -> list[int]:
+    """Of trials (each one's state and scores), oldest first, the newest and the BEST of the others,
+    at most `most` in all: their indices."""
+    if most is None or len(ends) <= most:
+        return list(range(len(ends)))
+    older = len(ends) + BEST - most
     scores = {
         n: score
-        for n, trial in enumerate(older)
-        if trial["state"] == event_log.COMPLETE
-        and (score := value(trial["state"], trial["scores"])) is not None
+        for n, (state, of_epochs) in enumerate(ends[:older])
+        if state == event_log.COMPLETE and (score := value(state, of_epochs)) is not None
     }
     best = sorted(scores, key=lambda n: scores[n], reverse=True)[:BEST]
-    return [*(older[n] for n in sorted(best)), *newest]
+    return [*sorted(best), *range(older, len(ends))]
 
 
 def fixed_params(
