@@ -104,16 +104,12 @@ def measured(trials: int, epochs: int, lanes: int = 1, stretch: int = 1) -> Seco
         described = [f"trials={trials}", f"epochs={epochs}", "scheduler=none", f"out_dir={folder}"]
         asked = options.compose([*described, f"cluster.lanes={lanes}"])
         finished = study.run(asked, Console(quiet=True), instant(stretch), [Watch()])
+        ended = time.process_time(), Noted.seconds, time.perf_counter()
         assert len(finished.records) == trials and not finished.undelivered
         files = (path for path in Path(folder).rglob("*") if path.is_file())
         disk = sum(file.stat().st_size for file in files)
-    (driver, mlflow, wall), *_ = Watch.begun
-    return Seconds(
-        time.process_time() - driver,
-        Noted.seconds - mlflow,
-        time.perf_counter() - wall,
-        disk,
-    )
+    driver, mlflow, wall = (b - a for a, b in zip(Watch.begun[0], ended, strict=True))
+    return Seconds(driver, mlflow, wall, disk)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -280,6 +280,14 @@ def option_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def value_of(override: str) -> Any:
+    """The value that an override gives. Raises ConfigError if Hydra does not understand it."""
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"{override}: not understood, allowed is option=value") from error
+
+
 def check_folder(folder: Path) -> None:
     """Raises ConfigError if nothing can be written there, or in the nearest parent that exists."""
     try:

@@ -2,6 +2,7 @@
 """MLflow as the driver writes it: a real SQLite store, fed with a study's events."""
 
 import itertools
+import json
 import math
 import os
 import socket
@@ -58,10 +59,11 @@ def new_store(experiment, models):
     """`new_store(name)`: a new driver's, of the study of that name (and id)."""
 
     def make(study):
-        tags, files = {"command": "python tune_main.py"}, {"provenance.json": "{}"}
+        tags = {"command": "python tune_main.py", "data_sha256": "0123456789abcdef"}
+        files = {"provenance.json": "{}"}
         own = {"config.yaml": "trials: 4\n"}
         model = lambda number, seed: models / f"{study}-{number}-{seed}"
-        return MlflowStore(experiment, study, study, tags, own, files, model)
+        return MlflowStore(experiment, study, study, "valid_accuracy", tags, own, files, model)
 
     return make
 
@@ -72,7 +74,7 @@ def config(number, final=False) -> Any:
         "rule": "bp",
         "searched": {"trainer": "bp", "model/vf": "non-dale", "optimizer.learning_rate": 0.01},
         "command": "python -m disinhib trainer=bp",
-        "options": {"seed": number, "trainer": {"name": "bp"}},
+        "options": {"seed": number, "trainer": {"name": "bp"}, "dataset": {"name": "digits"}},
         "seeds": [number, number + 100],
         "epochs": 3,
         "final": final,
@@ -262,7 +264,7 @@ def check_retraining(store):
     """That MLflow has `retraining()` once."""
     assert len(children(store)) == 2
     one, other = (by_seed(store)[seed] for seed in (0, 100))
-    assert one.info.run_name == f"{store.study}-0000-seed0"
+    assert one.info.run_name == "0000 bp retrained, seed 0"
     assert (one.info.status, other.info.status) == ("FINISHED", "FAILED")
     about = lambda run: [run.data.tags.get(n) for n in ("trial", "seeds", "trial_state", "epochs")]
     assert about(one) == ["0", "0", "complete", "3"]
@@ -328,6 +330,66 @@ def test_a_retraining_of_which_a_seeds_run_is_missing_is_not_there(new_store):
     check_retraining(again)
 
 
+# What MLflow's pages show.
+
+OF_STUDY = {"trials_ended", "trials_failed"}
+
+
+def test_the_studys_own_run_shows_how_it_stands(new_store):
+    store = new_store("stands")
+    store.load({})
+    events = [*trial(0, 2, PRUNED), *trial(1, 1, FAILED, "why"), *trial(2, 3, COMPLETE)]
+    store.deliver(logged(*events[:4]))
+    store.deliver(logged(*events)[4:])
+    run = store.client.get_run(store.study_run)
+    assert histories(store, run) == {
+        "trials_ended": [(1, 1.0), (3, 3.0)],
+        "trials_failed": [(1, 0.0), (3, 1.0)],
+        "best_bp": [(3, 53.0)],
+    }
+    assert run.data.tags[mlflow_store.DESCRIPTION] == (
+        "| rule | best valid_accuracy | trial | complete | pruned | failed |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| bp | 53.00 | 2 | 1 | 1 | 1 |\n"
+    )
+    # The same when it is delivered again, by another driver.
+    again = new_store("stands")
+    again.load(records(*events))
+    again.deliver(logged(*events))
+    assert again.client.get_run(store.study_run).data.metrics == run.data.metrics
+
+
+def test_runs_are_named_by_number_rule_and_end_and_have_the_data_set(new_store):
+    store = new_store("names")
+    store.load({})
+    store.deliver(logged(*trial(0, 1), *trial(1, 2, PRUNED), *trial(2, 3, COMPLETE)))
+    runs = {run.info.run_name: run for run in children(store)}
+    assert runs.keys() == {"0000 bp", "0001 bp pruned", "0002 bp 53.00"}
+    for run in runs.values():
+        (given,) = run.inputs.dataset_inputs
+        assert (given.dataset.name, given.dataset.digest) == ("digits", "01234567")
+
+
+def test_the_page_of_a_study_shows_its_trials_and_what_matters_of_them(new_store):
+    """MLflow's UI shows it so at the address that a study prints (looked at in a browser)."""
+    store = new_store("page")
+    store.load({})
+    store.deliver(logged(*trial(0, 3, COMPLETE)))
+    tags = store.client.get_experiment(store.experiment.id).tags
+    view = json.loads(tags[f"{mlflow_store.VIEW}{store.id}"])
+    assert view == {
+        "searchFilter": "tags.study_id = 'page' and tags.trial LIKE '%'",
+        "orderByKey": "metrics.`valid_accuracy`",
+        "orderByAsc": False,
+        "selectedColumns": [
+            *("tags.`rule`", "metrics.`valid_accuracy`", "tags.`trial_state`", "tags.`epochs`"),
+            *(f"params.`{name}`" for name in sorted(PARAMS)),
+        ],
+    }
+    shown = store.client.search_runs([store.experiment.id], view["searchFilter"])
+    assert [run.data.tags["trial"] for run in shown] == ["0"]
+
+
 # Deliveries.
 
 
@@ -348,9 +410,10 @@ def test_the_news_of_a_trial_are_sent_together(new_store, requests):
     store = new_store("together")
     store.load({})
     store.deliver(logged(*trial(0, 3, COMPLETE)))
-    (request,) = requests
+    request, of_study = requests
     assert len(request["metrics"]) == 12  # two of three epochs, with their deviations
     assert len(request["params"]) == 3
+    assert {metric.key for metric in of_study["metrics"]} == {*OF_STUDY, "best_bp"}
 
 
 def test_more_metrics_than_one_request_takes_all_arrive(new_store, requests):
@@ -630,7 +693,9 @@ def test_any_other_folder_holds_a_store(name, tmp_path):
     folder = tmp_path / name
     uri = mlflow_store.address(None, folder)
     experiment = mlflow_store.open_store(uri, "disinhib", folder)
-    store = MlflowStore(experiment, "s", "s", {}, {"config.yaml": "a: 1"}, {}, lambda *_: folder)
+    store = MlflowStore(
+        experiment, "s", "s", "valid_accuracy", {}, {"config.yaml": "a: 1"}, {}, lambda *_: folder
+    )
     deliver(store, *trial(0, 3, COMPLETE))
     store.close({}, True)
     assert (folder / "mlflow.db").exists()
@@ -659,7 +724,9 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     then, now = tmp_path / "then", tmp_path / "now here"
     uri = mlflow_store.address(None, then)
     experiment = mlflow_store.open_store(uri, "disinhib", then)
-    store = MlflowStore(experiment, "s", "s", {}, {"config.yaml": "a: 1"}, {}, lambda *_: then)
+    store = MlflowStore(
+        experiment, "s", "s", "valid_accuracy", {}, {"config.yaml": "a: 1"}, {}, lambda *_: then
+    )
     deliver(store, *trial(0, 3, COMPLETE))
     then.rename(now)
     uri = mlflow_store.address(None, now)
@@ -670,7 +737,9 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     experiment = mlflow_store.open_store(uri, "disinhib", now)
     run = MlflowClient(uri).get_run(store.study_run)
     assert (run.info.artifact_uri or "").startswith((now / "mlflow-artifacts").as_uri())
-    another = MlflowStore(experiment, "t", "t", {}, {"config.yaml": "a: 2"}, {}, lambda *_: now)
+    another = MlflowStore(
+        experiment, "t", "t", "valid_accuracy", {}, {"config.yaml": "a: 2"}, {}, lambda *_: now
+    )
     deliver(another, *trial(0, 3, COMPLETE))
     assert not then.exists()
 

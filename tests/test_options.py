@@ -78,7 +78,16 @@ REFUSED = {
     f"seed={'9' * 40}": ["from 0 to 2147483647"],
     "tracking.uri=": ["tracking.uri: given ", "a text, or null"],
     "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
-    "optimizer.learning_rate=0.1": ["optimizer.learning_rate: given 0.1", "searches it"],
+    "model/vf=dale": ["model/vf: given dale", "searches it"],
+    "trainer=backprop": ["trainer: given backprop, allowed is one of bp, exact-inv"],
+    "optimizer.learning_rate=-1": ["optimizer.learning_rate: given -1", "above 0"],
+    "search.optimizer.learning_rate=0.1": ["given 0.1", "[LOW,HIGH], two numbers above 0"],
+    "search.optimizer.learning_rate=[0,1]": ["two numbers above 0, LOW below HIGH"],
+    "search.optimizer.learning_rate=[0.1,0.01]": ["given [0.1, 0.01]", "LOW below HIGH"],
+    "search.optimizer.rate=[0.1,0.2]": ["space=rules does not search it; did you mean optimizer.l"],
+    "search.trainer=[bp,backprop]": ["search.trainer: given ['bp', 'backprop']", "some of bp, ex"],
+    "search.trainer.strong_fb=true": ["search.trainer.strong_fb: given true", "a list of choices"],
+    "search.trainer=[bp": ["not understood"],
     "dataset.path=nowhere": ["dataset.path", "nowhere"],
     "out_dir=/dev/null/out": ["out_dir: given /dev/null/out", "folder that can be written"],
     "warm_start=nothing": ["warm_start: given nothing", "the name of a study in "],
@@ -154,6 +163,69 @@ def test_a_name_that_is_taken_is_refused_and_a_default_one_is_numbered(tmp_path)
     with pytest.raises(ConfigError, match=r"study: given bp-digits, .* or resume=true"):
         options.compose(["study=bp-digits", f"out_dir={tmp_path}"])
     assert options.compose(["space=bp", f"out_dir={tmp_path}"]).name == "bp-digits-2"
+
+
+# What narrows the search space.
+
+RATE, STRONG = "optimizer.learning_rate", "trainer.strong_fb"
+
+
+def searched_by(*overrides):
+    """(the study, the parameters of its space, a trial of each branch)."""
+    asked = options.compose(overrides)
+    branches = list(space_tree.branches(asked.search_space))
+    trials = [options.configure(asked, 0, branch.overrides) for branch in branches]
+    return asked, space_tree.definition(asked.search_space)["parameters"], trials
+
+
+def test_a_searched_option_that_is_given_is_fixed_and_the_others_are_searched():
+    _, before, _ = searched_by()
+    asked, parameters, trials = searched_by(f"{RATE}=1e-3", f"{STRONG}=true")
+    assert asked.fixed == {RATE: 1e-3, STRONG: True}
+    nudges = {name for name in before if name.endswith(".trainer.target_nudge")}
+    gone = {name for name in before if name.endswith((RATE, STRONG))} | nudges  # only if not strong
+    assert nudges and parameters == {name: before[name] for name in before.keys() - gone}
+    assert {trial["rule"] for trial in trials} == {"bp", "exact-inv", "lin-thresh"}
+    for trial in trials:
+        assert trial["options"]["optimizer"]["learning_rate"] == 1e-3
+        assert trial["options"]["trainer"].get("strong_fb", True) is True
+    points = options.first_points(asked)  # the published defaults, where they are allowed
+    assert points and not any(name.endswith((RATE, STRONG)) for point in points for name in point)
+
+
+def test_the_rule_is_fixed_like_any_other_choice():
+    asked, parameters, trials = searched_by("trainer=exact-inv")
+    assert {name.partition(".")[0] for name in parameters} == {"exact-inv"}
+    assert {trial["rule"] for trial in trials} == {"exact-inv"}
+    assert space_tree.rules_of(asked.search_space) == []
+
+
+def test_an_option_that_another_one_rules_out_of_the_search_applies_as_it_is():
+    asked, _, trials = searched_by("space=exact_inv", f"{STRONG}=true", "trainer.target_nudge=0.2")
+    assert (asked.fixed, asked.common[-1]) == ({STRONG: True}, "trainer.target_nudge=0.2")
+    assert {trial["options"]["trainer"]["target_nudge"] for trial in trials} == {0.2}
+
+
+def test_a_range_and_choices_may_be_others():
+    _, parameters, trials = searched_by(
+        f"search.{RATE}=[1e-5,1]", "search.trainer=[bp,lin-thresh]", f"search.{STRONG}=[true]"
+    )
+    assert {name.partition(".")[0] for name in parameters} == {"trainer", "bp", "lin-thresh"}
+    assert parameters["trainer"]["choices"] == ["bp", "lin-thresh"]
+    assert parameters[f"lin-thresh.{STRONG}"]["choices"] == [True]
+    for rule in ("bp", "lin-thresh"):
+        rate = parameters[f"{rule}.{RATE}"]
+        assert (rate["low"], rate["high"], rate["log"]) == (1e-5, 1.0, True)
+    assert {trial["options"]["optimizer"]["learning_rate"] for trial in trials} == {1e-5, 1.0}
+    # A default outside of it is not tried first.
+    high, _, _ = searched_by("space=bp", f"search.{RATE}=[0.5,1]")
+    assert options.first_points(high) == []
+
+
+def test_a_trial_of_a_narrowed_study_is_its_command():
+    asked, _, trials = searched_by("space=bp", f"{RATE}=0.005", "batchsize=50")
+    assert trials[0]["command"].startswith("python -m disinhib optimizer.learning_rate=0.005 ")
+    assert options.kept(asked)["overrides"] == ["space=bp", f"{RATE}=0.005", "batchsize=50"]
 
 
 # What they give.

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from disinhib.errors import InputError
+from disinhib.errors import ConfigError, InputError
 from disinhib.tuning import manifest, options, provenance, resume, study
 from disinhib.tuning.event_log import COMPLETE, Asked, Ended, EpochDone, EventLog
 from search_spaces import SPACES
@@ -63,11 +63,40 @@ def test_an_unknown_study_is_refused_with_those_that_there_are(begun, refuse):
 
 def test_a_study_is_not_resumed_with_other_options(go_on):
     line = go_on("trials=9", "optimizer.b1=0.5", "scheduler=median")
-    assert "trials=7 (now 9)" in line
+    assert "trials" not in line
     assert "optimizer.b1=0.9 (now 0.5)" in line
     assert "scheduler.name=asha (now median)" in line
     assert "epochs" not in line
     assert line.endswith("study=smoke extend=true")
+
+
+def test_it_may_have_more_trials_but_not_fewer(go_on, tiny_space, one_ray, tmp_path):
+    """For good: whoever resumes it later need not say so again."""
+    assert "trials: given 6, allowed is at least 7, which the study has" in go_on("trials=6")
+    words = ["experiment=smoke", "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
+    run = lambda *more: study.run(options.compose([*words, *more]), tiny.quiet(), tiny.played())
+    first = [record.config for record in run("trials=2").records]
+    again = run("trials=4")
+    assert [record.config for record in again.records][:2] == first and again.whole
+    assert len(again.records) == 4
+    kept = yaml.safe_load((tmp_path / "mine" / resume.FILE).read_text())
+    assert kept["options"]["trials"] == 4 and kept["overrides"][-1] == "trials=4"
+    assert len(run().records) == 4
+
+
+def test_what_is_fixed_stays_so(tiny_space, one_ray, tmp_path):
+    words = ["experiment=smoke", "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
+    fixed = "optimizer.learning_rate=0.004"
+    run = lambda *more: study.run(options.compose([*words, *more]), tiny.quiet(), tiny.played())
+    for trials in (2, 4):
+        done = run(f"trials={trials}", *([fixed] if trials == 2 else []))
+        rates = [record.config["options"]["optimizer"]["learning_rate"] for record in done.records]
+        assert rates == [0.004] * trials
+        assert not any(
+            n.endswith("rate") for record in done.records for n in record.point["params"]
+        )
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.004, now 0\.005"):
+        run("optimizer.learning_rate=0.005")
 
 
 def test_it_may_go_on_elsewhere(begun):

@@ -476,7 +476,7 @@ def record(number, state=COMPLETE, reason=None):
 def ended(asked, *records, uri="sqlite:////m.db", undelivered=None):
     whole = all(each.state != KILLED for each in records)
     return engine.Finished(
-        study.job(asked), list(records), uri, "run", 1.0, undelivered or {}, whole
+        study.job(asked), list(records), uri, "/#/page", "run", 1.0, undelivered or {}, whole
     )
 
 

@@ -17,7 +17,7 @@ WORKS = Expected((0,))
 PASSWORD = "Gr3ta-Hx9q"
 PLACE = "PLACE"  # stands for the case's folder
 GO_ON = r"^resume: +(.+)$"  # the line with the command that resumes
-UI = r"^all trials: +(.+?)(?:   \(then .*\))?$"
+UI = r"^all trials: +(.+)$"
 BEST = r"^best trial: +(.+)$"
 
 

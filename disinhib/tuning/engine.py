@@ -72,6 +72,7 @@ class Job:
     tags: Mapping[str, str] = field(default_factory=dict)  # further tags of its run in MLflow
     keep_best: int = 0  # complete trials of each rule that keep their final state
     numbered: bool = False  # the user gave it no name: it takes a number if the name is taken
+    begin: Callable[[], object] = lambda: None  # called when nothing can be refused any more
 
     @property
     def folder(self) -> Path:
@@ -97,6 +98,7 @@ class Finished:
     job: Job
     records: list[Record]
     tracking_uri: str  # "" if there is no store
+    page: str  # where MLflow's UI shows it, after the UI's address
     run_id: str | None  # of the study in MLflow; None if MLflow never answered
     seconds: float
     undelivered: dict[str, int]  # events that a store lacks, by its name
@@ -160,6 +162,7 @@ def run(
             for outbox in outboxes:
                 outbox.start()
             begun = True
+            job.begin()
             with shown:
                 _run_loop(job, log, records, nodes, trainable, callbacks, shown)
         except KeyboardInterrupt:  # Tune itself ends in good order, when it runs
@@ -183,7 +186,8 @@ def run(
             job,
             [records[number] for number in sorted(records)],
             recorded.address if recorded else "",
-            getattr(recorded, "study_run", None),
+            recorded.page if isinstance(recorded, RemoteStore) else "",
+            recorded.study_run if isinstance(recorded, RemoteStore) else None,
             time.monotonic() - started,
             {name: count for name, count in missing.items() if count},
             whole,
@@ -237,6 +241,7 @@ def _open_stores(job: Job, mlflow: MlflowProcess) -> list[Store]:
             mlflow.call("open", job.tracking["uri"], job.tracking["experiment"], job.out_dir),
             study=job.name,
             id=job.manifest.id,
+            metric=job.metric,
             tags={**job.manifest.tags(job.command), **job.tags},
             files={"config.yaml": options, **files},
             trial_files=files,
@@ -244,10 +249,8 @@ def _open_stores(job: Job, mlflow: MlflowProcess) -> list[Store]:
         )
     ]
     if job.optuna:
-        sign = SELECTION[job.metric].sign
-        stores.append(
-            optuna_store.OptunaStore(job.name, job.manifest.id, sign, job.storage, job.folder)
-        )
+        own = job.name, job.manifest.id, job.metric, job.storage, job.folder
+        stores.append(optuna_store.OptunaStore(*own))
     return stores
 
 

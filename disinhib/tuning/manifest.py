@@ -23,7 +23,6 @@ from disinhib.tuning.event_log import Asked, EventLog, Record, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
 from disinhib.tuning.resume import FILE, free_name
-from search_spaces import SPACES
 
 MANIFEST = "manifest.json"  # in the study's folder
 
@@ -70,7 +69,7 @@ def of_search(study: Study) -> Manifest:
     return Manifest(
         id=uuid.uuid4().hex,
         provenance=_provenance(study),
-        space=space_tree.definition(SPACES[study.space]),
+        space=space_tree.definition(study.search_space),
         points=first_points(study, [trial["point"]["params"] for trial in past]),
         past=past,
     )
@@ -106,7 +105,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
     lease.refuse_live(folder)
     with closing(EventLog(folder, existing=True)) as log:
         records = replay(log.events()).values()
-    space = SPACES[study.space]
+    space = study.search_space
     past = [*suggest.within(earlier, space), *suggest.as_tried(records, space)]
     if records and not past:
         raise refusal(
@@ -169,9 +168,11 @@ def of_resumed(study: Study) -> Manifest:
     """
     manifest = read(study.folder, study.name)
     changed = [
-        *space_tree.differences(manifest.space or {}, space_tree.definition(SPACES[study.space])),
+        *space_tree.differences(manifest.space or {}, space_tree.definition(study.search_space)),
         *provenance.differences(manifest.provenance, _provenance(study)),
     ]
+    if suggest.SAMPLERS[study.searcher["name"]].grid and study.trials > len(manifest.points):
+        raise refusal("trials", study.trials, f"at most {len(manifest.points)}, the whole grid")
     if changed:
         raise ConfigError(
             f"resume: {study.name} has changed: {'; '.join(changed)}; undo that, or start"
@@ -182,7 +183,7 @@ def of_resumed(study: Study) -> Manifest:
 
 def proposer(study: Study, manifest: Manifest) -> Proposer:
     """The study's proposer: (number, records so far) -> the trial of that number."""
-    space = SPACES[study.space]
+    space = study.search_space
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
     memory = suggest.SAMPLERS[study.searcher["name"]].memory

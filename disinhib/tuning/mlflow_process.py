@@ -15,17 +15,22 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from disinhib.errors import ConfigError
-from disinhib.process import ENDING
+from disinhib.process import ENDING, open_streams
 from disinhib.tuning.event_log import Logged, Record
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and the driver does without
-    from disinhib.tuning.mlflow_store import Experiment, MlflowStore
+    from disinhib.tuning.mlflow_store import MlflowStore
+
+
+class Died(RuntimeError):
+    """The process has died."""
 
 
 class MlflowProcess:
@@ -38,8 +43,12 @@ class MlflowProcess:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Calls a method of `Service`. Raises its ConfigError, for any other of its errors a
-        RuntimeError of that error's name, or RuntimeError if the process has died."""
+        RuntimeError of that error's name, or Died; from an OSError with the number of the system's
+        error behind it, if there is one."""
         process = self._process = self._process or self._started()
+        if self._over:  # another thread has closed it in the meantime
+            self._kill()
+            raise Died("the process of MLflow has been closed")
         assert process.stdin is not None and process.stdout is not None
         try:
             pickle.dump((name, arguments), process.stdin)
@@ -47,14 +56,14 @@ class MlflowProcess:
             result, failure, self.cpu_seconds = pickle.load(process.stdout)
         except (EOFError, OSError) as lost:
             self._kill()
-            raise RuntimeError("the process of MLflow has died") from lost
+            raise Died("the process of MLflow has died") from lost
         except BaseException:  # an interrupt: the answer would be taken for the next call's
             self._kill()
             raise
         if failure is not None:
-            kind, text = failure
+            kind, text, number = failure
             known = ConfigError if kind == ConfigError.__name__ else type(kind, (RuntimeError,), {})
-            raise known(text)
+            raise known(text) from (OSError(number, os.strerror(number)) if number else None)
         return result
 
     def close(self) -> None:
@@ -64,13 +73,15 @@ class MlflowProcess:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._over:
-            raise RuntimeError("the process of MLflow has been closed")
-        # In a group of its own, which Ctrl-C does not reach.
+            raise Died("the process of MLflow has been closed")
+        # With the modules of this process (-P: and none that lie in the current folder), in a group
+        # of its own, which Ctrl-C does not reach.
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         return subprocess.Popen(
-            [sys.executable, "-m", "disinhib.tuning.mlflow_process"],
+            [sys.executable, "-P", "-m", "disinhib.tuning.mlflow_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": path},
             process_group=0,
         )
 
@@ -85,24 +96,36 @@ class MlflowProcess:
 
 
 class RemoteStore:
-    """A `MlflowStore(experiment, **fields)` in MLflow's process: an `outbox.Store`."""
+    """A `MlflowStore` in MLflow's process: an `outbox.Store`. It is made of the `experiment` (its
+    address and id) and the other `fields`."""
 
     name, option = "mlflow", "tracking.uri"
 
-    def __init__(self, process: MlflowProcess, experiment: Experiment, **fields: Any):
-        self.process, self.fields = process, {"experiment": experiment, **fields}
-        self.address = experiment.uri
+    def __init__(self, process: MlflowProcess, experiment: tuple[str, str], **fields: Any):
+        self.process, self.experiment, self.fields = process, experiment, fields
+        self.address, _ = experiment
         self.study_run: str | None = None  # set when the store is loaded
 
+    @property
+    def page(self) -> str:
+        """Where MLflow's UI shows the study, after the UI's own address."""
+        shown = f"workflowType=machine_learning&viewStateShareKey={self.fields['id']}"
+        return f"/#/experiments/{self.experiment[1]}/runs?{shown}"
+
     def load(self, records: Mapping[int, Record]) -> set[int]:
-        there, self.study_run = self.process.call("load", self.fields, records)
+        loaded = self.process.call("load", self.experiment, self.fields, records)
+        there, self.study_run = loaded
         return there
 
     def deliver(self, events: Sequence[Logged]) -> None:
         self.process.call("deliver", events)
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
-        self.process.call("close", records, whole)
+        try:
+            self.process.call("close", records, whole)
+        except Died:  # since its last delivery
+            self.load(records)
+            self.process.call("close", records, whole)
 
 
 class Service:
@@ -118,19 +141,25 @@ class Service:
         artifacts = folder / mlflow_store.ARTIFACTS
         mlflow_store.check_store(mlflow_store.address(uri, folder), experiment, artifacts)
 
-    def open(self, uri: str | None, experiment: str, folder: Path) -> Experiment:
+    def open(self, uri: str | None, experiment: str, folder: Path) -> tuple[str, str]:
+        """The fields of a `mlflow_store.Experiment`. (The driver does not import that module.)"""
         from disinhib.tuning import mlflow_store
 
+        address = mlflow_store.address(uri, folder)
         artifacts = folder / mlflow_store.ARTIFACTS
-        return mlflow_store.open_store(mlflow_store.address(uri, folder), experiment, artifacts)
+        opened = mlflow_store.open_store(address, experiment, artifacts)
+        return opened.uri, opened.id
 
     def load(
-        self, fields: Mapping[str, Any], records: Mapping[int, Record]
+        self,
+        experiment: tuple[str, str],
+        fields: Mapping[str, Any],
+        records: Mapping[int, Record],
     ) -> tuple[set[int], str | None]:
         """(which of `records` the store has, the study's own run)."""
-        from disinhib.tuning.mlflow_store import MlflowStore
+        from disinhib.tuning.mlflow_store import Experiment, MlflowStore
 
-        self.store = MlflowStore(**fields)
+        self.store = MlflowStore(Experiment(*experiment), **fields)
         return self.store.load(records), self.store.study_run
 
     def deliver(self, events: Sequence[Logged]) -> None:
@@ -147,10 +176,15 @@ def serve(calls: IO[bytes], results: IO[bytes]) -> None:
     waiting: queue.Queue[tuple[str, tuple]] = queue.Queue()
 
     def read() -> None:
-        with suppress(EOFError):
+        try:
             while True:
                 waiting.put(pickle.load(calls))
-        os._exit(0)
+        except EOFError:
+            pass
+        except Exception:  # of a call that was cut off, too
+            traceback.print_exc()
+        finally:
+            os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     from disinhib.tuning import mlflow_settings
@@ -163,14 +197,25 @@ def serve(calls: IO[bytes], results: IO[bytes]) -> None:
             try:
                 result = getattr(service, name)(*arguments)
             except Exception as error:  # of MLflow, a database, a server: not all can be pickled
-                failure = type(error).__name__, str(error)
+                failure = type(error).__name__, str(error), _number(error)
             pickle.dump((result, failure, time.process_time()), results)
             results.flush()
 
 
+def _number(error: BaseException | None) -> int | None:
+    """Of the system's error that is behind `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, *ENDING):  # the driver decides
-        signal.signal(number, signal.SIG_IGN)
+    # The driver decides when it ends; what it says must not stop it.
+    for signal_number in (signal.SIGINT, signal.SIGTTOU, *ENDING):
+        signal.signal(signal_number, signal.SIG_IGN)
+    open_streams()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what MLflow prints is no answer
     serve(sys.stdin.buffer, answers)

@@ -3,16 +3,18 @@
 A study is a parent run, and each of its trials a child run (tag `mlflow.parentRunId`); in a
 retraining, each seed is a child run. A child has the searched parameters as params, under Optuna's
 names, the metrics of every epoch with the epoch as step, and, as tags and artifacts, the command,
-the options and the provenance, from which the same training can be run again.
+the options and the provenance, from which the same training can be run again. The parent shows how
+the study stands: metrics by the number of trials that have ended, and the leaderboard.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,13 +25,15 @@ from disinhib.tuning import mlflow_settings  # isort: skip (before MLflow is imp
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 from requests.utils import get_environ_proxies
 from sqlalchemy import create_engine
 
 from disinhib.checks import refusal
 from disinhib.errors import masked, one_line
+from disinhib.metrics import SELECTION
+from disinhib.tuning import progress
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -41,6 +45,7 @@ from disinhib.tuning.event_log import (
     Logged,
     Record,
     TrialConfig,
+    follow,
     over_seeds,
 )
 
@@ -54,6 +59,8 @@ OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
 SEED, FLAG = "seed", "flag"
 ENDING = {"trial_state", "epochs", "reason"}  # tags of a run that has ended
 MODEL = "model.msgpack"  # its artifact, which `disinhib.load` reads
+DESCRIPTION = "mlflow.note.content"  # tag of a run: what its page says, in Markdown
+VIEW = "mlflow.sharedViewState."  # tag of an experiment, with a key: which runs its page shows, how
 
 
 class Experiment(NamedTuple):
@@ -220,9 +227,9 @@ RunKey = tuple[int, int | None]  # a trial's number and, in a retraining, the se
 class MlflowStore:
     """Writes a study into MLflow: a parent run, and under it a run for each trial or seed.
 
-    `tags` are for all runs, `files` (name -> text) for the study's run, `trial_files` for those of
-    trials. Models are read from `models(number, seed)`. Runs are found again by the study's `id`
-    and the trial's number (and seed).
+    `metric` is the study's, `tags` are for all runs, `files` (name -> text) for the study's run,
+    `trial_files` for those of trials. Models are read from `models(number, seed)`. Runs are found
+    again by the study's `id` and the trial's number (and seed).
     """
 
     name, option = "mlflow", "tracking.uri"
@@ -230,20 +237,22 @@ class MlflowStore:
     experiment: Experiment
     study: str
     id: str
+    metric: str
     tags: Mapping[str, str]
     files: Mapping[str, str]
     trial_files: Mapping[str, str]
     models: Callable[[int, int], Path]
     study_run: str | None = None  # set when the store is loaded
     runs: dict[RunKey, str] = field(default_factory=dict)
-    configs: dict[int, TrialConfig] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
+    params: dict[str, None] = field(default_factory=dict)  # names, of all trials
 
     def __post_init__(self) -> None:
         self.address = self.experiment.uri
         self.client = _client(self.address)
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
-        self.configs = {number: record.config for number, record in records.items()}
+        self.records = dict(records)
         by_key: dict[RunKey | None, Run] = {}
         runs = _all_runs(self.experiment, f"tags.study_id = '{self.id}'")
         for run in sorted(runs, key=lambda run: run.info.start_time):
@@ -268,10 +277,11 @@ class MlflowStore:
                 self.client.update_run(run.info.run_id, "RUNNING")
         self.runs = {key: run.info.run_id for key, run in by_key.items() if key is not None}
         self._count()
+        self._set_view(name for record in records.values() for name in record.point["params"])
         return {
             number
-            for number, config in self.configs.items()
-            if all((number, seed) in self.runs for seed in _seeds(config))
+            for number, record in self.records.items()
+            if all((number, seed) in self.runs for seed in _seeds(record.config))
         }
 
     def deliver(self, events: Sequence[Logged]) -> None:
@@ -280,15 +290,56 @@ class MlflowStore:
             for logged in own:
                 if isinstance(logged.event, Asked):
                     self._begin(logged.event, logged.time)
-            for lane, seed in enumerate(_seeds(self.configs[number])):
+                elif not (isinstance(logged.event, EpochDone) and self._has(logged.event)):
+                    follow(self.records, logged.event)
+            for lane, seed in enumerate(_seeds(self.records[number].config)):
                 self._deliver(number, lane, seed, own)
         self._count()
+        if ends := [logged.time for logged in events if isinstance(logged.event, Ended)]:
+            self._describe(ends[-1])
 
     def _count(self) -> None:
         """Tells every reader how many runs there must be."""
         assert self.study_run is not None  # it exists before anything is delivered
-        begun = sum(len(_seeds(config)) for config in self.configs.values())
+        begun = sum(len(_seeds(record.config)) for record in self.records.values())
         self.client.set_tag(self.study_run, BEGUN, str(begun))
+
+    def _has(self, done: EpochDone) -> bool:
+        """Whether an epoch is delivered again."""
+        return done.epoch <= self.records[done.trial].epochs
+
+    def _describe(self, when: float) -> None:
+        """Says on the study's own run how it stands."""
+        assert self.study_run is not None
+        records = list(self.records.values())
+        now, sign = progress.tally(records), SELECTION[self.metric].sign
+        values: dict[str, float] = {"trials_ended": now.ended, "trials_failed": now.failed}
+        for rule, best, _ in progress.standings(records):
+            if best is not None and best.score is not None:
+                values[f"best_{rule}"] = sign * best.score
+        metrics = [Metric(n, v, _milliseconds(when), now.ended) for n, v in values.items()]
+        table = RunTag(DESCRIPTION, progress.markdown(records, self.metric))
+        self.client.log_batch(self.study_run, metrics=metrics, tags=[table])
+
+    def _set_view(self, params: Iterable[str]) -> None:
+        """Presets what the experiment's page shows at the address that the study prints:
+        the runs of its trials, the best first, with the columns that matter. (MLflow's own page
+        writes such a tag when somebody shares what they see: no interface says so.)"""
+        new = dict.fromkeys(params).keys() - self.params.keys()
+        if self.params and not new:
+            return
+        self.params |= dict.fromkeys(sorted(new))
+        score = f"metrics.`{self.metric}`"
+        view = {
+            "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
+            "orderByKey": score,
+            "orderByAsc": SELECTION[self.metric].sign < 0,
+            "selectedColumns": [
+                *("tags.`rule`", score, "tags.`trial_state`", "tags.`epochs`"),
+                *(f"params.`{name}`" for name in self.params),
+            ],
+        }
+        self.client.set_experiment_tag(self.experiment.id, VIEW + self.id, json.dumps(view))
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         for record in (record for record in records.values() if not record.ended):
@@ -330,10 +381,18 @@ class MlflowStore:
             if seed is not None and (model := self.models(number, seed)).exists():
                 self._put(run, {MODEL: model.read_bytes()})
             self.client.set_terminated(run, status, ended_at)
+            if seed is None:
+                record = self.records[number]
+                complete = progress.in_words(record.score, self.metric)
+                end = complete if record.state == COMPLETE else record.state
+                self.client.update_run(run, name=f"{_name(record.config)} {end}")
 
     def _begin(self, asked: Asked, began: float) -> None:
         """Makes the trial's runs, except those that an earlier, failed delivery has made."""
-        config = self.configs[asked.trial] = asked.config
+        if asked.trial not in self.records:
+            follow(self.records, asked)
+        self._set_view(asked.point["params"])
+        config = asked.config
         for seed in _seeds(config):
             command, options, seeds = config["command"], config["options"], config["seeds"]
             if seed is not None:  # what trains this seed by itself
@@ -349,8 +408,10 @@ class MlflowStore:
                     **asked.tags,
                     **({} if seed is None else {SEED: str(seed)}),
                 }
-                name = f"{self.study}-{asked.trial:04d}" + ("" if seed is None else f"-seed{seed}")
+                name = _name(config) + ("" if seed is None else f" retrained, seed {seed}")
                 self.runs[asked.trial, seed] = self._create(name, tags, _milliseconds(began))
+            data = self._data(config, asked.tags)
+            self.client.log_inputs(self.runs[asked.trial, seed], [DatasetInput(data)])
             files = {
                 **self.trial_files,
                 **asked.files,
@@ -358,6 +419,13 @@ class MlflowStore:
                 "command.txt": command + "\n",
             }
             self._put(self.runs[asked.trial, seed], files)
+
+    def _data(self, config: TrialConfig, tags: Mapping[str, str]) -> Dataset:
+        """The data set that a trial trains on: its name, and a hash of all splits."""
+        options = config["options"]["dataset"]
+        digest = {**self.tags, **tags}["data_sha256"][:8]
+        source = json.dumps({"path": options.get("path")})
+        return Dataset(options["name"], digest, "local", source)
 
     def _create(self, name: str, tags: Mapping[str, str], began: int | None = None) -> str:
         of_study = {**self.tags, "study": self.study, "study_id": self.id}
@@ -371,6 +439,10 @@ class MlflowStore:
                 data = content.encode() if isinstance(content, str) else content
                 Path(folder, file).write_bytes(data)
             self.client.log_artifacts(run, folder)
+
+
+def _name(config: TrialConfig) -> str:
+    return f"{config['number']:04d} {config['rule']}"
 
 
 def _seeds(config: TrialConfig) -> list[int | None]:

@@ -23,8 +23,9 @@ from disinhib.hydra_config import option_of
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
 from disinhib.tuning.event_log import Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
+from disinhib.tuning.space_tree import SEARCH
 from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
-from search_spaces import SPACES, Overrides
+from search_spaces import SPACES, Overrides, Space
 
 hydra_config.register("searcher", hydra_config.nodes(suggest.SAMPLERS))
 hydra_config.register("scheduler", hydra_config.nodes(early_stopping.EARLY_STOPPING))
@@ -32,7 +33,8 @@ hydra_config.register("scheduler", hydra_config.nodes(early_stopping.EARLY_STOPP
 
 @dataclass(frozen=True)
 class Study:
-    """A study's checked options. `overrides` are the user's, which apply to every trial."""
+    """A study's checked options. Of `overrides`, the user's, `common` apply to every trial; the
+    others narrow the search space (`space_tree.narrowed`)."""
 
     name: str
     out_dir: Path  # absolute; the study's own folder is out_dir / name
@@ -52,7 +54,14 @@ class Study:
     cluster: Mapping[str, Any]
     tracking: Mapping[str, Any]
     overrides: tuple[str, ...]
+    common: tuple[str, ...]
+    fixed: Mapping[str, Any]  # options that the space would search
+    ranges: Mapping[str, Any]
     options: Mapping[str, Any]  # all of them, resolved
+
+    @property
+    def search_space(self) -> Space:
+        return space_tree.narrowed(SPACES[self.space], self.fixed, self.ranges)
 
     @property
     def folder(self) -> Path:
@@ -96,11 +105,13 @@ def compose(overrides: Sequence[str]) -> Study:
         earlier = resume.read_kept(settings)
         overrides = resume.on_top_of(earlier, overrides, settings)
         settings = _settings(overrides)
+    fixed, ranges, common = _narrowing(settings["space"], overrides)
+    space = space_tree.narrowed(SPACES[settings["space"]], fixed, ranges)
     # The rest may be options of a group that only the space chooses, say of model/vf=dale.
-    chosen = next(space_tree.branches(SPACES[settings["space"]])).overrides
+    chosen = next(space_tree.branches(space)).overrides
     with _blaming(settings["space"]):
         _composed((), chosen)
-    options, choices = _composed(overrides, chosen)
+    options, choices = _composed(common, chosen)
     check(options)
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
@@ -121,7 +132,42 @@ def compose(overrides: Sequence[str]) -> Study:
         resume.refuse_changes(earlier["options"], options)
     plain = {f.name: options[f.name] for f in fields(Study) if f.name in options}
     own = {"name": name, "out_dir": out_dir, "overrides": tuple(overrides), "options": options}
-    return Study(**{**plain, **own, "tracking": {**options["tracking"], "uri": uri}})
+    narrowing = {"common": tuple(common), "fixed": fixed, "ranges": ranges}
+    tracking = {"tracking": {**options["tracking"], "uri": uri}}
+    return Study(**{**plain, **own, **narrowing, **tracking})
+
+
+def _narrowing(
+    name: str, overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(the options that the space of that `name` searches and `overrides` fix, other ranges for
+    them, the other overrides).
+
+    Raises ConfigError for a range of an option that is not searched.
+    """
+    space = SPACES[name]
+    known = space_tree.searched(space)
+    fixed, ranges, common = {}, {}, []
+    for override in overrides:
+        option = option_of(override)
+        if option.startswith(SEARCH):
+            ranges[option.removeprefix(SEARCH)] = hydra_config.value_of(override)
+        elif option in known:
+            fixed[option] = hydra_config.value_of(override)
+        else:
+            common.append(override)
+    ranges = {option: value for option, value in ranges.items() if option not in fixed}
+    reached = list(space_tree.branches(space_tree.narrowed(space, fixed, ranges)))
+    left = {name for branch in reached for name in branch.params}
+    for option in ranges:
+        if not space_tree.parameters_for(option, left):
+            options = sorted({space_tree.option_of(name) for name in left})
+            near = nearest(option, options)
+            raise ConfigError(f"{SEARCH}{option}: space={name} does not search it{near}")
+    # What another fixed option rules out is not searched: it applies to every trial as it is.
+    out = {o for o in fixed if not any(o in branch.overrides for branch in reached)}
+    common += [override for override in overrides if option_of(override) in out]
+    return {o: value for o, value in fixed.items() if o not in out}, ranges, common
 
 
 def _store(then: str | None, out_dir: Path) -> tuple[str | None, str]:
@@ -175,7 +221,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
     seeds = suggest.trial_seeds(study.seed, number, study.replicates)
-    composed, choices = _composed(study.overrides, overrides)
+    composed, choices = _composed(study.common, overrides)
     options = {name: value for name, value in composed.items() if name not in STUDY_OPTIONS}
     options["resume"] = None  # that of a training run is a folder
     for name, value in overrides.items():
@@ -231,8 +277,8 @@ def check_space(study: Study) -> list[TrialConfig]:
     data.DataError if the data cannot be loaded.
     """
     checked = []
-    own = {hydra_config.option_of(o): o.partition("=")[2] for o in study.overrides}
-    for branch in space_tree.branches(SPACES[study.space]):
+    own = {hydra_config.option_of(o): o.partition("=")[2] for o in study.common}
+    for branch in space_tree.branches(study.search_space):
         for name, value in branch.overrides.items():
             if own.get(name, str(value)) != str(value):
                 raise ConfigError(
@@ -262,8 +308,8 @@ def first_points(study: Study, known: Sequence[Mapping[str, Any]] = ()) -> list[
     Raises ConfigError if a point is not in the space, if a rule has fewer trials than points, or
     if a grid has fewer points than the study has trials.
     """
-    space = SPACES[study.space]
-    points = defaults(space, lambda chosen: flatten(_composed(study.overrides, chosen)[0]))
+    space = study.search_space
+    points = defaults(space, lambda chosen: flatten(_composed(study.common, chosen)[0]))
     if study.points is not None:
         try:
             points += read_points(Path(study.points).read_text("utf-8"), space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
+from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import Asked, EpochDone, Logged, Record
 from disinhib.tuning.suggest import STATES, value
 
@@ -52,12 +54,13 @@ def refuse_taken(url: str, study: str, resume: bool) -> None:
 class OptunaStore:
     """Writes a study into the storage at `url`, or into a file in its `folder`.
 
-    `sign` is that of the metric: scores are stored as they were measured."""
+    Scores of the `metric` are stored as they were measured."""
 
     name, option = "optuna", "searcher.storage"
 
-    def __init__(self, study: str, id: str, sign: int, url: str | None, folder: Path):
-        self.study_name, self.id, self.sign = study, id, sign
+    def __init__(self, study: str, id: str, metric: str, url: str | None, folder: Path):
+        self.study_name, self.id, self.metric = study, id, metric
+        self.sign = SELECTION[metric].sign
         self.url, self.folder = url, folder
         self.address = url or str(folder)
 
@@ -72,6 +75,9 @@ class OptunaStore:
         if study.user_attrs.get(ID, self.id) != self.id:
             raise refusal("study", self.study_name, "a name that no other study there has")
         study.set_user_attr(ID, self.id)
+        with warnings.catch_warnings():  # unchanged, and marked experimental, since Optuna 3.2
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([self.metric])
         self.study_id = self.storage.get_study_id_from_name(self.study_name)
         id_of = partial(self.storage.get_trial_id_from_study_id_trial_number, self.study_id)
         count = self.storage.get_n_trials(self.study_id)

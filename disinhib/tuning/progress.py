@@ -109,14 +109,30 @@ def line(
 
 def leaderboard(records: Sequence[Record], metric: str) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first."""
+    names, *rows = _leaders(records, metric)
+    right = (Column(name, justify="right") for name in names[1:])
+    table = Table(names[0], *right, box=None)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(records: Sequence[Record], metric: str) -> str:
+    """The leaderboard in Markdown."""
+    names, *rows = _leaders(records, metric)
+    aligned = ["---", *["---:"] * (len(names) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (names, aligned, *rows))
+
+
+def _leaders(records: Sequence[Record], metric: str) -> list[list[str]]:
+    """The leaderboard's rows; the first has the names of its columns."""
     whole = tally(records)._asdict()
     shown = [state for state in STATES if state in ENDED or whole[state]]
-    right = (Column(name, justify="right") for name in (f"best {metric}", "trial", *shown))
-    table = Table("rule", *right, box=None)
+    rows = [["rule", f"best {metric}", "trial", *shown]]
     for rule, top, now in standings(records):
         first = (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
-        table.add_row(rule, *first, *(str(now._asdict()[state]) for state in shown))
-    return table
+        rows.append([rule, *first, *(str(now._asdict()[state]) for state in shown)])
+    return rows
 
 
 def failures(records: Sequence[Record]) -> list[str]:

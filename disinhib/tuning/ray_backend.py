@@ -58,6 +58,7 @@ from disinhib.tuning.worker import (
 FOLDER = "ray"  # in the study's folder
 LEFT_OUT = "left_out"  # of an Order, which is what Tune knows of a trial
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker without a new epoch
+MOST_FORGIVEN = 20  # deaths of a trial's workers, while machines that have joined are surveyed
 LOOK_SECONDS = 1.0  # between two looks at the cluster
 # A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
 # taken, and for QUIET_SECONDS. (Of one that has never reported, nobody knows how long it takes.)
@@ -161,12 +162,12 @@ class RayBackend(tune.Callback):
         return self.resources if lanes == 1 else {"cpu": _share(self.resources["cpu"], lanes)}
 
     def serve(self) -> None:
-        """Starts the servers of machines that are fit, and ends those of others."""
+        """Starts the servers of machines that may have trials, and ends those of others."""
         lanes = self.policy["lanes"]
         for machine in self.machines.all.values():
             for number in range(machine.servers):
                 name = server_name(self.policy["need"], machine.id, number)
-                if machine.fit and name not in self.servers:
+                if machine.open and name not in self.servers:
                     self.servers[name] = LaneServer.options(
                         name=name,
                         num_cpus=_share(self.resources["cpu"], lanes),
@@ -175,7 +176,7 @@ class RayBackend(tune.Callback):
                         max_restarts=-1,
                         scheduling_strategy=on(machine.id),
                     ).remote(lanes)
-                elif not machine.fit and name in self.servers:
+                elif not machine.open and name in self.servers:
                     ray.kill(self.servers.pop(name))
 
     def order(self, config: TrialConfig) -> Order:
@@ -275,8 +276,7 @@ class RayBackend(tune.Callback):
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
         self.running[number] = Running(time.monotonic())
-        if self.machines.surveying():  # its worker may be where none can live
-            trial.max_failures = trial.num_failures + WORKERS_LOST
+        self._forgive(trial)
         self.tell(Started(number))
 
     def on_trial_recover(self, *, trial: Trial, **_: Any) -> None:
@@ -284,7 +284,14 @@ class RayBackend(tune.Callback):
         worker = self.running.pop(number, Running(now))
         self._release(number)
         self.lost.append((number, worker.node, now))
+        self._forgive(trial)
         self.tell(Lost(number))
+
+    def _forgive(self, trial: Trial) -> None:
+        """Deaths do not count while a machine is surveyed: it may be that no worker can live there.
+        (For a while: machines may join, and die, for ever.)"""
+        if self.machines.surveying() and trial.num_failures < MOST_FORGIVEN:
+            trial.max_failures = trial.num_failures + WORKERS_LOST
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]

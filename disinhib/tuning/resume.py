@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,14 @@ def on_top_of(
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the options `now` make another study of it than those `before`."""
+    """Raises ConfigError if the options `now` make another study of it than those `before`. (More
+    trials do not.)"""
     was, wanted = flatten(before), flatten(now)
+    if wanted["trials"] < was["trials"]:
+        raise refusal("trials", wanted["trials"], f"at least {was['trials']}, which the study has")
     changed = [
         f"{name}={was.get(name)} (now {wanted.get(name)})"
-        for name in sorted({*was, *wanted})
+        for name in sorted({*was, *wanted} - {"trials"})
         if was.get(name) != wanted.get(name) and not name.startswith(RESUMED_WITH)
     ]
     if changed:
@@ -91,6 +95,23 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was, or start"
             f" another from it: study={now['study']} extend=true"
         )
+
+
+def keep_trials(folder: Path, trials: int) -> None:
+    """Writes down that the study in `folder` has so many trials from now on."""
+    file = folder / FILE
+    content = yaml.safe_load(file.read_text("utf-8"))
+    if content["options"]["trials"] == trials:
+        return
+    others = [o for o in content["overrides"] if option_of(o) != "trials"]
+    content["overrides"] = [*others, f"trials={trials}"]
+    content["options"]["trials"] = trials
+    part = file.with_name(f".{FILE}.part")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+        opened.write(yaml.safe_dump(content))
+        opened.flush()
+        os.fsync(opened.fileno())
+    part.replace(file)
 
 
 def free_name(name: str | None, default: str, out_dir: Path) -> str:

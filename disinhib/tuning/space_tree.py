@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from disinhib.checks import is_number, is_whole, refusal
 from search_spaces import Space
 
 RULE = "trainer"  # the parameter by which a space of several rules chooses one
+SEARCH = "search."  # before an option: `search.optimizer.learning_rate=[1e-4,1e-2]`
 ENDS = ("low", "high")  # of a numeric range
 
 Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
@@ -59,6 +62,75 @@ class Path:
             self.params[name] = self._choose(name, distribution)
             self.distributions[name] = distribution
         return self.params[name]
+
+
+class _Narrowed:
+    """A trial of which only a part of a space is asked: `space_tree.narrowed`."""
+
+    def __init__(self, trial: Any, fixed: Mapping[str, Any], ranges: Mapping[str, Any]):
+        self._trial, self._fixed, self._ranges = trial, fixed, ranges
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
+
+    def suggest_float(self, name: str, low: float, high: float, **kind: Any) -> Any:
+        return self._number(self._trial.suggest_float, name, low, high, kind)
+
+    def suggest_int(self, name: str, low: int, high: int, **kind: Any) -> Any:
+        return self._number(self._trial.suggest_int, name, low, high, kind)
+
+    def suggest_categorical(self, name: str, choices: Sequence) -> Any:
+        known = lambda values: all(any(same(value, c) for c in choices) for value in values)
+        if option := _named(name, self._fixed):
+            value = self._fixed[option]
+            if name == RULE and not known([value]):
+                raise refusal(option, value, f"one of {', '.join(choices)}")
+            return value
+        if option := _named(name, self._ranges):
+            given = self._ranges[option]
+            if not isinstance(given, list) or not given or (name == RULE and not known(given)):
+                several = f"some of {', '.join(choices)}" if name == RULE else "a list of choices"
+                raise refusal(SEARCH + option, given, several)
+            choices = given
+        return self._trial.suggest_categorical(name, choices)
+
+    def _number(
+        self, suggest: Callable[..., Any], name: str, low: float, high: float, kind: dict[str, Any]
+    ) -> Any:
+        if option := _named(name, self._fixed):
+            return self._fixed[option]
+        if option := _named(name, self._ranges):
+            given, least = self._ranges[option], 0 if kind.get("log") else -math.inf
+            whole = isinstance(low, int)
+            numbers = isinstance(given, list) and all(map(is_whole if whole else is_number, given))
+            if not (numbers and len(given) == 2 and least < given[0] < given[1]):
+                above = " above 0" if kind.get("log") else ""
+                words = f"[LOW,HIGH], two {'whole ' if whole else ''}numbers{above}, LOW below HIGH"
+                raise refusal(SEARCH + option, given, words)
+            low, high = given
+        return suggest(name, low, high, **kind)
+
+
+def _named(parameter: str, options: Mapping[str, Any]) -> str | None:
+    """Which of `options` a parameter's name says that it sets."""
+    return next((name for name in (parameter, option_of(parameter)) if name in options), None)
+
+
+def narrowed(space: Space, fixed: Mapping[str, Any], ranges: Mapping[str, Any]) -> Space:
+    """`space` with the options in `fixed` at their values, and not searched, and those in `ranges`
+    searched within another range, [low, high], or among other choices.
+
+    The result raises ConfigError if a range is none, or if there is no such rule.
+    """
+    if not fixed and not ranges:
+        return space
+    return lambda trial: space(_Narrowed(trial, fixed, ranges))  # pyright: ignore
+
+
+def searched(space: Space) -> set[str]:
+    """The options that `space` searches."""
+    parameters = {name for branch in branches(space) for name in branch.params}
+    return {name for parameter in parameters for name in (parameter, option_of(parameter))}
 
 
 def ends_of(distribution: Distribution, end: str) -> Sequence:

@@ -18,7 +18,7 @@ from disinhib import hydra_config, process
 from disinhib.checks import in_hydra
 from disinhib.commands import tool, tune_words
 from disinhib.errors import masked
-from disinhib.tuning import engine, manifest, plan, progress, provenance
+from disinhib.tuning import engine, manifest, plan, progress, provenance, resume
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.loop import from_search
@@ -111,6 +111,7 @@ def job(study: Study) -> Job:
         optuna=True,
         storage=study.searcher["storage"],
         keep_best=study.checkpoints["keep_best"],
+        begin=lambda: resume.keep_trials(study.folder, study.trials) if study.resume else None,
     )
 
 
@@ -135,10 +136,11 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
     for name, count in finished.undelivered.items():
         say(f"{name} lacks {count} records: resume the study when it answers")
     uri = finished.tracking_uri and shlex.quote(masked(finished.tracking_uri))
-    ui = uri if uri.startswith("http") else f"{tool('mlflow')} ui --backend-store-uri {uri}"
-    address = "" if uri.startswith("http") else "   (then http://127.0.0.1:5000)"
-    if uri:
-        say(f"\nall trials:  {ui}{address}")
+    if uri.startswith("http"):
+        say(f"\nall trials:  {masked(finished.tracking_uri).rstrip('/')}{finished.page}")
+    elif uri:
+        say(f"\nall trials:  {tool('mlflow')} ui --backend-store-uri {uri}")
+        say(f"             then http://127.0.0.1:5000{finished.page}")
     if finished.undelivered or not finished.whole:
         say(f"resume:      {resume_command(study, finished.job.name)}")
     if top := progress.best(records):

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option, or_null
 from disinhib.tuning import event_log
 from disinhib.tuning.event_log import Point, Record
-from disinhib.tuning.space_tree import RULE, path_at
+from disinhib.tuning.space_tree import RULE, Path, option_of, path_at
 from search_spaces import Overrides, Space
 
 STATES = {
@@ -161,8 +161,11 @@ def history(
     turns, size = max(1, len(rules)), batch or 1
     learnt = [trial for trial in past if not rules or trial["rule"] == rules[number % turns]]
     own = [n for n in range(number % turns, number, turns) if n in records]
+    runs = lambda n: n // size == number // size
     ends = [(trial["state"], trial["scores"]) for trial in learnt]
-    ends += [(records[n].state, records[n].scores) for n in own]
+    ends += [
+        (event_log.RUNNING, []) if runs(n) else (records[n].state, records[n].scores) for n in own
+    ]
     known = []
     for index in remembered(ends, most):
         if index < len(learnt):
@@ -170,7 +173,7 @@ def history(
             continue
         earlier = own[index - len(learnt)]
         trial = tried(records[earlier])
-        if earlier // size == number // size:
+        if runs(earlier):
             trial = Tried(**{**trial, "scores": [], "state": event_log.RUNNING})
         known.append(trial)
     return known
@@ -212,11 +215,18 @@ def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
     """The trials that lie in `space`, as points of it, with its ranges."""
     inside = []
     for trial in trials:
-        path, whole = path_at(space, {RULE: trial["rule"], **trial["point"]["params"]})
-        if whole:
+        params = trial["point"]["params"]
+        path, whole = path_at(space, {RULE: trial["rule"], **params})
+        if whole and not any(_fixed_otherwise(path, *item) for item in params.items()):
             there = point(path.params, path.distributions, {})
             inside.append(Tried(**{**trial, "point": there}))
     return inside
+
+
+def _fixed_otherwise(path: Path, name: str, value: Any) -> bool:
+    """Whether a space sets to another value, on this path, what a parameter set elsewhere."""
+    options = [option for option in (name, option_of(name)) if option in path.overrides]
+    return name not in path.params and any(path.overrides[o] != value for o in options)
 
 
 def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
