@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("copied_stores")
 
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)
+WON = 1 + 9 + 10  # searched options of the rules
 BEGAN = planted.BEGAN + 1e6
 
 
@@ -151,7 +152,7 @@ def test_the_four_forms_have_the_same_numbers(folder):
     markdown = tables_of_markdown((folder / "report.md").read_text())
     latex = tables_of_latex((folder / "report.tex").read_text())
     html = tables_of_html((folder / "report.html").read_text())
-    assert len(markdown) == 4 + 4  # two tables of a head and three rules
+    assert len(markdown) == 4 + (1 + WON) + 4  # each with a head; two of three rules
     assert latex == markdown
     assert [row for row in html if row in markdown] == markdown
     numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text()))
@@ -194,7 +195,7 @@ def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
 
 
 def test_the_report_says_what_the_search_cost(study, folder):
-    rows = tables_of_markdown((folder / "report.md").read_text())[4:]
+    rows = tables_of_markdown((folder / "report.md").read_text())[-4:]
     assert rows[0][:6] == ["rule", "trials", "complete", "pruned", "failed", "epochs"]
     assert [row[:6] for row in rows[1:]] == [
         ["bp", "3", "3", "0", "0", "6"],
@@ -204,6 +205,25 @@ def test_the_report_says_what_the_search_cost(study, folder):
     numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text())).to_dict("records")
     spent = [(row["rule"], row["search_trials"], row["search_epochs"]) for row in numbers]
     assert spent == [(row[0], int(row[1]), int(row[5])) for row in rows[1:]]
+
+
+def test_the_report_says_what_won(folder):
+    """What was planted, with the ranges of the space and the defaults of the rules."""
+    head, *rows = tables_of_markdown((folder / "report.md").read_text())[4 : 5 + WON]
+    assert head == ["rule", "trial", "option", "value", "searched", "published default"]
+    won = {(row[0], row[2]): row for row in rows}
+    assert len(won) == WON and {(row[0], row[1]) for row in rows} == {
+        (rule, str(number)) for rule, number in RULES.items()
+    }
+    for rule in RULES:
+        planned = {n: v for n, v in planted.WAY[rule].items() if n not in ("trainer", "model/vf")}
+        assert {n for r, n in won if r == rule} == planned.keys()
+        for option, value in planned.items():
+            shown = won[rule, option][3]
+            assert shown == str(value) if isinstance(value, bool) else float(shown) == value
+    assert won["bp", "optimizer.learning_rate"][3:] == ["0.005", "0.0001 to 0.01 (log)", "0.001"]
+    strong = won["exact-inv", "trainer.strong_fb"]
+    assert strong[3:] == ["True", "one of false, true", "True"]
 
 
 def test_what_a_reader_must_know_is_in_the_report(folder):
@@ -243,7 +263,8 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     program.main([f"study={written.study}", f"tracking.uri={written.uri}",
                   f"out={tmp_path / 'out'}"])  # fmt: skip
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
-    assert rows[0][:2] == ["rule", "trials"]
+    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + 4
+    assert rows[-4][:2] == ["rule", "trials"]
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
     sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())
     assert "learning" not in sections and "history" in sections

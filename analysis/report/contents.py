@@ -25,6 +25,10 @@ SEARCH_NOTE = (
     " trials. Pruned trials were stopped by the scheduler; failed trials diverged or raised an"
     " error. Only complete trials compete."
 )
+WINNERS_NOTE = (
+    "The searched options of each rule's selected trial (if none has been retrained, of its best"
+    " complete one), the ranges in which they were searched, and the published defaults."
+)
 
 
 class Section(NamedTuple):
@@ -97,12 +101,16 @@ def _label(row: Mapping[Any, Any]) -> str:
 
 
 def sections(report: Report) -> list[Section]:
-    """One for each data set, then that of the search."""
+    """One for each data set, then what has won, and what the search cost."""
     sections = []
     if len(report.results):
         for dataset, numbers in report.results.groupby("dataset", sort=False):
             shown = tables.shown(numbers)
             sections.append(Section(f"Test accuracy on {dataset}", shown, _note(numbers)))
+    winners = tables.winners(report.data.trials, report.data.retrained, report.data.metric)
+    if winners and report.study.space is not None:
+        chosen = tables.chosen(winners, report.study.space)
+        sections.append(Section("What won", chosen, WINNERS_NOTE))
     if len(report.search):
         shown = tables.shown_search(report.search)
         sections.append(Section("What the search cost", shown, SEARCH_NOTE))

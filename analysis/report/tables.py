@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import pandas as pd
 
 from analysis import stats
 from analysis.report.panels.plot_data import Row, grouped, records
+from analysis.runs import SEARCHED
 from analysis.selection import spent
+from disinhib import hydra_config
+from disinhib.checks import flatten
 from disinhib.metrics import Metric
+from disinhib.rules import RULES, reported_name
+from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
+from disinhib.tuning.space_tree import RULE
 
 REFERENCE = "bp"  # what every rule is compared with
 TEST, VALID = "test_accuracy", "valid_accuracy"
@@ -117,6 +125,62 @@ def search(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def winners(trials: pd.DataFrame, retrained: pd.DataFrame, metric: Metric) -> list[Row]:
+    """The trials that were retrained or, if none was, the best complete one of each rule; in the
+    order of their numbers."""
+    complete = [row for row in trials.to_dict("records") if row["state"] == COMPLETE]
+    selected = set() if retrained.empty else {*retrained["of_run"]}
+    if chosen := [row for row in complete if row["run_id"] in selected]:
+        return chosen
+    best: dict[str, Row] = {}
+    for row in complete:  # of equals, the first
+        if row["rule"] not in best or metric.sign * (row["score"] - best[row["rule"]]["score"]) > 0:
+            best[row["rule"]] = row
+    return sorted(best.values(), key=lambda row: row["trial"])
+
+
+def chosen(rows: Sequence[Row], space: Mapping[str, Any]) -> pd.DataFrame:
+    """What the search has chosen: for each trial of `rows`, the values of its searched parameters.
+    Columns: rule, trial, option, value, searched (its range), published default; texts."""
+    texts = []
+    for row in rows:
+        published = _published(row["rule"])
+        for name, kind in space["parameters"].items():
+            value, option = row.get(SEARCHED + name), space_tree.option_of(name)
+            if name == RULE or not isinstance(value, str):  # else not searched by this trial
+                continue
+            texts.append(
+                {
+                    "rule": row["rule"],
+                    "trial": str(row["trial"]),
+                    "option": option,
+                    "value": _plain(value),
+                    "searched": space_tree.words(kind),
+                    "published default": _plain(str(published.get(option, NOTHING))),
+                }
+            )
+    return pd.DataFrame(texts)
+
+
+@cache
+def _published(rule: str) -> Mapping[str, Any]:
+    """The published defaults of a rule, by option; of one that this version lacks, none."""
+    for trainer, entry in RULES.items():
+        for circuit in entry.circuits:
+            if reported_name(trainer, circuit) == rule:
+                groups = [f"trainer={trainer}", f"model/vf={circuit}"]
+                return flatten(hydra_config.compose(hydra_config.TRAINING, groups)[0])
+    return {}
+
+
+def _plain(value: str) -> str:
+    """A number to four digits, any other value as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def shown(numbers: pd.DataFrame) -> pd.DataFrame:
