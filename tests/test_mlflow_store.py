@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("copied_stores")
 
 ROOT = Path(__file__).parent.parent
 BEGAN = 1_700_000_000.0  # s since 1970
+DATA = {"data_sha256": "0123456789abcdef"}
 PARAMS = {"trainer": "bp", "bp.optimizer.learning_rate": 0.01, "bp.strong": True}
 
 
@@ -59,7 +60,7 @@ def new_store(experiment, models):
     """`new_store(name)`: a new driver's, of the study of that name (and id)."""
 
     def make(study):
-        tags = {"command": "python tune_main.py", "data_sha256": "0123456789abcdef"}
+        tags = {"command": "python tune_main.py", **DATA}
         files = {"provenance.json": "{}"}
         own = {"config.yaml": "trials: 4\n"}
         model = lambda number, seed: models / f"{study}-{number}-{seed}"
@@ -694,7 +695,7 @@ def test_any_other_folder_holds_a_store(name, tmp_path):
     uri = mlflow_store.address(None, folder)
     experiment = mlflow_store.open_store(uri, "disinhib", folder)
     store = MlflowStore(
-        experiment, "s", "s", "valid_accuracy", {}, {"config.yaml": "a: 1"}, {}, lambda *_: folder
+        experiment, "s", "s", "valid_accuracy", DATA, {"config.yaml": "a: 1"}, {}, lambda *_: folder
     )
     deliver(store, *trial(0, 3, COMPLETE))
     store.close({}, True)
@@ -725,7 +726,7 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     uri = mlflow_store.address(None, then)
     experiment = mlflow_store.open_store(uri, "disinhib", then)
     store = MlflowStore(
-        experiment, "s", "s", "valid_accuracy", {}, {"config.yaml": "a: 1"}, {}, lambda *_: then
+        experiment, "s", "s", "valid_accuracy", DATA, {"config.yaml": "a: 1"}, {}, lambda *_: then
     )
     deliver(store, *trial(0, 3, COMPLETE))
     then.rename(now)
@@ -738,7 +739,7 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     run = MlflowClient(uri).get_run(store.study_run)
     assert (run.info.artifact_uri or "").startswith((now / "mlflow-artifacts").as_uri())
     another = MlflowStore(
-        experiment, "t", "t", "valid_accuracy", {}, {"config.yaml": "a: 2"}, {}, lambda *_: now
+        experiment, "t", "t", "valid_accuracy", DATA, {"config.yaml": "a: 2"}, {}, lambda *_: now
     )
     deliver(another, *trial(0, 3, COMPLETE))
     assert not then.exists()

@@ -381,8 +381,9 @@ def test_one_command_begins_a_study_and_goes_on_with_it(tmp_path):
     manifest.write(first.folder, study.job(first).manifest, options.kept(first))
     again = options.compose(words)
     assert again.resume and again.trials == 5
-    with pytest.raises(ConfigError, match=r"mine ran with trials=5 \(now 6\)"):
-        options.compose([*words, "trials=6"])
+    assert options.compose([*words, "trials=6"]).trials == 6
+    with pytest.raises(ConfigError, match=r"mine ran with epochs=20 \(now 6\)"):
+        options.compose([*words, "epochs=6"])
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, opened, row
     experiment = mlflow_store.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
     none = lambda number, seed: study.folder / "none"
     store = mlflow_store.MlflowStore(
-        experiment, study.study, opened[1].id, "valid_accuracy", {}, {}, {}, none
+        experiment, study.study, opened[1].id, "valid_accuracy", {"data_sha256": "0"}, {}, {}, none
     )
     store.load({})
     assert {number for number, _ in store.runs} == set(range(len(planted.TRIALS)))
