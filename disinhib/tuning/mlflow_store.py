@@ -32,8 +32,6 @@ from sqlalchemy import create_engine
 
 from disinhib.checks import refusal
 from disinhib.errors import masked, one_line
-from disinhib.metrics import SELECTION
-from disinhib.tuning import progress
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -310,6 +308,9 @@ class MlflowStore:
 
     def _describe(self, when: float) -> None:
         """Says on the study's own run how it stands."""
+        from disinhib.metrics import SELECTION  # with jax, which readers of a store do without
+        from disinhib.tuning import progress
+
         assert self.study_run is not None
         records = list(self.records.values())
         now, sign = progress.tally(records), SELECTION[self.metric].sign
@@ -329,6 +330,8 @@ class MlflowStore:
         if self.params and not new:
             return
         self.params |= dict.fromkeys(sorted(new))
+        from disinhib.metrics import SELECTION
+
         score = f"metrics.`{self.metric}`"
         view = {
             "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
@@ -382,6 +385,8 @@ class MlflowStore:
                 self._put(run, {MODEL: model.read_bytes()})
             self.client.set_terminated(run, status, ended_at)
             if seed is None:
+                from disinhib.tuning import progress
+
                 record = self.records[number]
                 complete = progress.in_words(record.score, self.metric)
                 end = complete if record.state == COMPLETE else record.state
