@@ -78,7 +78,7 @@ REFUSED = {
     f"seed={'9' * 40}": ["from 0 to 2147483647"],
     "tracking.uri=": ["tracking.uri: given ", "a text, or null"],
     "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
-    "model/vf=dale": ["model/vf: given dale", "searches it"],
+    "model/vf=dale": ["model/vf: given dale", "space=rules sets non-dale"],
     "trainer=backprop": ["trainer: given backprop, allowed is one of bp, exact-inv"],
     "optimizer.learning_rate=-1": ["optimizer.learning_rate: given -1", "above 0"],
     "search.optimizer.learning_rate=0.1": ["given 0.1", "[LOW,HIGH], two numbers above 0"],

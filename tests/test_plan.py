@@ -194,5 +194,5 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_bad_input_is_refused_as_by_the_study():
-    with pytest.raises(ConfigError, match="but space=bp searches it"):
+    with pytest.raises(ConfigError, match="but space=bp sets non-dale"):
         study.main(["plan=true", "space=bp", "model/vf=dale"])

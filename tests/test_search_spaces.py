@@ -90,11 +90,11 @@ def test_a_space_with_a_wrong_option_is_refused_in_one_line(monkeypatch, overrid
     assert "\n" not in str(refusal.value)
 
 
-def test_an_option_that_is_searched_cannot_be_given_as_well():
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: given 0\.01, but space=bp"):
-        options.check_space(options.compose(["space=bp", "optimizer.learning_rate=0.01"]))
-    with pytest.raises(ConfigError, match="trainer: given bp, but space=rules"):
-        options.check_space(options.compose(["trainer=bp"]))
+def test_an_option_that_the_space_sets_cannot_be_given_otherwise():
+    with pytest.raises(ConfigError, match="model/vf: given dale, but space=bp sets non-dale; leav"):
+        options.check_space(options.compose(["space=bp", "model/vf=dale"]))
+    with pytest.raises(ConfigError, match="trainer: given bp, but space=exact_inv sets exact-inv"):
+        options.check_space(options.compose(["space=exact_inv", "trainer=bp"]))
 
 
 def test_an_option_may_repeat_what_the_space_fixes():

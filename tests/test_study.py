@@ -335,7 +335,8 @@ def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     last = printed.strip().splitlines()
     assert f"{done.job.name}: 7 trials in" in printed
     assert "4 complete, 1 pruned, 2 failed" in printed
-    assert f"mlflow ui --backend-store-uri {done.tracking_uri} " in last[-2]
+    assert last[-3].endswith(f"mlflow ui --backend-store-uri {done.tracking_uri}")
+    assert last[-2] == f"             then http://127.0.0.1:5000{done.page}"
     best = progress.best(done.records)
     assert best and last[-1].endswith(best.config["command"].removeprefix("python "))
     table = printed[printed.index("best valid_accuracy") :].splitlines()[1:4]

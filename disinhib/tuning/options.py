@@ -273,7 +273,7 @@ def rule_name(choices: Mapping[str, str]) -> str:
 def check_space(study: Study) -> list[TrialConfig]:
     """A configuration of every branch of the space, composed, with its data loaded.
 
-    Raises ConfigError if one is refused, or if an override sets an option that is searched;
+    Raises ConfigError if one is refused, or if the space sets an option that is given otherwise;
     data.DataError if the data cannot be loaded.
     """
     checked = []
@@ -282,7 +282,7 @@ def check_space(study: Study) -> list[TrialConfig]:
         for name, value in branch.overrides.items():
             if own.get(name, str(value)) != str(value):
                 raise ConfigError(
-                    f"{name}: given {own[name]}, but space={study.space} searches it; leave it"
+                    f"{name}: given {own[name]}, but space={study.space} sets {value}; leave it"
                     f" out or take another space ({', '.join(SPACES)})"
                 )
         with _blaming(study.space):
