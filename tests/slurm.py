@@ -37,7 +37,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "s
 # What the user edits in the script, for this machine.
 EDITED = ("--account=test", "--partition=main", "--cpus-per-task=1", "--gpus-per-node=0")
 SMALL = ("experiment=smoke", "trials=6")
-LONG = ("experiment=smoke", "trials=16", "epochs=6", "checkpoints.every_seconds=5")  # beyond LIMIT
+LONG = ("experiment=smoke", "trials=16", "epochs=6", "checkpoints.every_seconds=5")
+LONGER = (*LONG, "epochs=250", "scheduler=none")  # than LIMIT
 LIMIT = ("--time=2", "--signal=B:USR1@30")  # SLURM looks at limits twice a minute
 PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -204,7 +205,10 @@ def whole(slurm: Slurm) -> Iterator[Job]:
 
 def limit(slurm: Slurm) -> Iterator[Job]:
     """a time limit of two minutes: the job requeues itself"""
-    yield slurm.job("limit", LONG, LIMIT).end()
+    job = slurm.job("limit", LONGER, LIMIT).end()
+    if job.about()["Restarts"] == "0":
+        raise kill.Failure("the study ended within the time limit of its first job")
+    yield job
 
 
 def scancel(slurm: Slurm) -> Iterator[Job]:
