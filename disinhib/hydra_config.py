@@ -281,11 +281,24 @@ def option_of(override: str) -> str:
 
 
 def value_of(override: str) -> Any:
-    """The value that an override gives. Raises ConfigError if Hydra does not understand it."""
+    """The value that an override gives. Raises ConfigError if it gives several, or if it is not
+    understood."""
     try:
-        return OverridesParser.create().parse_override(override).value()
+        parsed = OverridesParser.create().parse_override(override)
     except (HydraException, ValueError) as error:
         raise ConfigError(f"{override}: not understood, allowed is option=value") from error
+    if parsed.is_sweep_override():
+        several = f"one value, or search.{option_of(override)}=[...]"
+        raise refusal(option_of(override), override.partition("=")[2], several)
+    return parsed.value()
+
+
+def settings_of(experiment: str | None) -> dict[str, Any]:
+    """The options that conf/experiment/NAME.yaml sets itself, by dotted name."""
+    file = CONFIGURATIONS / "experiment" / f"{experiment}.yaml"
+    if experiment is None or not file.is_file():
+        return {}
+    return flatten(OmegaConf.to_container(OmegaConf.load(file)))  # pyright: ignore
 
 
 def check_folder(folder: Path) -> None:

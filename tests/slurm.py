@@ -38,7 +38,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "s
 EDITED = ("--account=test", "--partition=main", "--cpus-per-task=1", "--gpus-per-node=0")
 SMALL = ("experiment=smoke", "trials=6")
 LONG = ("experiment=smoke", "trials=16", "epochs=6", "checkpoints.every_seconds=5")
-LONGER = (*LONG, "epochs=250", "scheduler=none")  # than LIMIT
+LONGER = (*LONG, "trials=48", "epochs=400", "scheduler=none")  # than LIMIT
 LIMIT = ("--time=2", "--signal=B:USR1@30")  # SLURM looks at limits twice a minute
 PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")

@@ -27,6 +27,7 @@ from disinhib.tuning.event_log import (
     Ended,
     EpochDone,
     EventLog,
+    Record,
     replay,
 )
 from disinhib.tuning.loop import (
@@ -249,6 +250,16 @@ def test_a_batch_waits_for_the_one_before(log):
     for number in (3, 4, 5):
         play.tell(Failed(number, "all"))
     assert play.started == list(range(7)) and len(play.records) == 7  # no more than there are
+
+
+def test_a_batch_that_was_cut_short_is_filled_up_first():
+    """More trials than before: the same batches as if there had been as many from the start."""
+    source = from_search(propose, 20, batch=6)
+    ended = lambda numbers: {n: Record(configure(n), state=COMPLETE) for n in numbers}
+    records = ended(range(10))
+    assert [event.trial for event in source(records)] == [10, 11]
+    records = ended(range(12))
+    assert [event.trial for event in source(records)] == list(range(12, 18))
 
 
 def test_a_batch_is_in_the_log_whole_before_it_is_started(log, tmp_path):

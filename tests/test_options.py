@@ -1,6 +1,7 @@
 """A study's options: what is refused, in one line and before anything is written; and what they
 give."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import yaml
 
+from disinhib import hydra_config
 from disinhib.errors import ConfigError, InputError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import manifest, options, space_tree, study
@@ -88,6 +90,8 @@ REFUSED = {
     "search.trainer=[bp,backprop]": ["search.trainer: given ['bp', 'backprop']", "some of bp, ex"],
     "search.trainer.strong_fb=true": ["search.trainer.strong_fb: given true", "a list of choices"],
     "search.trainer=[bp": ["not understood"],
+    "search.trainer.strong_fb=[[1,2],[3]]": ["given [[1, 2], [3]]", "a list of choices"],
+    "trainer=bp,lin-thresh": ["trainer: given bp,lin-thresh", "or search.trainer=[...]"],
     "dataset.path=nowhere": ["dataset.path", "nowhere"],
     "out_dir=/dev/null/out": ["out_dir: given /dev/null/out", "folder that can be written"],
     "warm_start=nothing": ["warm_start: given nothing", "the name of a study in "],
@@ -200,10 +204,24 @@ def test_the_rule_is_fixed_like_any_other_choice():
     assert space_tree.rules_of(asked.search_space) == []
 
 
-def test_an_option_that_another_one_rules_out_of_the_search_applies_as_it_is():
-    asked, _, trials = searched_by("space=exact_inv", f"{STRONG}=true", "trainer.target_nudge=0.2")
-    assert (asked.fixed, asked.common[-1]) == ({STRONG: True}, "trainer.target_nudge=0.2")
-    assert {trial["options"]["trainer"]["target_nudge"] for trial in trials} == {0.2}
+def test_what_is_fixed_is_so_in_every_branch_that_has_it():
+    """Also where another choice rules it out of the search."""
+    asked, _, trials = searched_by(f"{STRONG}=true", "trainer.target_nudge=0.2")
+    assert asked.fixed == {STRONG: True, "trainer.target_nudge": 0.2}
+    nudges = {trial["rule"]: trial["options"]["trainer"].get("target_nudge") for trial in trials}
+    assert nudges == {"bp": None, "exact-inv": 0.2, "lin-thresh": 0.2}
+
+
+def test_an_experiment_fixes_what_it_sets(tmp_path, monkeypatch):
+    shutil.copytree(hydra_config.CONFIGURATIONS, tmp_path / "conf")
+    monkeypatch.setattr(hydra_config, "CONFIGURATIONS", tmp_path / "conf")
+    file = tmp_path / "conf" / "experiment" / "slow.yaml"
+    file.write_text("# @package _global_\nspace: bp\noptimizer:\n  learning_rate: 0.0005\n")
+    asked, parameters, trials = searched_by("experiment=slow")
+    assert (asked.fixed, parameters) == ({RATE: 0.0005}, {})
+    assert {trial["options"]["optimizer"]["learning_rate"] for trial in trials} == {0.0005}
+    _, parameters, _ = searched_by("experiment=slow", f"search.{RATE}=[1e-4,1e-2]")
+    assert list(parameters) == [f"bp.{RATE}"]
 
 
 def test_a_range_and_choices_may_be_others():
@@ -220,6 +238,12 @@ def test_a_range_and_choices_may_be_others():
     # A default outside of it is not tried first.
     high, _, _ = searched_by("space=bp", f"search.{RATE}=[0.5,1]")
     assert options.first_points(high) == []
+
+
+def test_what_contradicts_itself_or_is_nowhere_is_refused(refuse):
+    line = refuse(f"search.{RATE}=[1e-4,1]", f"{RATE}=0.1")
+    assert line == f"search.{RATE}: given with {RATE}=0.1, needed is one"
+    assert f"{STRONG}: unknown option here" in refuse("trainer=bp", f"{STRONG}=true")
 
 
 def test_a_trial_of_a_narrowed_study_is_its_command():

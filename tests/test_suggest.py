@@ -9,6 +9,7 @@ import sys
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -18,7 +19,7 @@ from optuna.trial import TrialState
 
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
-from disinhib.tuning import options as _registers_the_groups, suggest, validation  # noqa: F401
+from disinhib.tuning import options as _registers_the_groups, space_tree, suggest, validation  # noqa: F401
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
@@ -97,7 +98,8 @@ class Course:
 
     def ask(self, number):
         self.overrides[number], point = json.loads(json.dumps(self.propose(number)))
-        config = {"number": number, "rule": self.overrides[number]["trainer"], "epochs": 3}
+        own = self.overrides[number]
+        config = {"number": number, "rule": own["trainer"], "epochs": 3, "searched": own}
         self.records[number] = Record(config, point)  # pyright: ignore[reportArgumentType]
 
     def run(self, number, scores=None, state=None):
@@ -401,6 +403,17 @@ def test_of_an_earlier_study_with_other_choices_what_was_so_chosen_is_left_out()
     assert {trial["rule"] for trial in earlier().tried(other)} == {"a"}
 
 
+def test_of_an_earlier_study_what_was_fixed_counts_by_its_value():
+    """Whichever of the two searches it: its trials lie in the other's space if their values do."""
+    at = lambda rate: space_tree.narrowed(space, {"rate": rate}, {})
+    lies = lambda course, rate: suggest.as_tried(course.records.values(), at(rate), {"rate": rate})
+    slow, fast = (Course("random", space=at(rate)).go(6) for rate in (0.01, 0.1))
+    assert len(lies(slow, 0.01)) == len(lies(fast, 0.1)) == 6
+    assert lies(slow, 0.1) == lies(fast, 0.01) == lies(Course("random").go(6), 0.01) == []
+    points = [trial["point"]["params"] for trial in slow.tried()]
+    assert [params[f"{RULES[n % 2]}.rate"] for n, params in enumerate(points)] == [0.01] * 6
+
+
 def test_a_trial_of_a_rule_that_is_not_in_the_space_lies_outside():
     """As one of bp_ei for a study of `rules`."""
     of_bp_ei = Course("random", rules=(), space=SPACES["bp_ei"]).go(2)
@@ -457,7 +470,10 @@ def test_what_is_known_of_a_batch_is_that_it_runs(number, told, balanced):
     """The history that a proposal may learn from does not depend on what its own batch, or a later
     one, has reported: so the order of reports does not matter."""
     rules = RULES if balanced else ()
-    records = {n: Record({"number": n, "rule": RULES[n % 2], "epochs": 3}) for n in range(16)}  # pyright: ignore
+    records = {}
+    for n in range(16):
+        config: Any = {"number": n, "rule": RULES[n % 2], "epochs": 3, "searched": {}}
+        records[n] = Record(config)
     first = number // SIZE * SIZE
     for n in range(first):
         records[n].scores, records[n].state = [0.1 * n] * 3, COMPLETE

@@ -26,8 +26,8 @@ SEARCH_NOTE = (
     " error. Only complete trials compete."
 )
 WINNERS_NOTE = (
-    "The searched options of each rule's selected trial (if none has been retrained, of its best"
-    " complete one), the ranges in which they were searched, and the published defaults."
+    "The searched options of the trials that were retrained (or else of each rule's best one), the"
+    " ranges in which they were searched, and the published defaults."
 )
 
 
@@ -110,7 +110,8 @@ def sections(report: Report) -> list[Section]:
     winners = tables.winners(report.data.trials, report.data.retrained, report.data.metric)
     if winners and report.study.space is not None:
         chosen = tables.chosen(winners, report.study.space)
-        sections.append(Section("What won", chosen, WINNERS_NOTE))
+        if len(chosen):
+            sections.append(Section("What won", chosen, WINNERS_NOTE))
     if len(report.search):
         shown = tables.shown_search(report.search)
         sections.append(Section("What the search cost", shown, SEARCH_NOTE))

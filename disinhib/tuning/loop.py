@@ -227,15 +227,15 @@ Proposer = Callable[[int, Mapping[int, Record]], Asked]
 
 
 def from_search(propose: Proposer, trials: int, batch: int | None = None) -> Source:
-    """`trials` trials, proposed by `propose(number, records)`: one after another, or `batch` at a
-    time as soon as all earlier ones have ended."""
+    """`trials` trials, proposed by `propose(number, records)`: one after another, or the rest of a
+    `batch` (consecutive numbers) as soon as all earlier ones have ended."""
 
     def source(records: Mapping[int, Record]) -> list[Asked]:
         first = len(records)
         if batch is not None and not all(record.ended for record in records.values()):
             return []
-        asked, events = {**records}, []
-        for number in range(first, min(trials, first + (batch or 1))):
+        asked, events, size = {**records}, [], batch or 1
+        for number in range(first, min(trials, (first // size + 1) * size)):
             events.append(propose(number, asked))
             follow(asked, events[-1])
         return events

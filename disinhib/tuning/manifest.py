@@ -105,8 +105,8 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
     lease.refuse_live(folder)
     with closing(EventLog(folder, existing=True)) as log:
         records = replay(log.events()).values()
-    space = study.search_space
-    past = [*suggest.within(earlier, space), *suggest.as_tried(records, space)]
+    space, fixed = study.search_space, study.fixed
+    past = [*suggest.within(earlier, space, fixed), *suggest.as_tried(records, space, fixed)]
     if records and not past:
         raise refusal(
             "warm_start", name, f"a study with trials that lie in space={study.space} (it has none)"

@@ -243,7 +243,7 @@ class MlflowStore:
     study_run: str | None = None  # set when the store is loaded
     runs: dict[RunKey, str] = field(default_factory=dict)
     records: dict[int, Record] = field(default_factory=dict)
-    params: dict[str, None] = field(default_factory=dict)  # names, of all trials
+    params: dict[str, None] | None = None  # names, of all trials that the page knows
 
     def __post_init__(self) -> None:
         self.address = self.experiment.uri
@@ -315,21 +315,23 @@ class MlflowStore:
         records = list(self.records.values())
         now, sign = progress.tally(records), SELECTION[self.metric].sign
         values: dict[str, float] = {"trials_ended": now.ended, "trials_failed": now.failed}
-        for rule, best, _ in progress.standings(records):
-            if best is not None and best.score is not None:
-                values[f"best_{rule}"] = sign * best.score
+        tags = []
+        if not any(record.config["final"] for record in records):  # those do not compete
+            tags = [RunTag(DESCRIPTION, progress.markdown(records, self.metric))]
+            for rule, best, _ in progress.standings(records):
+                if best is not None and best.score is not None:
+                    values[f"best_{rule}"] = sign * best.score
         metrics = [Metric(n, v, _milliseconds(when), now.ended) for n, v in values.items()]
-        table = RunTag(DESCRIPTION, progress.markdown(records, self.metric))
-        self.client.log_batch(self.study_run, metrics=metrics, tags=[table])
+        self.client.log_batch(self.study_run, metrics=metrics, tags=tags)
 
     def _set_view(self, params: Iterable[str]) -> None:
         """Presets what the experiment's page shows at the address that the study prints:
         the runs of its trials, the best first, with the columns that matter. (MLflow's own page
         writes such a tag when somebody shares what they see: no interface says so.)"""
-        new = dict.fromkeys(params).keys() - self.params.keys()
-        if self.params and not new:
+        new = dict.fromkeys(params).keys() - (self.params or {}).keys()
+        if self.params is not None and not new:
             return
-        self.params |= dict.fromkeys(sorted(new))
+        self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
         from disinhib.metrics import SELECTION
 
         score = f"metrics.`{self.metric}`"

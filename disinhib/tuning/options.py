@@ -140,34 +140,40 @@ def compose(overrides: Sequence[str]) -> Study:
 def _narrowing(
     name: str, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """(the options that the space of that `name` searches and `overrides` fix, other ranges for
-    them, the other overrides).
+    """(the options that the space of that `name` searches and `overrides`, or an experiment, fix;
+    other ranges for them; the other overrides).
 
-    Raises ConfigError for a range of an option that is not searched.
+    Raises ConfigError for a range of an option that is not searched, or that is fixed.
     """
     space = SPACES[name]
     known = space_tree.searched(space)
-    fixed, ranges, common = {}, {}, []
+    ranges: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    common, experiment = [], None
     for override in overrides:
         option = option_of(override)
         if option.startswith(SEARCH):
             ranges[option.removeprefix(SEARCH)] = hydra_config.value_of(override)
-        elif option in known:
-            fixed[option] = hydra_config.value_of(override)
+        elif option in known and not override.startswith("~"):
+            given[option] = hydra_config.value_of(override)
         else:
             common.append(override)
-    ranges = {option: value for option, value in ranges.items() if option not in fixed}
-    reached = list(space_tree.branches(space_tree.narrowed(space, fixed, ranges)))
-    left = {name for branch in reached for name in branch.params}
+            experiment = hydra_config.value_of(override) if option == "experiment" else experiment
+    if both := given.keys() & ranges.keys():
+        option = min(both)
+        raise ConfigError(f"{SEARCH}{option}: given with {option}={given[option]}, needed is one")
+    of_experiment = hydra_config.settings_of(experiment)
+    fixed = {o: v for o, v in of_experiment.items() if o in known and o not in ranges} | given
+    left = {
+        name
+        for branch in space_tree.branches(space_tree.narrowed(space, fixed, ranges))
+        for name in branch.params
+    }
     for option in ranges:
         if not space_tree.parameters_for(option, left):
-            options = sorted({space_tree.option_of(name) for name in left})
-            near = nearest(option, options)
+            near = nearest(option, sorted({space_tree.option_of(name) for name in left}))
             raise ConfigError(f"{SEARCH}{option}: space={name} does not search it{near}")
-    # What another fixed option rules out is not searched: it applies to every trial as it is.
-    out = {o for o in fixed if not any(o in branch.overrides for branch in reached)}
-    common += [override for override in overrides if option_of(override) in out]
-    return {o: value for o, value in fixed.items() if o not in out}, ranges, common
+    return fixed, ranges, common
 
 
 def _store(then: str | None, out_dir: Path) -> tuple[str | None, str]:
@@ -224,7 +230,10 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
     composed, choices = _composed(study.common, overrides)
     options = {name: value for name, value in composed.items() if name not in STUDY_OPTIONS}
     options["resume"] = None  # that of a training run is a folder
-    for name, value in overrides.items():
+    # Fixed where the space would search them, and wherever else there is such an option.
+    there = flatten(options)
+    fixed = {name: value for name, value in study.fixed.items() if name in there}
+    for name, value in {**fixed, **overrides}.items():
         if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
@@ -289,6 +298,10 @@ def check_space(study: Study) -> list[TrialConfig]:
             trial = configure(study, 0, branch.overrides)
             training.check_data(config.parse(trial["options"]))
         checked.append(trial)
+    there = {name for trial in checked for name in flatten(trial["options"])}
+    for name in study.fixed:
+        if name != space_tree.RULE and name not in there:
+            raise ConfigError(f"{name}: unknown option here{nearest(name, there)}")
     return checked
 
 

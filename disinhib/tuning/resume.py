@@ -12,6 +12,7 @@ import yaml
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError
 from disinhib.hydra_config import is_group, option_of
+from disinhib.tuning.space_tree import SEARCH
 
 FILE = "study.yaml"  # in a study's folder
 # Options that may change when a study is resumed: where it runs and writes, not what it does.
@@ -60,8 +61,8 @@ def on_top_of(
     earlier: Mapping[str, Any], overrides: Sequence[str], own: Mapping[str, Any]
 ) -> list[str]:
     """Overrides of a study that resumes or extends an earlier one."""
-    # Its name and its folder are known.
-    left = {option_of(override) for override in overrides} | {"study", "out_dir"}
+    # Its name and its folder are known. An option that is fixed and its range replace each other.
+    left = {_subject(override) for override in overrides} | {"study", "out_dir"}
     if own["extend"]:
         name = free_name(None, own["study"], Path(own["out_dir"]).absolute())
         overrides = [o for o in overrides if option_of(o) not in ("study", "extend")]
@@ -74,9 +75,14 @@ def on_top_of(
     before = [
         o
         for o in earlier["overrides"]
-        if option_of(o) not in left and not option_of(o).startswith(groups)
+        if _subject(o) not in left and not option_of(o).startswith(groups)
     ]
     return [*before, *overrides]
+
+
+def _subject(override: str) -> str:
+    """The option that an override sets, or whose range it gives."""
+    return option_of(override).removeprefix(SEARCH)
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -74,10 +74,10 @@ class _Narrowed:
         return getattr(self._trial, name)
 
     def suggest_float(self, name: str, low: float, high: float, **kind: Any) -> Any:
-        return self._number(self._trial.suggest_float, name, low, high, kind)
+        return self._number(self._trial.suggest_float, name, (low, high), kind, is_number)
 
     def suggest_int(self, name: str, low: int, high: int, **kind: Any) -> Any:
-        return self._number(self._trial.suggest_int, name, low, high, kind)
+        return self._number(self._trial.suggest_int, name, (low, high), kind, is_whole)
 
     def suggest_categorical(self, name: str, choices: Sequence) -> Any:
         known = lambda values: all(any(same(value, c) for c in choices) for value in values)
@@ -88,27 +88,33 @@ class _Narrowed:
             return value
         if option := _named(name, self._ranges):
             given = self._ranges[option]
-            if not isinstance(given, list) or not given or (name == RULE and not known(given)):
+            plain = isinstance(given, list) and not any(isinstance(v, list | dict) for v in given)
+            if not plain or not given or (name == RULE and not known(given)):
                 several = f"some of {', '.join(choices)}" if name == RULE else "a list of choices"
                 raise refusal(SEARCH + option, given, several)
             choices = given
         return self._trial.suggest_categorical(name, choices)
 
     def _number(
-        self, suggest: Callable[..., Any], name: str, low: float, high: float, kind: dict[str, Any]
+        self,
+        suggest: Callable[..., Any],
+        name: str,
+        range_: Sequence[float],
+        kind: dict[str, Any],
+        is_one: Callable[[Any], bool],
     ) -> Any:
         if option := _named(name, self._fixed):
             return self._fixed[option]
         if option := _named(name, self._ranges):
             given, least = self._ranges[option], 0 if kind.get("log") else -math.inf
-            whole = isinstance(low, int)
-            numbers = isinstance(given, list) and all(map(is_whole if whole else is_number, given))
-            if not (numbers and len(given) == 2 and least < given[0] < given[1]):
+            two = isinstance(given, list) and len(given) == 2 and all(map(is_one, given))
+            if not (two and least < given[0] < given[1]):
+                whole = "whole " if is_one is is_whole else ""
                 above = " above 0" if kind.get("log") else ""
-                words = f"[LOW,HIGH], two {'whole ' if whole else ''}numbers{above}, LOW below HIGH"
-                raise refusal(SEARCH + option, given, words)
-            low, high = given
-        return suggest(name, low, high, **kind)
+                allowed = f"[LOW,HIGH], two {whole}numbers{above}, LOW below HIGH"
+                raise refusal(SEARCH + option, given, allowed)
+            range_ = given
+        return suggest(name, *range_, **kind)
 
 
 def _named(parameter: str, options: Mapping[str, Any]) -> str | None:

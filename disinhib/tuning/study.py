@@ -119,7 +119,10 @@ def resume_command(study: Study, name: str) -> str:
     """To be typed where the study was started."""
     out_dir = study.options["out_dir"]
     out = [] if out_dir == "out" else [hydra_config.override("out_dir", out_dir)]
-    return shlex.join(tune_words(hydra_config.override("study", name), *out, "resume=true"))
+    # What it was given this time may not have been kept yet.
+    trials = [f"trials={study.trials}"] if study.resume else []
+    named = hydra_config.override("study", name)
+    return shlex.join(tune_words(named, *out, "resume=true", *trials))
 
 
 def summary(finished: Finished, study: Study, console: Console) -> None:

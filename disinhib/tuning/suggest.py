@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option, or_null
 from disinhib.tuning import event_log
 from disinhib.tuning.event_log import Point, Record
-from disinhib.tuning.space_tree import RULE, Path, option_of, path_at
+from disinhib.tuning.space_tree import RULE, option_of, parameters_for, path_at, same
 from search_spaces import Overrides, Space
 
 STATES = {
@@ -41,6 +41,7 @@ class Tried(TypedDict):
     point: Point
     scores: list[float]  # by epoch; signed: more is better
     state: str  # a key of STATES if the trial has ended
+    searched: dict[str, Any]  # the options that its space has set
 
 
 # As many as TPE calls good at most, in whose neighbourhood it proposes. Each of the others makes a
@@ -138,7 +139,11 @@ def value(state: str, scores: Sequence[float]) -> float | None:
 
 def tried(record: Record) -> Tried:
     return Tried(
-        rule=record.rule, point=record.point, scores=list(record.scores), state=record.state
+        rule=record.rule,
+        point=record.point,
+        scores=list(record.scores),
+        state=record.state,
+        searched=record.config["searched"],
     )
 
 
@@ -205,28 +210,30 @@ def fixed_params(
     return {**own[turn], **rule} if turn < len(own) else rule
 
 
-def as_tried(records: Iterable[Record], space: Space) -> list[Tried]:
+def as_tried(
+    records: Iterable[Record], space: Space, fixed: Mapping[str, Any] | None = None
+) -> list[Tried]:
     """The complete and pruned trials among `records` that lie in `space`, as points of it."""
     learnable = (event_log.COMPLETE, event_log.PRUNED)
-    return within((tried(record) for record in records if record.state in learnable), space)
+    own = (tried(record) for record in records if record.state in learnable)
+    return within(own, space, fixed)
 
 
-def within(trials: Iterable[Tried], space: Space) -> list[Tried]:
-    """The trials that lie in `space`, as points of it, with its ranges."""
+def within(
+    trials: Iterable[Tried], space: Space, fixed: Mapping[str, Any] | None = None
+) -> list[Tried]:
+    """The trials that lie in `space`, as points of it, with its ranges: an option that was fixed
+    then and is searched now counts by its value, and one that is `fixed` now must have had it."""
     inside = []
     for trial in trials:
-        params = trial["point"]["params"]
-        path, whole = path_at(space, {RULE: trial["rule"], **params})
-        if whole and not any(_fixed_otherwise(path, *item) for item in params.items()):
+        then, params = trial["searched"], trial["point"]["params"]
+        not_searched = {o: value for o, value in then.items() if not parameters_for(o, params)}
+        values = {**not_searched, RULE: trial["rule"], **params}
+        path, whole = path_at(space, values, names=lambda name: (name, option_of(name)))
+        if whole and all(same(then.get(o, value), value) for o, value in (fixed or {}).items()):
             there = point(path.params, path.distributions, {})
             inside.append(Tried(**{**trial, "point": there}))
     return inside
-
-
-def _fixed_otherwise(path: Path, name: str, value: Any) -> bool:
-    """Whether a space sets to another value, on this path, what a parameter set elsewhere."""
-    options = [option for option in (name, option_of(name)) if option in path.overrides]
-    return name not in path.params and any(path.overrides[o] != value for o in options)
 
 
 def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:
