@@ -254,7 +254,7 @@ def test_a_batch_waits_for_the_one_before(log):
 
 def test_a_batch_that_was_cut_short_is_filled_up_first():
     """More trials than before: the same batches as if there had been as many from the start."""
-    source = from_search(propose, 20, batch=6)
+    source = from_search(lambda n, records: Asked(n, configure(n)), 20, batch=6)
     ended = lambda numbers: {n: Record(configure(n), state=COMPLETE) for n in numbers}
     records = ended(range(10))
     assert [event.trial for event in source(records)] == [10, 11]
