@@ -76,7 +76,10 @@ def test_it_may_have_more_trials_but_not_fewer(go_on, tiny_space, one_ray, tmp_p
     words = ["experiment=smoke", "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
     run = lambda *more: study.run(options.compose([*words, *more]), tiny.quiet(), tiny.played())
     first = [record.config for record in run("trials=2").records]
+    more = options.compose([*words, "trials=4"])
+    assert study.resume_command(more, "mine").endswith(" resume=true trials=4")
     again = run("trials=4")
+    assert study.resume_command(more, "mine").endswith(" resume=true")
     assert [record.config for record in again.records][:2] == first and again.whole
     assert len(again.records) == 4
     kept = yaml.safe_load((tmp_path / "mine" / resume.FILE).read_text())

@@ -103,6 +103,11 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+def kept_trials(folder: Path) -> int:
+    """How many trials the study in `folder` has, by its file."""
+    return yaml.safe_load((folder / FILE).read_text("utf-8"))["options"]["trials"]
+
+
 def keep_trials(folder: Path, trials: int) -> None:
     """Writes down that the study in `folder` has so many trials from now on."""
     file = folder / FILE

@@ -119,8 +119,8 @@ def resume_command(study: Study, name: str) -> str:
     """To be typed where the study was started."""
     out_dir = study.options["out_dir"]
     out = [] if out_dir == "out" else [hydra_config.override("out_dir", out_dir)]
-    # What it was given this time may not have been kept yet.
-    trials = [f"trials={study.trials}"] if study.resume else []
+    more = study.resume and resume.kept_trials(study.folder) != study.trials  # not kept yet
+    trials = [f"trials={study.trials}"] if more else []
     named = hydra_config.override("study", name)
     return shlex.join(tune_words(named, *out, "resume=true", *trials))
 
