@@ -294,11 +294,13 @@ def value_of(override: str) -> Any:
 
 
 def settings_of(experiment: str | None) -> dict[str, Any]:
-    """The options that conf/experiment/NAME.yaml sets itself, by dotted name."""
+    """The options of a study that conf/experiment/NAME.yaml sets itself, by dotted name."""
     file = CONFIGURATIONS / "experiment" / f"{experiment}.yaml"
     if experiment is None or not file.is_file():
         return {}
-    return flatten(OmegaConf.to_container(OmegaConf.load(file)))  # pyright: ignore
+    own = flatten(OmegaConf.to_container(OmegaConf.load(file)))  # pyright: ignore
+    resolved = flatten(compose("study", [f"experiment={experiment}"])[0])
+    return {name: resolved[name] for name in own if name in resolved}
 
 
 def check_folder(folder: Path) -> None:

@@ -216,10 +216,11 @@ def test_an_experiment_fixes_what_it_sets(tmp_path, monkeypatch):
     shutil.copytree(hydra_config.CONFIGURATIONS, tmp_path / "conf")
     monkeypatch.setattr(hydra_config, "CONFIGURATIONS", tmp_path / "conf")
     file = tmp_path / "conf" / "experiment" / "slow.yaml"
-    file.write_text("# @package _global_\nspace: bp\noptimizer:\n  learning_rate: 0.0005\n")
+    text = "space: bp\nmax_weight: 500\noptimizer:\n  learning_rate: ${max_weight}\n"
+    file.write_text(f"# @package _global_\n{text}")
     asked, parameters, trials = searched_by("experiment=slow")
-    assert (asked.fixed, parameters) == ({RATE: 0.0005}, {})
-    assert {trial["options"]["optimizer"]["learning_rate"] for trial in trials} == {0.0005}
+    assert (asked.fixed, parameters) == ({RATE: 500}, {})
+    assert {trial["options"]["optimizer"]["learning_rate"] for trial in trials} == {500}
     _, parameters, _ = searched_by("experiment=slow", f"search.{RATE}=[1e-4,1e-2]")
     assert list(parameters) == [f"bp.{RATE}"]
 

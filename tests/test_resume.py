@@ -177,6 +177,16 @@ def test_what_it_learns_from_must_be_comparable(begun, refuse):
     assert f"warm_start: {begun.name} had metric=valid_accuracy, and this study has" in line
 
 
+def test_what_another_version_had_learnt_from_is_refused(tiny_space, tmp_path):
+    old = tiny.begin(f"out_dir={tmp_path}")
+    file = old.folder / manifest.MANIFEST
+    past = [{"rule": "bp", "point": {}, "scores": [], "state": COMPLETE}]  # before there was more
+    file.write_text(json.dumps({**json.loads(file.read_text()), "past": past}))
+    words = [*tiny.STUDY, "study=new", f"out_dir={tmp_path}", f"warm_start={old.name}"]
+    with pytest.raises(ConfigError, match=r"has no manifest\.json that this version can read"):
+        study.job(options.compose(words))
+
+
 def test_what_it_learns_from_must_lie_in_its_space(tiny_space, tmp_path, monkeypatch):
     first = tiny.begin(f"out_dir={tmp_path}", "study=first")
     propose = manifest.proposer(first, manifest.read(first.folder, "first"))

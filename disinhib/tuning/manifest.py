@@ -117,7 +117,11 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
 def read(folder: Path, name: str) -> Manifest:
     """The manifest in a study's folder. Raises ConfigError if this version cannot read one."""
     try:
-        return Manifest(**json.loads((folder / MANIFEST).read_text("utf-8")))
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text("utf-8")))
+        for trial in manifest.past:
+            if lacking := suggest.Tried.__required_keys__ - trial.keys():
+                raise ValueError(f"its earlier trials have no {', '.join(lacking)}")
+        return manifest
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"study: {name} in {folder.parent} has no {MANIFEST} that this version can read"
