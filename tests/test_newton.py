@@ -305,17 +305,20 @@ def test_the_exact_jacobian_finds_the_same_steady_state_in_fewer_steps(problem, 
     assert np.max(by_newton.iterations) < np.max(by_broyden.iterations)
 
 
-def test_the_exact_jacobian_takes_over_where_broyden_does_not_get_there(problem):
-    # Strong control of large weights; the brief of twelve evaluations is the shipped one.
+def test_the_exact_jacobian_takes_over_where_broyden_does_not_get_there(problem, monkeypatch):
+    monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", 12)
+    program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
     small = problem(weight_scale=4.0, **SMALL)
-    _, closed, _ = solved(small, STRONG)
+    _, closed, _ = solved(small, STRONG, program)
     assert np.max(closed.iterations) > newton.BROYDEN_EVALUATIONS
     assert np.all(closed.converged)
 
 
-def test_a_loose_tolerance_is_reached_where_feedback_is_strong(problem):
-    """The control is found by what neurons answer, so they must settle to more than the tolerance:
+def test_a_loose_tolerance_is_reached_where_feedback_is_strong(problem, monkeypatch):
+    """Also by the exact Jacobian, after few evaluations without it. The control is found by what neurons answer, so they must settle to more than the tolerance:
     otherwise 1 to 5 samples of each are given up."""
+    monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", 12)
+    program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
     shape = {"sizes": (20, 40, 40, 40, 10), "batch": 60}
     solver = Newton(tolerance=1e-4, max_iterations=30)
     for seed, scale, g_ei, g_ie, k_p, k_i, norm_val in (
@@ -326,7 +329,7 @@ def test_a_loose_tolerance_is_reached_where_feedback_is_strong(problem):
         hyper = HYPER.updated(
             g_ei=g_ei, g_ie=g_ie, controller={"k_p": k_p, "k_i": k_i}, rule={"norm_val": norm_val}
         )
-        _, closed, _ = solved(problem(seed, scale, solver=solver, **shape), hyper)
+        _, closed, _ = solved(problem(seed, scale, solver=solver, **shape), hyper, program)
         assert np.max(closed.iterations) > newton.BROYDEN_EVALUATIONS
         assert np.all(closed.converged)
 
@@ -405,8 +408,10 @@ def test_a_sample_settles_as_if_it_were_alone(kind_i, problem):
 
 
 def test_lanes_are_solved_as_if_they_were_alone(problem, monkeypatch):
-    """All at once, and those that take long a few at a time: here 4 of 5, by two."""
-    monkeypatch.setattr(newton, "FEW_LANES", 2)
+    """In one program, in which samples that take long go on by three: of the first lane none does,
+    of the others up to all 20."""
+    monkeypatch.setattr(newton, "COMMON_EVALUATIONS", 5)
+    monkeypatch.setattr(newton, "FEW_SAMPLES", 3)
     problems = [problem(seed, scale, **SMALL) for seed, scale in enumerate((0.1, 4, 5, 6, 4))]
     gains = [HYPER, STRONG, STRONG, HYPER, STRONG]
     architecture = problems[0].architecture
@@ -414,14 +419,26 @@ def test_lanes_are_solved_as_if_they_were_alone(problem, monkeypatch):
     arrays = stacked(
         [(p.parameters, traced(h), p.x, p.target) for p, h in zip(problems, gains, strict=True)]
     )
-    _, together, _ = as_numpy(jax.jit(jax.vmap(partial(both_loops, architecture)))(*arrays))
+    program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
+    lanes = lambda *arrays: program(architecture, *arrays)
+    _, together, _ = as_numpy(jax.jit(jax.vmap(lanes))(*arrays))
     assert np.all(together.converged)
-    took_long = np.max(together.iterations, axis=1) > newton.COMMON_EVALUATIONS
-    assert list(took_long) == [False, True, True, True, True]
+    took_long = np.sum(together.iterations > newton.COMMON_EVALUATIONS, axis=1)
+    assert took_long[0] == 0 and np.all(took_long[1:] > newton.FEW_SAMPLES)
     for lane, (small, hyper) in enumerate(zip(problems, gains, strict=True)):
-        _, alone, _ = solved(small, hyper)
+        _, alone, _ = solved(small, hyper, program)
         np.testing.assert_array_equal(alone.iterations, together.iterations[lane])
         np.testing.assert_allclose(alone.control, together.control[lane], rtol=1e-9, atol=1e-12)
+
+
+def test_few_samples_at_a_time_are_solved_as_if_all_were(problem, monkeypatch):
+    small = problem(weight_scale=8.0, **SMALL)
+    _, together, _ = solved(small, STRONG)
+    monkeypatch.setattr(newton, "FEW_SAMPLES", 3)
+    program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
+    _, few, _ = solved(small, STRONG, program)
+    np.testing.assert_array_equal(few.iterations, together.iterations)
+    np.testing.assert_allclose(few.control, together.control, rtol=1e-9, atol=1e-12)
 
 
 def test_a_sample_is_solved_as_if_it_were_alone(problem):

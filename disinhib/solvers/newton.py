@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from disinhib.controller import CONTROLLERS
@@ -41,9 +40,9 @@ from disinhib.microcircuit import (
 )
 from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 
-BROYDEN_EVALUATIONS = 12
-# Of many lanes at once: evaluations in all lanes together, and how many lanes go on at a time.
-COMMON_EVALUATIONS, FEW_LANES = 5, 8
+BROYDEN_EVALUATIONS = 20
+# Evaluations of all samples of a batch together, and how many of those left go on at a time.
+COMMON_EVALUATIONS, FEW_SAMPLES = 4, 32
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
 NOT_SETTLED = 2.0  # in place of a share: neurons have to settle before the first step
 # Neurons count as settled at this share of the tolerance: |F| is only as exact as they are, and it
@@ -206,15 +205,21 @@ class _Iterate(NamedTuple):
     evaluations: Array
 
 
-class _Problem(NamedTuple):
-    """What a closed loop is solved for, of one lane or, with a leading axis, of several."""
+class _Samples(NamedTuple):
+    """What a closed loop is solved for."""
 
-    parameters: Parameters
-    hyper: Hyperparameters
     x: Float[Array, "batch in"]
     first: Array  # input of the first layer
     target: Float[Array, "batch out"]
     weights: FeedbackWeights
+
+
+class _Network(NamedTuple):
+    """What it is solved with."""
+
+    architecture: Architecture
+    parameters: Parameters
+    hyper: Hyperparameters
 
 
 def closed_loop(
@@ -232,7 +237,8 @@ def closed_loop(
     circuit = microcircuit(architecture, hyper)
     loss = bind(architecture.loss, hyper.loss)
     gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    problem = _Problem(parameters, hyper, x, _first_input(parameters, x), target, weights)
+    network = _Network(architecture, parameters, hyper)
+    samples = _Samples(x, _first_input(parameters, x), target, weights)
     iterate = _Iterate(
         control=jnp.zeros_like(start.u_y),
         # At c = 0 the open-loop state solves every neuron; only the control is off.
@@ -245,15 +251,13 @@ def closed_loop(
         iterations=jnp.zeros(len(x), x.dtype),
         evaluations=jnp.zeros((), jnp.int32),
     )
-    iterate = _solver(architecture)(problem, iterate)
+    iterate = _solved(network, samples, iterate)
     s = disinhibition(iterate.control, weights)
     u_i = tuple(
         inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
     )
     return Solution(
-        NetworkState(
-            iterate.u_e, u_i, _output(architecture, problem, iterate.u_e, iterate.control)
-        ),
+        NetworkState(iterate.u_e, u_i, _output(network, x, iterate.u_e, iterate.control)),
         iterate.control,
         iterate.iterations,
         iterate.residual,
@@ -261,70 +265,61 @@ def closed_loop(
     )
 
 
-def _solver(architecture: Architecture) -> Callable[[_Problem, _Iterate], _Iterate]:
-    """The closed loop's iteration. Over lanes at once (vmap), a loop goes on until the last sample
-    of the last lane is solved: so most samples are solved in all lanes together, and the others in
-    few of them at a time, lest one lane hold up all."""
-    solver = architecture.solver
+def _solved(network: _Network, samples: _Samples, iterate: _Iterate) -> _Iterate:
+    """After the closed loop's iteration. A loop over samples goes on until the last one of them is
+    solved, and over lanes (vmap) until the last one of all: so most samples are solved together,
+    and the others by few at a time, which cost little."""
+    solver = network.architecture.solver
     assert isinstance(solver, Newton)
     brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
-    common = (("broyden", min(COMMON_EVALUATIONS, brief)),)
     rest = (("broyden", brief), ("newton", solver.max_iterations))
+    if len(iterate.residual) <= FEW_SAMPLES:
+        return _iterated(network, rest, samples, iterate)
+    common = (("broyden", min(COMMON_EVALUATIONS, brief)),)
+    iterate = _iterated(network, common, samples, iterate)
 
-    @custom_vmap
-    def solve(problem, iterate):
-        return _iterated(architecture, rest, problem, iterate)
+    def round_of_few(carry):
+        iterate, waiting = carry
+        which = jnp.argsort(~waiting)[:FEW_SAMPLES]  # samples that wait go first
+        few = lambda leaf: leaf[which] if leaf.ndim else leaf
+        put = lambda leaf, its: leaf.at[which].set(its) if leaf.ndim else leaf
+        own = jax.tree.map(few, (samples, iterate))
+        iterate = jax.tree.map(put, iterate, _iterated(network, rest, *own))
+        return iterate, waiting.at[which].set(False)
 
-    @solve.def_vmap
-    def solve_lanes(lanes, has_lanes, *arguments):
-        spread = lambda leaf, has: leaf if has else jnp.broadcast_to(leaf, (lanes, *leaf.shape))
-        problem, iterate = jax.tree.map(spread, arguments, tuple(has_lanes))
-        iterate = jax.vmap(partial(_iterated, architecture, common))(problem, iterate)
-        few = min(FEW_LANES, lanes)
-
-        def round_of_few(carry):
-            iterate, waiting = carry
-            which = jnp.argsort(~waiting)[:few]  # lanes that wait go first
-            own = partial(jax.tree.map, lambda leaf: leaf[which])
-            after = jax.vmap(partial(_iterated, architecture, rest))(own(problem), own(iterate))
-            put = lambda leaf, its: leaf.at[which].set(its)
-            return jax.tree.map(put, iterate, after), waiting.at[which].set(False)
-
-        waiting = jnp.any(_unsolved(solver, iterate), axis=1)
-        carry = jax.lax.while_loop(lambda c: jnp.any(c[1]), round_of_few, (iterate, waiting))
-        return carry[0], jax.tree.map(lambda _: True, iterate)
-
-    return solve
+    waiting = _unsolved(solver, iterate)
+    return jax.lax.while_loop(lambda c: jnp.any(c[1]), round_of_few, (iterate, waiting))[0]
 
 
 def _unsolved(solver: Newton, iterate: _Iterate) -> Bool[Array, "*lanes batch"]:
     return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
 
 
-def _output(architecture: Architecture, problem: _Problem, u_e: Layers, control: Array) -> Array:
-    circuit = microcircuit(architecture, problem.hyper)
-    top = circuit.phi_e.value(u_e[-1]) if u_e else problem.x
-    u_y = top @ problem.parameters["kernel_out"]
-    return u_y + control if architecture.fb_to_readout else u_y
+def _output(network: _Network, x: Array, u_e: Layers, control: Array) -> Array:
+    circuit = microcircuit(network.architecture, network.hyper)
+    top = circuit.phi_e.value(u_e[-1]) if u_e else x
+    u_y = top @ network.parameters["kernel_out"]
+    return u_y + control if network.architecture.fb_to_readout else u_y
 
 
 def _iterated(
-    architecture: Architecture,
+    network: _Network,
     stages: Sequence[tuple[str, int]],
-    problem: _Problem,
+    samples: _Samples,
     iterate: _Iterate,
 ) -> _Iterate:
     """After each method of `stages` has gone on until all samples are solved, or so many
     evaluations have been made in all."""
+    architecture, parameters, hyper = network
     solver = architecture.solver
     assert isinstance(solver, Newton)
-    parameters, hyper, x, first, target, weights = problem
+    x, first, target, weights = samples
     circuit = microcircuit(architecture, hyper)
     loss = bind(architecture.loss, hyper.loss)
     gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
     near = max(NEAR, solver.tolerance)
     settled = max(SETTLED * solver.tolerance, 4 * float(jnp.finfo(x.dtype).eps))
-    output = partial(_output, architecture, problem)
+    output = partial(_output, network, x)
     unsolved = partial(_unsolved, solver)
 
     def step_neurons(u_e, s):

@@ -268,10 +268,11 @@ class Group:
 
     def _slots(self, needed: int, largest: int) -> int:
         """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else,
-        as each number is a program to compile, all, half or a quarter of what fits: more as soon as
-        they are needed, fewer when fewer have long been enough."""
+        as each number is a program to compile, all of what fits, or half or a quarter of it: fewer
+        when fewer have long been enough, more as soon as they are needed."""
         if self.most is None:
             self.most = self.process.most[self.key] = self._fitting()
+            self.slots = self.most  # which has just been compiled, to see whether it fits
         if jax.default_backend() == "cpu":
             return max(largest, min(needed, self.most)) if self.given > 1 else needed
         enough = max(self.most, largest)
