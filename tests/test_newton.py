@@ -315,8 +315,9 @@ def test_the_exact_jacobian_takes_over_where_broyden_does_not_get_there(problem,
 
 
 def test_a_loose_tolerance_is_reached_where_feedback_is_strong(problem, monkeypatch):
-    """Also by the exact Jacobian, after few evaluations without it. The control is found by what neurons answer, so they must settle to more than the tolerance:
-    otherwise 1 to 5 samples of each are given up."""
+    """Also by the exact Jacobian, after few evaluations without it. The control is found by what
+    neurons answer, so they must settle to more than the tolerance: otherwise 1 to 5 samples of each
+    are given up."""
     monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", 12)
     program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
     shape = {"sizes": (20, 40, 40, 40, 10), "batch": 60}
