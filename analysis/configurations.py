@@ -31,7 +31,8 @@ OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experime
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
 NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
     *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
-    *("test_at_end", "OL_eval_on_train", "min_converged_share", "max_weight"),
+    *("test_at_end", "OL_eval_on_train", "diagnostics.alignment"),
+    *("min_converged_share", "max_weight"),
 }
 
 

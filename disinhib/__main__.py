@@ -35,7 +35,8 @@ CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack
 # Options that may differ from those of the run that is resumed.
 RESUMED_WITH = {
     *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
-    *("OL_eval_on_train", "test_at_end", "min_converged_share", "max_weight"),
+    *("OL_eval_on_train", "test_at_end", "diagnostics.alignment"),
+    *("min_converged_share", "max_weight"),
 }
 # Hydra's flags, without those that would replace conf/, and the values of those that have one.
 PLAIN = (

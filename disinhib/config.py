@@ -54,6 +54,7 @@ class RunConfig:
     seed: int | None
     evaluated_share_of_train: float  # 0: none (OL_eval_on_train)
     test_at_end: bool
+    alignment: bool  # measured after each epoch (alignment.py)
     device: str
     gpu_id: int
     min_converged_share: float  # of an epoch's samples, below which the run has diverged
@@ -179,6 +180,7 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
         seed=take("seed", SEED),
         evaluated_share_of_train=data["OL_eval_subset_split"] if on_train else 0.0,
         test_at_end=take("test_at_end", FLAG),
+        alignment=take("diagnostics.alignment", FLAG),
         device=take("device", one_of(("auto", "cpu", "gpu"))),
         gpu_id=take("gpu_id", INDEX),
         min_converged_share=float(take("min_converged_share", UNIT)),

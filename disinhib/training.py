@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from disinhib import data as datasets
+from disinhib.alignment import alignment
 from disinhib.checks import refusal
 from disinhib.config import RunConfig
 from disinhib.errors import one_line
@@ -254,6 +255,20 @@ def evaluate(
     return {name: mean(of_samples) for name, of_samples in values.items()}
 
 
+def align(
+    architecture: Architecture,
+    state: TrainingState,
+    hyper: Hyperparameters,
+    split: Images,
+    scale: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+    """`alignment.alignment` of the rule, on the first batch of `split`."""
+    images, labels = (array[: architecture.batch_size] for array in split)
+    target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
+    x = images.astype(scale.dtype) * scale
+    return alignment(architecture, state.parameters, state.rule, hyper, x, target)
+
+
 class Program(NamedTuple):
     """`run(architecture, lanes, *shared)` takes and gives pytrees with a leading axis of lanes;
     `lower` takes the same, or their shapes, and is jax's."""
@@ -267,6 +282,7 @@ class Programs(NamedTuple):
 
     epoch: Program  # lanes of (states, hyperparameters); shared: data
     evaluate: Program  # lanes of (parameters, hyperparameters); shared: split, scale
+    align: Program  # lanes of (states, hyperparameters); shared: split, scale
 
 
 # YNNPACK's fusions take the soft rectifiers before a sum out of XLA's vectorised loops: an epoch of
@@ -313,7 +329,11 @@ def programs() -> Programs:
         parameters, hyper = lane
         return evaluate(architecture, parameters, hyper, split, scale)
 
-    return Programs(over_lanes(epoch_of), over_lanes(evaluation_of))
+    def alignment_of(architecture, lane, split, scale):
+        state, hyper = lane
+        return align(architecture, state, hyper, split, scale)
+
+    return Programs(over_lanes(epoch_of), over_lanes(evaluation_of), over_lanes(alignment_of))
 
 
 def _at_once(options: Mapping[str, str | bool | int], function: Callable[..., Any]) -> Program:
@@ -357,7 +377,7 @@ def programs_of(config: RunConfig, data: Data, state: TrainingState) -> str:
     arrays = jax.eval_shape(_lane, state, 0), data
     shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(arrays)]
     splits = _evaluated(config, data, at_end=True)
-    described = [jax.__version__, config.architecture, lanes, *splits, *shapes]
+    described = [jax.__version__, config.architecture, lanes, *splits, config.alignment, *shapes]
     return " ".join(map(str, described))
 
 
@@ -370,6 +390,9 @@ def lowered_programs(
     for split in _evaluated(config, data, at_end=True).values():
         lanes = (state.parameters, hyper)
         lowered.append(programs().evaluate.lower(config.architecture, lanes, split, data.scale))
+    if config.alignment:
+        probe = (config.architecture, (state, hyper), data.validation, data.scale)
+        lowered.append(programs().align.lower(*probe))
     return lowered
 
 
@@ -401,7 +424,8 @@ def advance(
 
     `train_CL_*` describe training (closed loop), `valid_*` the open loop on the validation set,
     `train_OL_*` and `test_*` likewise where the configuration asks for them (the test set only
-    after the last epoch of a lane); `epoch_seconds` is the wall time of all of it. A lane that
+    after the last epoch of a lane), `alignment_*` the rule's update of the first validation batch,
+    if asked for; `epoch_seconds` is the wall time of all of it. A lane that
     diverges does not touch the others: nothing is raised, `divergences` says which have.
     """
     start = time.perf_counter()
@@ -414,6 +438,10 @@ def advance(
         lanes = (state.parameters, hyper)
         measured = programs().evaluate.run(config.architecture, lanes, split, data.scale)
         metrics |= {f"{name}_{what}": np.asarray(values) for what, values in measured.items()}
+    if config.alignment:
+        probe = (config.architecture, (state, hyper), data.validation, data.scale)
+        measured = programs().align.run(*probe)
+        metrics |= {name: np.asarray(values) for name, values in measured.items()}
     metrics["epoch_seconds"] = np.full(len(state.seed), time.perf_counter() - start)
     return state, metrics
 

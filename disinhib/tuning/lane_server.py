@@ -113,7 +113,7 @@ class Server:
             state, reports = checkpoint.load(file, run)
         else:
             state = training.initial_state(run, order["seeds"])
-        evaluated = run.epochs, run.test_at_end, run.evaluated_share_of_train
+        evaluated = run.epochs, run.test_at_end, run.evaluated_share_of_train, run.alignment
         key = str((run.architecture, run.dataset, run.dataset_path, run.valid_split, *evaluated))
         with self.lock:
             new = Group(key, run, data, self.slots, self.process)
