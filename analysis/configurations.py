@@ -30,7 +30,7 @@ OWN = ("seeds", "study", "grid", "checkpoints", "cluster", "tracking", "experime
 # Training options that may differ from the trial's: where it runs, and from which files.
 ELSEWHERE = ("device", "gpu_id", "dataset.path", "out_dir")
 NOT_CONFIGURED = {  # options of where and how a run is made, not of what it learns
-    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path"),
+    *("seed", "out_dir", "resume", "device", "gpu_id", "dataset.path", "plugins"),
     *("test_at_end", "OL_eval_on_train", "diagnostics.alignment"),
     *("min_converged_share", "max_weight"),
 }
@@ -169,6 +169,7 @@ def of_selection(
     except InputError as error:
         raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
+    stores.load_plugins(study.provenance)
     return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
 
 

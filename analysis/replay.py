@@ -114,6 +114,7 @@ def _replay(trial: Trial) -> int:
     from disinhib import config, training
 
     numerics.set_jax()
+    stores.load_plugins(trial.provenance)
     try:
         options = config.parse(trial.options)
         training.prepare(options)

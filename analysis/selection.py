@@ -21,7 +21,7 @@ from analysis import runs, store as stores
 from analysis.runs import SEARCHED
 from analysis.store import Refused, StudyRun
 from disinhib import cli
-from disinhib.checks import COUNT, TEXT, Option
+from disinhib.checks import COUNT, OPTIONAL_TEXT, TEXT, Option
 from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Metric
 from disinhib.tuning import mlflow_settings, mlflow_store
@@ -34,16 +34,12 @@ RULE = (
 )
 TRAINER = "trainer"
 PER = f"the groups: {TRAINER} (the learning rule), or options that were searched"
-METRIC = (
-    lambda name: name in (None, *SELECTION),
-    f"null or a metric of the validation data: {', '.join(SELECTION)}",
-)
 OPTIONS = (
     stores.STUDY,
     stores.TRACKING,
     Option("top", 1, COUNT, "trials to select of each group"),
     Option("per", [TRAINER], cli.list_of(TEXT), PER),
-    Option("metric", None, METRIC, "the score; null: the study's"),
+    Option("metric", None, OPTIONAL_TEXT, "the score, of the validation data; null: the study's"),
     Option("selected", "selected.yaml", TEXT, "file to write"),
 )
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
@@ -260,13 +256,13 @@ def main(arguments: list[str]) -> int:
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
     print(stores.said(store, study), flush=True)
+    stores.load_plugins(study.provenance)
     runs.refuse_missing(store, study)
     metric = options["metric"] or study.options["metric"]
     if metric not in SELECTION:
-        raise Refused(
-            f"metric: study {study.name} was tuned by {metric}, allowed is one of"
-            f" {', '.join(SELECTION)} (validation data only)"
-        )
+        who = "given" if options["metric"] else f"study {study.name} was tuned by"
+        allowed = f"one of {', '.join(SELECTION)} (validation data only)"
+        raise Refused(f"metric: {who} {metric}, allowed is {allowed}")
     study.options["metric"] = metric
     per = options["per"]
     trials, dropped = runs.trials(store, study)

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from disinhib import plugins
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store
@@ -185,6 +186,16 @@ def _study_of(store: Store, run: Run) -> StudyRun:
             json.loads(text(store, run_id, "space.json")) if "space.json" in files else None,
             json.loads(text(store, run_id, "provenance.json")),
         )
+
+
+def load_plugins(provenance: Mapping[str, Any]) -> None:
+    """Loads the plugins that a study, or a trial, was made with, and says which have changed since.
+    Raises ConfigError if one cannot be loaded."""
+    from disinhib import hydra_config  # with jax
+
+    for line in plugins.load_kept(provenance.get("plugins", [])):
+        print(f"warning: {line}", flush=True)
+    hydra_config.register_tables()
 
 
 def trials(store: Store, experiment: str, study_id: str | None = None) -> list[Run]:

@@ -25,16 +25,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disinhib import checkpoint, cli, hydra_config, numerics, training
+from disinhib import checkpoint, cli, data, hydra_config, numerics, plugins, training
 from disinhib.checks import flatten, refusal
-from disinhib.config import RunConfig, parse
+from disinhib.config import RunConfig, parse, with_sizes
 from disinhib.errors import FULL_DISK, ConfigError, masked, one_line, printable
 from disinhib.rules import RULES
 
 CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
+PLUGINS = "plugins"  # a folder, in the run's
 # Options that may differ from those of the run that is resumed.
 RESUMED_WITH = {
-    *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path"),
+    *("epochs", "resume", "out_dir", "device", "gpu_id", "dataset.path", "plugins"),
     *("OL_eval_on_train", "test_at_end", "diagnostics.alignment"),
     *("min_converged_share", "max_weight"),
 }
@@ -64,6 +65,8 @@ def main(arguments: list[str]) -> int | None:
     _check_flags(arguments)
     numerics.check()
     numerics.set_jax()
+    # Before Hydra knows options of theirs.
+    arguments = sys.argv[1:] = hydra_config.load_plugins(arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later
         options, _ = hydra_config.compose(hydra_config.TRAINING, overrides)
@@ -95,14 +98,15 @@ def _check_flags(arguments: list[str]) -> None:
 
 def _task(composed: DictConfig) -> None:
     try:
-        options = OmegaConf.to_container(composed, resolve=True)
-        config, past = _check(options)  # pyright: ignore[reportArgumentType]
+        plain = OmegaConf.to_container(composed, resolve=True)
+        options = with_sizes(plain)  # pyright: ignore[reportArgumentType]
+        config, past = _check(options)
     except ValueError as error:
         print(f"error: {printable(masked(str(error)))}", file=sys.stderr)
         sys.exit(2)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        _run(config, past, options, folder)  # pyright: ignore[reportArgumentType]
+        _run(config, past, options, folder)
     except training.Diverged as error:
         log.error("diverged: %s", error)
         sys.exit(1)
@@ -199,6 +203,12 @@ def _run(
         yaml.safe_dump({**options, "seed": seed}, sort_keys=False), "utf-8"
     )
     log.info("seed %d, %s, output in %s", seed, jax.devices()[0].device_kind, folder)
+    for plugin in plugins.LOADED.values():  # as they are now
+        (folder / PLUGINS).mkdir(exist_ok=True)
+        (folder / PLUGINS / f"{plugin.name}.py").write_text(plugin.text, "utf-8")
+        log.info("plugin %s, SHA-256 %s", plugin.file, plugin.sha256)
+    if words := data.words(config.dataset, config.dataset_path):
+        log.info("%s", words)
 
     start -= results.pop("wall_time", 0.0)
     console = Console(stderr=True)

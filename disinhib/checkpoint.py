@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
+from disinhib import plugins
 from disinhib.checks import flatten
 from disinhib.config import RunConfig
 from disinhib.errors import ConfigError
@@ -122,6 +123,6 @@ def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
 
 
 def _described(config: RunConfig) -> dict[str, str]:
-    description = {"rule": config.rule, **asdict(config.architecture)}
+    description = {"rule": config.rule, **plugins.hashes(), **asdict(config.architecture)}
     description["solver"]["name"] = type(config.architecture.solver).__name__.lower()
     return {name: str(value) for name, value in flatten(description).items()}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from disinhib import plugins
 from disinhib.activations import ACTIVATIONS, RATE
 from disinhib.checks import (
     ANY_NUMBER,
@@ -30,7 +31,7 @@ from disinhib.checks import (
     refusal,
 )
 from disinhib.controller import CONTROLLERS
-from disinhib.data import DATASETS
+from disinhib.data import DATASETS, sizes
 from disinhib.errors import ConfigError, nearest
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import LOSSES
@@ -38,6 +39,10 @@ from disinhib.optimizers import OPTIMIZERS
 from disinhib.rules import FAMILIES, RULES
 
 CIRCUITS = ("dale", "non-dale")  # E-I microcircuits, and the plain MLP
+PLUGINS: Check = (
+    lambda v: isinstance(v, list) and all(map(TEXT[0], v)),
+    "a list of Python files (*.py) and installed modules",
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,11 @@ def published(architecture: Architecture, rule: str) -> Hyperparameters:
 
 def parse(options: Mapping[str, Any]) -> RunConfig:
     """The run that `options` describe. Raises ConfigError."""
-    given = _Options(options)
+    given = _Options({"plugins": [], **options})  # earlier versions had none
     take = given.take
+    for plugin in map(plugins.name_of, take("plugins", PLUGINS)):
+        if plugin not in plugins.LOADED:
+            raise ConfigError(f"plugins: {plugin} is not loaded (disinhib.plugins)")
     dataset = take("dataset.name", one_of(DATASETS))
     data = given.take_all("dataset", DATASETS[dataset].options, ANY_NUMBER)
     rule = RULES[take("trainer.name", one_of(RULES))]
@@ -188,6 +196,17 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
     )
     given.refuse_the_rest()
     return config
+
+
+def with_sizes(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with the sizes of a data set that come with its file. Raises data.DataError."""
+    dataset = options.get("dataset", {})
+    if not dataset.get("path") or None not in (dataset["dim_input"], dataset["dim_output"]):
+        return options
+    inputs, classes = sizes(dataset["name"], dataset["path"])
+    given = {name: value for name, value in dataset.items() if value is not None}
+    found = {"dim_input": inputs, "dim_output": classes}
+    return {**options, "dataset": {**dataset, **found, **given}}
 
 
 def _solver(take) -> Newton | Ode:

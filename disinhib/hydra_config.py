@@ -25,8 +25,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from disinhib import plugins
 from disinhib.activations import ACTIVATIONS
 from disinhib.checks import Option, check, defaults, flatten, one_of, refusal
+from disinhib.config import PLUGINS, with_sizes
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
 from disinhib.errors import ConfigError, nearest
@@ -72,13 +74,41 @@ def nodes(table: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
     return {name: {"name": name, **defaults(entry.options)} for name, entry in table.items()}
 
 
-register("trainer", nodes(RULES))
-register("optimizer", nodes(OPTIMIZERS))
-register("model/vf/activation", nodes(ACTIVATIONS))
-register("model/vf/controller", nodes(CONTROLLERS))
-register("dataset/loss", nodes(LOSSES))
 LOSS = [{"loss": next(iter(LOSSES))}, "_self_"]
-register("dataset", {name: {"defaults": LOSS, **node} for name, node in nodes(DATASETS).items()})
+
+
+def register_tables() -> None:
+    """Makes the groups of the tables, also of what plugins have added to them."""
+    register("trainer", nodes(RULES))
+    register("optimizer", nodes(OPTIMIZERS))
+    register("model/vf/activation", nodes(ACTIVATIONS))
+    register("model/vf/controller", nodes(CONTROLLERS))
+    register("dataset/loss", nodes(LOSSES))
+    data = {name: {"defaults": LOSS, **node} for name, node in nodes(DATASETS).items()}
+    register("dataset", data)
+
+
+register_tables()
+
+
+def load_plugins(overrides: Sequence[str]) -> list[str]:
+    """Loads the plugins that `overrides` name, by which options of their own exist. Returns the
+    overrides with the plugins' files as they are called in any folder.
+
+    Raises ConfigError for a plugin that is wrong.
+    """
+    known = []
+    for override in overrides:
+        if option_of(override) == "plugins" and not override.startswith("~"):
+            given = value_of(override)
+            given = [given] if isinstance(given, str) else given
+            names = [*map(plugins.resolved, check("plugins", given, PLUGINS))]
+            for name in names:
+                plugins.load(plugins.read(name))
+            register_tables()
+            override = f"plugins={_written(names)}"
+        known.append(override)
+    return known
 
 
 def is_group(name: str) -> bool:
@@ -114,7 +144,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
 
     Raises ConfigError: an override that does not parse, an unknown option, group or choice.
     """
-    overrides = literal(config_name, overrides)
+    overrides = literal(config_name, load_plugins(overrides))
     for text in overrides:
         if text.startswith("~") or (text.startswith("hydra.") and config_name != TRAINING):
             raise ConfigError(f"{text}: has no meaning here, allowed is option=value")
@@ -129,7 +159,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choice
     experiment = own.get("experiment", "None")
     if experiment != "None":  # it is optional: Hydra ignores one that is not there
         check("experiment", experiment, one_of(choices_of("experiment")))
-    return plain, own  # pyright: ignore[reportReturnType]
+    return with_sizes(plain), own  # pyright: ignore[reportArgumentType]
 
 
 def _composed(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> Any:

@@ -34,17 +34,24 @@ class Metric(NamedTuple):
         return "max" if self.sign > 0 else "min"
 
 
-METRICS: dict[str, Metric] = {
-    "loss": Metric(
+METRICS: dict[str, Metric] = {}
+# Metrics by which a study may be tuned and selected: of the validation data only.
+SELECTION: dict[str, Metric] = {}
+
+
+def add(name: str, metric: Metric) -> None:
+    """Makes `metric` known: an entry of METRICS, and of SELECTION."""
+    METRICS[name] = metric
+    SELECTION[f"valid_{name}"] = metric._replace(words=f"validation {metric.words}")
+
+
+add(
+    "loss",
+    Metric(
         lambda loss, output, target, labels: loss.value(output, target), -1, "loss", "dimensionless"
     ),
-    "accuracy": Metric(
-        lambda loss, output, target, labels: accuracy(output, labels), 1, "accuracy", "%"
-    ),
-}
-
-# Metrics by which a study may be tuned and selected: of the validation data only.
-SELECTION: dict[str, Metric] = {
-    f"valid_{name}": metric._replace(words=f"validation {metric.words}")
-    for name, metric in METRICS.items()
-}
+)
+add(
+    "accuracy",
+    Metric(lambda loss, output, target, labels: accuracy(output, labels), 1, "accuracy", "%"),
+)

@@ -52,7 +52,7 @@ class Diverged(RuntimeError):
 class Images(NamedTuple):
     """One split on the device."""
 
-    images: UInt8[Array, "n features"]
+    images: UInt8[Array, "n features"] | Float[Array, "n features"]
     labels: Int[Array, " n"]
 
 
@@ -79,7 +79,7 @@ class TrainingState(NamedTuple):
 def check_data(config: RunConfig) -> None:
     """Raises what `prepare` does, but touches no device: for a driver, which trains nothing."""
     shape = _shape_of_train(config.dataset, config.dataset_path, config.valid_split)
-    _check_fit(config, *shape)
+    _check_fit(config, shape)
 
 
 def prepare(config: RunConfig) -> Data:
@@ -88,18 +88,31 @@ def prepare(config: RunConfig) -> Data:
     Raises data.DataError (files), ConfigError (a batch larger than the training set, inputs or
     outputs that are not the data set's).
     """
-    data = _on_device(
+    data, shape = _on_device(
         config.dataset, config.dataset_path, config.valid_split, config.evaluated_share_of_train
     )
-    _check_fit(config, *data.train.images.shape)
+    _check_fit(config, shape)
     return data
 
 
-def _check_fit(config: RunConfig, samples: int, features: int) -> None:
+class _Shape(NamedTuple):
+    """Of a training set."""
+
+    samples: int
+    features: int
+    classes: int
+
+
+def _shape_of(splits: datasets.Splits) -> _Shape:
+    samples, features = splits.train.images.shape
+    return _Shape(samples, features, splits.classes)
+
+
+def _check_fit(config: RunConfig, shape: _Shape) -> None:
     architecture, name = config.architecture, config.dataset
+    samples, features, classes = shape
     if architecture.batch_size > samples:
         raise refusal("batchsize", architecture.batch_size, f"1 to {samples} ({name})")
-    classes = datasets.DATASETS[name].classes
     if architecture.sizes[-1] != classes:
         raise refusal("dataset.dim_output", architecture.sizes[-1], f"{classes} ({name})")
     if architecture.sizes[0] != features:
@@ -107,24 +120,26 @@ def _check_fit(config: RunConfig, samples: int, features: int) -> None:
 
 
 @lru_cache(maxsize=16)  # numbers only: a driver asks for many configurations of the same data
-def _shape_of_train(name: str, path: str | None, valid_split: float) -> tuple[int, int]:
-    """(samples, features) of a training set."""
-    samples, features = datasets.load(name, path, valid_split).train.images.shape
-    return samples, features
+def _shape_of_train(name: str, path: str | None, valid_split: float) -> _Shape:
+    splits = datasets.load(name, path, valid_split)
+    return _shape_of(splits)
 
 
 @lru_cache(maxsize=4)
-def _on_device(name: str, path: str | None, valid_split: float, subset_share: float) -> Data:
+def _on_device(
+    name: str, path: str | None, valid_split: float, subset_share: float
+) -> tuple[Data, _Shape]:
     splits = datasets.load(name, path, valid_split)
     put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
     subset = math.ceil(subset_share * len(splits.train.labels))
-    return Data(
+    data = Data(
         put(splits.train),
         put(splits.validation),
         put(splits.test),
         put(datasets.Split(splits.train.images[:subset], splits.train.labels[:subset])),
         jnp.asarray(splits.scale, float),
     )
+    return data, _shape_of(splits)
 
 
 def initial_state(config: RunConfig, seeds: Sequence[int]) -> TrainingState:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from disinhib.rules import BRANCHES
+from disinhib.rules import BRANCHES, Branch
 from search_spaces import rules
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 Overrides = Mapping[str, str | float | bool]
 Space = Callable[["optuna.Trial"], Overrides]
 
-SPACES: dict[str, Space] = {
-    "rules": rules.space,
-    **{name.replace("-", "_"): branch for name, branch in BRANCHES.items()},
-}
+SPACES: dict[str, Space] = {"rules": rules.space}
+
+
+def offer(branches: Mapping[str, Branch]) -> None:
+    """Makes each rule's branch a space of its own."""
+    SPACES.update({name.replace("-", "_"): branch for name, branch in branches.items()})
+
+
+offer(BRANCHES)

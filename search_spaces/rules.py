@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from disinhib.rules import RULES, Branch
 
-# Of each rule (an option `trainer`) that has one, on the first of its circuits.
-BRANCHES: dict[str, Branch] = {
-    name: branch
-    for name, rule in RULES.items()
-    if (branch := next(iter(rule.circuits.values())).branch) is not None
-}
+
+def branches() -> dict[str, Branch]:
+    """Of each rule (an option `trainer`) that has one, on the first of its circuits."""
+    return {
+        name: branch
+        for name, rule in RULES.items()
+        if (branch := next(iter(rule.circuits.values())).branch) is not None
+    }
 
 
 def space(trial):
-    rule = trial.suggest_categorical("trainer", tuple(BRANCHES))
-    return BRANCHES[rule](trial)
+    offered = branches()
+    return offered[trial.suggest_categorical("trainer", tuple(offered))](trial)

@@ -193,7 +193,7 @@ def test_splits_are_disjoint_and_lose_nothing(valid_split):
 
 
 @pytest.mark.parametrize("valid_split", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", [name for name in DATASETS if DATASETS[name].features])
 def test_valid_split_outside_its_range_is_refused(name, valid_split):
     message = refusal(load, name, valid_split=valid_split)
     assert "dataset.valid_split" in message and repr(valid_split) in message
@@ -944,14 +944,13 @@ def test_shipped_configuration(name, loss):
     assert config["soft_targets"] is True and config["soft_target_val"] == 0.99
 
 
-@pytest.mark.parametrize("name", set(DATASETS) - set(IDX_SETS))
-def test_an_entry_is_what_its_data_are(name):
-    """Of those that need no file; `test_whole_sets` has the others."""
-    splits = load(name)
+def test_an_entry_is_what_its_data_are():
+    """Of the one that needs no file; `test_whole_sets` has the others."""
+    splits = load("digits")
     for split in splits[:3]:
-        assert split.images.shape[1] == DATASETS[name].features
-        assert split.images.max() <= DATASETS[name].brightest
-        assert set(split.labels) <= set(range(DATASETS[name].classes))
+        assert split.images.shape[1] == DATASETS["digits"].features
+        assert split.images.max() <= DATASETS["digits"].brightest
+        assert set(split.labels) <= set(range(splits.classes))
 
 
 @pytest.mark.parametrize(

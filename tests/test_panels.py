@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from analysis import runs
 from analysis.report import forms, panels
-from analysis.report.panels.drawing import COLOURS, axis_title, wrapped
+from analysis.report.panels.drawing import axis_title, wrapped
 from analysis.report.panels.plot_data import PlotData
 from disinhib.metrics import SELECTION
+from disinhib.rules import colour
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
@@ -210,8 +211,8 @@ def test_history_is_the_best_of_complete_trials(shown, of_losses):
     lowest = {trace.name: trace for trace in of_losses["history"].figures[0].figure.data}
     assert list(lowest["lin-thresh: best so far"].y) == [None, 72, 72, 72, 72, 72]
     assert {trace.line.color for trace in traces.values() if trace.mode == "lines"} == {
-        COLOURS["bp"],
-        COLOURS["lin-thresh"],
+        colour("bp"),
+        colour("lin-thresh"),
     }
 
 

@@ -17,6 +17,7 @@ from analysis.report.panels import (
     search,
     studies,
 )
+from disinhib.rules import COMPETITORS
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, PRUNED
 
@@ -191,7 +192,7 @@ def test_every_rule_has_a_colour_of_its_own():
     other = pd.DataFrame([trial(9, "new", PRUNED, [1.0], 1e-3)])
     colours = drawing.colours(FULL._replace(trials=pd.concat([FULL.trials, other])))
     assert colours["bp"] == drawing.colours(FULL)["bp"]
-    assert len({*colours.values()}) == len(colours) == len(drawing.COLOURS) + 1
+    assert len({*colours.values()}) == len(colours) == len(COMPETITORS) + 1
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_no_two_parameters_of_a_trial_move_the_same_option(name):
 
 
 def test_rules_has_the_single_rule_spaces_as_its_branches():
-    assert space_tree.rules_of(SPACES["rules"]) == list(rules.BRANCHES)
-    assert rules.BRANCHES["exact-inv"] is SPACES["exact_inv"]
-    assert rules.BRANCHES["lin-thresh"] is SPACES["lin_thresh"]
-    assert rules.BRANCHES["bp"] is SPACES["bp"]
+    assert space_tree.rules_of(SPACES["rules"]) == list(rules.branches())
+    assert rules.branches()["exact-inv"] is SPACES["exact_inv"]
+    assert rules.branches()["lin-thresh"] is SPACES["lin_thresh"]
+    assert rules.branches()["bp"] is SPACES["bp"]
 
 
 def test_branches_of_dependent_choices_are_walked_in_their_context():

@@ -67,7 +67,7 @@ def begin(*overrides):
 
 def cluster_of_one():
     """The machines of the Ray that the module shares (`one_ray`)."""
-    need: Any = {"file": "", "id": "", "sources": [("digits", None, 0.1)], "gpus": 0}
+    need: Any = {"file": "", "id": "", "sources": [("digits", None, 0.1)], "gpus": 0, "plugins": []}
     found = machines.Machines({"cpu": 1, "gpu": 0}, need)
     machines.survey(found)
     return found

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     store = stores.connect(stores.address(options["tracking.uri"]))
     study = stores.find_study(store, options["study"])
     print(stores.said(store, study), flush=True)
+    stores.load_plugins(study.provenance)
     runs.refuse_missing(store, study)
     runs.refuse_missing_seeds(store, study)
     folder = Path(options["out"] or f"out/report-{study.name}")

@@ -199,10 +199,13 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("report", f"python -m analysis.report study={study.name}"),
         ("code", f"disinhib {code['version']}, commit {code['commit'] or 'unknown'}"
          + (", with uncommitted changes" if code["diff"] else "")),
+        *([("plugins", ", ".join(f"{p['name']}, SHA-256 {p['sha256']}" for p in about["plugins"]))]
+          if about.get("plugins") else []),
         ("packages", ", ".join(f"{n} {v}" for n, v in about["packages"].items() if v)),
         ("python", about["python"]),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"),
         ("data", ", ".join(f"{name}, SHA-256 {sha256}" for name, sha256 in sorted(data))),
+        *([("inputs", about["data"]["words"])] if about["data"].get("words") else []),
         *([("retrained on", f"{values('device')} ({values('host')})"),
            ("code of the retraining", f"SHA-256 of its files begins with {values('code')}")]
           if seeds else []),

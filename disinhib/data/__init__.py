@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from disinhib.data.base import DataError, Dataset, Split
+from disinhib.data.arrays import ARRAYS
+from disinhib.data.base import DataError, Dataset, Loaded, Split
 from disinhib.data.digits import DIGITS
 from disinhib.data.idx import FASHION_MNIST, MNIST
 from disinhib.errors import nearest
 
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "Splits", "load"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "Loaded",
+    "Split",
+    "Splits",
+    "load",
+    "sizes",
+    "words",
+]
 
 
 class Splits(NamedTuple):
@@ -29,7 +40,25 @@ DATASETS: dict[str, Dataset] = {
     "digits": DIGITS,
     "mnist": MNIST,
     "fmnist": FASHION_MNIST,
+    "arrays": ARRAYS,
 }
+
+
+def sizes(name: str, path: str) -> tuple[int, int]:
+    """(inputs, classes) of a data set whose entry does not say them. Raises DataError."""
+    found = _loaded(name, path)
+    assert found.classes is not None
+    return found.training.images.shape[1], found.classes
+
+
+def words(name: str, path: str | None) -> str:
+    """What was done to a data set whose numbers are the user's own, in one line; else nothing."""
+    return "" if DATASETS[name].features else _loaded(name, path).words
+
+
+def _loaded(name: str, path: str | None) -> Loaded:
+    found = DATASETS[name].load(path)
+    return found if isinstance(found, Loaded) else Loaded(*found)
 
 
 def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits:
@@ -37,7 +66,8 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
 
     Validation is the first int(valid_split * n) images of the training file and train is the rest,
     so the two are disjoint. (The published code takes tfds' train[:10%]: the same share, of a file
-    that tfds has shuffled.) `path` is the entry's: of IDX files, the folder that holds them.
+    that tfds has shuffled.) A file may have a validation set of its own. `path` is the entry's: of
+    IDX files, the folder that holds them.
 
     Raises:
         DataError: unknown name, valid_split outside (0, 1) or too small for one image, and what
@@ -49,8 +79,13 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
         raise DataError(f"dataset must be one of {', '.join(DATASETS)} (got {name!r}){hint}")
     if not 0 < valid_split < 1:
         raise DataError(f"dataset.valid_split must lie inside (0, 1) (got {valid_split!r})")
-    dataset = DATASETS[name]
-    training, test = dataset.load(path)
+    dataset, loaded = DATASETS[name], _loaded(name, path)
+    training, own, scale = loaded.training, loaded.validation, loaded.scale
+    scale = 1 / dataset.brightest if scale is None else scale
+    classes = dataset.classes if loaded.classes is None else loaded.classes
+    assert classes is not None
+    if own is not None:
+        return Splits(training, own, loaded.test, scale, classes)
     held_out = int(valid_split * len(training.labels))
     if held_out == 0:  # the other side cannot be empty, valid_split being less than 1
         raise DataError(
@@ -60,7 +95,7 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
     return Splits(
         train=Split(*(array[held_out:] for array in training)),
         validation=Split(*(array[:held_out] for array in training)),
-        test=test,
-        scale=1 / dataset.brightest,
-        classes=dataset.classes,
+        test=loaded.test,
+        scale=scale,
+        classes=classes,
     )

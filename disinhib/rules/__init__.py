@@ -30,23 +30,17 @@ __all__ = [
     "Rule",
     "RuleState",
     "Update",
+    "add",
     "colour",
     "feedback_and_aim",
     "reported_name",
     "words",
 ]
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        BP,
-        EXACT_INVERSE,
-        LINEAR_THRESHOLD,
-        TAYLOR,
-    )
-}
-
-FAMILIES: dict[str, Family] = {rule.family.name: rule.family for rule in RULES.values()}
+RULES: dict[str, Rule] = {}
+FAMILIES: dict[str, Family] = {}
+COMPETITORS: dict[str, Competitor] = {}  # by reported name
+BRANCHES: dict[str, Branch] = {}  # what search spaces offer, by reported name
 
 
 def reported_name(trainer: str, circuit: str) -> str:
@@ -56,12 +50,24 @@ def reported_name(trainer: str, circuit: str) -> str:
     return trainer if competitor is None else competitor.name or trainer
 
 
-# By reported name.
-COMPETITORS: dict[str, Competitor] = {
-    reported_name(name, circuit): competitor
-    for name, rule in RULES.items()
-    for circuit, competitor in rule.circuits.items()
-}
+def add(rule: Rule) -> None:
+    """Makes `rule` known: an entry of RULES, and of the tables that follow from it."""
+    RULES[rule.name] = rule
+    FAMILIES[rule.family.name] = rule.family
+    for circuit, competitor in rule.circuits.items():
+        name = reported_name(rule.name, circuit)
+        COMPETITORS[name] = competitor
+        if competitor.branch is not None:
+            BRANCHES[name] = competitor.branch
+
+
+for rule in (
+    BP,
+    EXACT_INVERSE,
+    LINEAR_THRESHOLD,
+    TAYLOR,
+):
+    add(rule)
 
 
 def words(name: str) -> str:
@@ -72,11 +78,3 @@ def words(name: str) -> str:
 def colour(name: str) -> str:
     """The colour (#RRGGBB) that the rule of this reported name has in every figure."""
     return COMPETITORS[name].colour
-
-
-# What search spaces offer, by reported name.
-BRANCHES: dict[str, Branch] = {
-    name: competitor.branch
-    for name, competitor in COMPETITORS.items()
-    if competitor.branch is not None
-}

@@ -20,7 +20,7 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from disinhib import numerics, process
+from disinhib import data, numerics, plugins, process
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
 from disinhib.tuning import cluster, lease, machines, manifest, optuna_store, progress, retention
@@ -151,6 +151,10 @@ def run(
                 shown.say(f"warm start: {len(job.manifest.past)} trials of earlier studies")
             for line in numerics.ignored():
                 shown.say(f"warning: {line}")
+            for plugin in plugins.LOADED.values():
+                shown.say(f"plugin {plugin.name} ({plugin.file}), SHA-256 {plugin.sha256}")
+            for words in {data.words(name, path) for name, path, _ in job.data} - {""}:
+                shown.say(words)
             need = machines.require(job.folder, job.data, job.resources["gpu"])
             nodes = machines.Machines(job.resources, need, job.lanes)
             machines.survey(nodes)

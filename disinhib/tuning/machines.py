@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from disinhib import plugins
 from disinhib.errors import ConfigError, InputError, one_line
 from disinhib.tuning import cluster, provenance
 
@@ -36,11 +37,18 @@ class Need(TypedDict):
     id: str  # in it: of this session of the study
     sources: Sequence[provenance.DataSource]  # of the data
     gpus: float  # of a trial
+    plugins: Sequence[Mapping[str, Any]]  # plugins.kept
 
 
 def require(folder: Path, sources: Sequence[provenance.DataSource], gpus: float) -> Need:
     """Writes down, in a study's folder, what this process has. Raises data.DataError."""
-    need = Need(file=str(folder / FILE), id=uuid.uuid4().hex, sources=sources, gpus=gpus)
+    need = Need(
+        file=str(folder / FILE),
+        id=uuid.uuid4().hex,
+        sources=sources,
+        gpus=gpus,
+        plugins=plugins.kept(),
+    )
     content = {"id": need["id"], "has": [provenance.decisive(source) for source in sources]}
     part = folder / f".{FILE}.part"
     part.write_text(json.dumps(content), "utf-8")
@@ -49,7 +57,8 @@ def require(folder: Path, sources: Sequence[provenance.DataSource], gpus: float)
 
 
 def faults(need: Need) -> list[str]:
-    """Why this machine may not train trials, a line each with the cure; none if it may."""
+    """Why this machine may not train trials, a line each with the cure; none if it may. Loads the
+    study's plugins, from the texts that the driver has."""
     file = Path(need["file"])
     wanted: dict[str, Any] = {"id": None}
     with suppress(OSError, ValueError):
@@ -57,6 +66,10 @@ def faults(need: Need) -> list[str]:
     if wanted["id"] != need["id"]:
         return [f"does not see {file.parent}: out_dir must be a folder that all machines share"]
     differing: dict[str, None] = {}
+    try:
+        plugins.load_kept(need["plugins"])
+    except ConfigError as error:
+        return [f"cannot load a plugin: {error}"]
     try:
         for has, source in zip(wanted["has"], need["sources"], strict=True):
             differing |= dict.fromkeys(provenance.differences(has, provenance.decisive(source)))

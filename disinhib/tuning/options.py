@@ -96,7 +96,7 @@ def compose(overrides: Sequence[str]) -> Study:
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or options that differ from its own.
     """
-    given = overrides = [_anchored(override) for override in overrides]
+    given = overrides = [*map(_anchored, hydra_config.load_plugins(overrides))]
     settings, earlier = _settings(overrides), None
     if settings["resume"] == "auto" and not resume.begun(settings):
         overrides = [o for o in overrides if option_of(o) != "resume"]
@@ -209,7 +209,7 @@ def _anchored(override: str) -> str:
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The options that only a study has, and those that are checked with them."""
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    also = {"out_dir", "epochs", "seed", "device", "test_at_end"}
+    also = {"out_dir", "epochs", "seed", "device", "test_at_end", "plugins"}
     own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, *also}]
     settings, _ = hydra_config.compose("study", own)
     check(settings)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disinhib import data, numerics
+from disinhib import data, numerics, plugins
 
 if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
@@ -40,6 +40,7 @@ def collect(config: RunConfig, threads: int) -> dict[str, Any]:
     return {
         **decisive((config.dataset, config.dataset_path, config.valid_split)),
         "code": code(ROOT),
+        "plugins": plugins.kept(),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -62,10 +63,14 @@ def source_of(options: Mapping[str, Any]) -> DataSource:
 def decisive(source: DataSource) -> dict[str, Any]:
     """What `differences` compares, of this process. Raises data.DataError."""
     return {
-        "code": {"files": _hashes(ROOT)},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "code": {"files": {**_hashes(ROOT), **plugins.hashes()}},
+        "packages": {name: _version(name) for name in (*PACKAGES, *plugins.packages())},
         "python": platform.python_version(),
-        "data": {"name": source[0], "sha256": _data_hash(*source)},
+        "data": {
+            "name": source[0],
+            "sha256": _data_hash(*source),
+            "words": data.words(*source[:2]),
+        },
         "numerics": numerics.recorded(),
     }
 
@@ -111,7 +116,7 @@ def code(root: Path) -> dict[str, Any]:
         "version": _version("disinhib"),
         "commit": commit,
         "diff": "" if commit is None else _patch(root),
-        "files": _hashes(root),
+        "files": {**_hashes(root), **plugins.hashes()},
     }
 
 

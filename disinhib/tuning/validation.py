@@ -45,7 +45,7 @@ CHECKS: dict[str, Check] = {
     "resume": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "extend": FLAG,
     "plan": FLAG,
-    "space": (lambda v: isinstance(v, str) and v in SPACES, f"one of {', '.join(SPACES)}"),
+    "space": TEXT,  # and one of those there are: `check`
     "out_dir": (
         lambda v: TEXT[0](v) and "://" not in v,
         "a folder that all machines share (a server at tracking.uri may keep artifacts elsewhere)",
@@ -53,7 +53,7 @@ CHECKS: dict[str, Check] = {
     "trials": COUNT,
     "epochs": COUNT,
     "replicates": COUNT,
-    "metric": one_of(SELECTION),
+    "metric": TEXT,  # the same
     "mode": or_null(one_of(("max", "min"))),
     "seed": (lambda v: SEED[0](v) and v is not None, "a whole number from 0 to 2147483647"),
     "points": OPTIONAL_TEXT,
@@ -95,7 +95,8 @@ def check(options: Mapping[str, Any]) -> None:
             " python -m analysis.retrain experiment=..."
         )
     own = checks.flatten({name: options[name] for name in _CHECKED if name in options})
-    allowed = dict(CHECKS)
+    # Plugins may have added to these tables.
+    allowed = {**CHECKS, "space": one_of(SPACES), "metric": one_of(SELECTION)}
     for group, table in (("searcher", SAMPLERS), ("scheduler", EARLY_STOPPING)):
         name = f"{group}.name"
         allowed[name] = one_of(table)

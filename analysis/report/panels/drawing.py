@@ -14,8 +14,7 @@ from analysis.report.panels.plot_data import PlotData, Row, records
 from disinhib import rules
 from disinhib.metrics import Metric
 
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart: a rule has one colour.
-COLOURS = {name: rules.colour(name) for name in rules.COMPETITORS}
+# Of Okabe and Ito's palette, as those of the rules, which colour-blind readers can tell apart.
 MORE_COLOURS = ("#E69F00", "#56B4E9")  # for other rules
 LIGHT, GREY, INK = "#E6E9ED", "#7F7F7F", "#1C1E21"
 
@@ -30,9 +29,10 @@ class PanelFigures(NamedTuple):
 
 def colours(data: PlotData) -> dict[str, str]:
     """By rule."""
-    rules = {row["rule"] for row in records(data.trials) + records(data.retrained)}
-    others = sorted(rules - {*COLOURS})
-    return COLOURS | {rule: MORE_COLOURS[i % len(MORE_COLOURS)] for i, rule in enumerate(others)}
+    own = {name: rules.colour(name) for name in rules.COMPETITORS}
+    there = {row["rule"] for row in records(data.trials) + records(data.retrained)}
+    others = sorted(there - {*own})
+    return own | {rule: MORE_COLOURS[i % len(MORE_COLOURS)] for i, rule in enumerate(others)}
 
 
 def axis_title(metric: Metric) -> str:

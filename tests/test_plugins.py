@@ -1,0 +1,210 @@
+"""Plugins: what is refused, and that a plugin's entries are entries of every table.
+
+A plugin that is loaded stays loaded in its process: a fixture takes it out again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+from disinhib import config, hydra_config, plugins, rules
+from disinhib.errors import ConfigError
+from disinhib.metrics import SELECTION
+from disinhib.tuning import options, provenance
+from search_spaces import SPACES
+
+RULE = """
+    import dataclasses
+    from dataclasses import dataclass
+    import jax
+    from disinhib.checks import POSITIVE, Option
+    from disinhib.rules import RULES as THEIRS, Competitor, Family, Rule, Update
+
+    @dataclass
+    class Note:  # looks for its module
+        text: str
+
+    SPEED = (Option("speed", 2.0, POSITIVE, "of all gradients"),)
+
+    def update(architecture, parameters, rule_state, hyper, x, target):
+        own = THEIRS["bp"].family.update(architecture, parameters, rule_state, hyper, x, target)
+        faster = jax.tree.map(lambda g: hyper.rule["speed"] * g, own.gradients)
+        return own._replace(gradients=faster)
+
+    def branch(trial):
+        speed = trial.suggest_float("fast-bp.trainer.speed", 1.0, 4.0)
+        return {"model/vf": "non-dale", "trainer": "fast-bp", "trainer.speed": speed}
+
+    words = Competitor("bp with larger steps", "#123456", branch)
+    family = Family("fast", update, options=SPEED)
+    RULES = {"fast-bp": Rule("fast-bp", family, {"non-dale": words}, SPEED)}
+"""
+METRIC = """
+    from disinhib.metrics import Metric
+    METRICS = {"margin": Metric(lambda loss, output, target, labels: output[:, 0], 1, "margin", "")}
+"""
+
+
+@pytest.fixture(autouse=True)
+def unloaded(recompiled):
+    """Takes out what a test has loaded."""
+    tables = [
+        *(table.entries for table in plugins.tables().values()),
+        *(rules.FAMILIES, rules.COMPETITORS, rules.BRANCHES, SELECTION, plugins.LOADED),
+    ]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+    hydra_config._base.cache_clear()
+    options._cached.cache_clear()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.py"):
+        (tmp_path / name).write_text(dedent(text), "utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def refusal(given):
+    with pytest.raises(ConfigError) as refused:
+        plugins.load(plugins.read(given))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_rule_of_a_plugin_is_one_of_ours(write):
+    given = [f"plugins={write(RULE)}", "trainer=fast-bp", "trainer.speed=3"]
+    composed, choices = hydra_config.compose("train", given)
+    run = config.parse(composed)
+    assert run.rule == "fast-bp" and run.hyperparameters.rule == {"speed": 3.0}
+    assert rules.words("fast-bp") and rules.colour("fast-bp") == "#123456"
+    command = hydra_config.command(composed, choices)
+    assert "fast-bp" in command and "mine.py" in command
+    own, all_rules = SPACES["fast_bp"], SPACES["rules"]
+    assert own is rules.BRANCHES["fast-bp"]
+    study = options.compose([given[0], "search.trainer=[bp,fast-bp]", "space=rules"])
+    trials = options.check_space(study)
+    assert {trial["rule"] for trial in trials} == {"bp", "fast-bp"} and all_rules is not own
+    assert all(write(RULE) in trial["command"] for trial in trials)
+
+
+def test_a_study_keeps_the_text_of_its_plugins(write):
+    file = write(RULE)
+    plugins.load(plugins.read(file))
+    kept = json.loads(json.dumps(plugins.kept()))
+    assert kept[0]["text"] == dedent(RULE) and kept[0]["sha256"] == plugins.read(file).sha256
+    here = provenance.decisive(("digits", None, 0.1))
+    assert here["code"]["files"]["plugin mine"] == kept[0]["sha256"]
+    before = {**here, "code": {"files": {**here["code"]["files"], "plugin mine": "another"}}}
+    assert provenance.differences(before, here) == ["plugin mine changed"]
+
+
+def test_a_plugin_runs_from_its_kept_text(write, tmp_path):
+    """In another process, as on another machine: its file has changed, then is gone."""
+    file = write(RULE)
+    kept = {**plugins.read(file)._asdict(), "sha256": plugins.read(file).sha256}
+    code = (
+        "import sys, json; from disinhib import plugins\n"
+        "assert 'jax' not in sys.modules\n"
+        "print(*plugins.load_kept(json.load(sys.stdin)), sep='\\n')\n"
+        "from disinhib.rules import RULES; print('fast-bp' in RULES)"
+    )
+
+    def elsewhere():
+        return subprocess.run(
+            [sys.executable, "-c", code], input=json.dumps([kept]), capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, cwd=tmp_path,
+        ).stdout.split("\n")  # fmt: skip
+
+    used = "its kept text is used"
+    write("RULES = {}")
+    assert elsewhere()[:2] == [f"plugin mine: {file} has changed since: {used}", "True"]
+    os.unlink(file)
+    assert elsewhere()[:2] == [f"plugin mine is gone from {file}: {used}", "True"]
+
+
+def test_a_plugin_is_loaded_once(write, tmp_path):
+    first = plugins.read(write(METRIC))
+    plugins.load(first)
+    plugins.load(first)
+    assert "valid_margin" in SELECTION and SELECTION["valid_margin"].words == "validation margin"
+    study = options.compose([f"plugins=[{first.file}]", "metric=valid_margin"])
+    assert study.metric == "valid_margin"
+    write(METRIC + "\n# another")
+    assert "another text of the plugin mine is loaded already" in refusal(first.file)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("\n1 / 0", 2, "ZeroDivisionError: division by zero"),
+        ("x = (", 1, "SyntaxError"),
+        ("import not_there_at_all", 1, "ModuleNotFoundError: No module named"),
+        ("raise SystemExit(3)", 1, "SystemExit: 3"),
+        ("x = 1", None, "has no entry of RULES, DATASETS, SPACES"),
+        ("RULES = {}", None, "has no entry of"),
+        ("x = 1\nRULES = [1]", 2, "RULES is a list, needed is a dict"),
+        ("RULES = {'r': 1}", 1, "RULES['r'] is a int, needed is a disinhib.rules.base.Rule"),
+        ("SPACES = {'s': 1}", 1, "SPACES['s'] is a int, needed is a function of a trial"),
+        ("SPACES = {'a b': print}", 1, "SPACES['a b']: a name has letters"),
+        ("SPACES = {'rules': print}", 1, "SPACES['rules']: the name is taken"),
+        ("import beside\nSPACES = {'s': print}", 1, "imports beside, which lies beside it"),
+        (RULE.replace('Rule("fast-bp"', 'Rule("bp"'), 25, "its own name is bp"),
+        (RULE.replace('Family("fast"', 'Family("bp"'), 25, "the family bp is another's"),
+        (RULE.replace("#123456", "red"), 25, "colour red, allowed is #RRGGBB"),
+        (RULE.replace('{"non-dale"', '{"dales"'), 25, "circuits are dales, allowed is dale"),
+        (RULE.replace(", options=SPEED)", ")"), 25, "options that its family has not: speed"),
+    ],
+    ids=lambda value: value.split("\n")[0][:20] if isinstance(value, str) else "",
+)
+def test_what_is_wrong_with_a_plugin_is_said_in_one_line(write, monkeypatch, text, line, why):
+    monkeypatch.syspath_prepend(os.path.dirname(write("y = 1", "beside.py")))
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    before = {*rules.RULES}, {*SPACES}
+    file = write(text)
+    message = refusal(file)
+    assert message.startswith(f"plugins: {file}" + (f", line {line}: " if line else " has"))
+    assert why in message
+    assert ({*rules.RULES}, {*SPACES}) == before and not plugins.LOADED
+
+
+def test_a_plugin_that_cannot_be_read_is_refused(write, tmp_path):
+    assert "No such file" in refusal(str(tmp_path / "gone.py"))
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    assert "text in UTF-8" in refusal(str(tmp_path / "latin.py"))
+    assert "allowed is a file that ends in .py, or an installed module" in refusal("not.there")
+    with pytest.raises(ConfigError, match=r"plugins: given \[5\], allowed is a list"):
+        hydra_config.compose("train", ["plugins=[5]"])
+
+
+def test_options_of_a_plugin_that_is_not_loaded_are_refused():
+    composed, _ = hydra_config.compose("train", [])
+    with pytest.raises(ConfigError, match="plugins: mine is not loaded"):
+        config.parse({**composed, "plugins": ["/elsewhere/mine.py"]})
+
+
+def test_an_installed_package_names_its_plugin(write, tmp_path, monkeypatch):
+    """As pip installs it: a distribution with an entry point, and a module that imports its own."""
+    (tmp_path / "pack").mkdir()
+    write("", "pack/__init__.py")
+    write("WORDS = 'margin'", "pack/words.py")
+    text = METRIC.replace('"margin", ""', 'WORDS, ""')
+    write("from .words import WORDS\n" + dedent(text), "pack/metric.py")
+    (tmp_path / "pack-1.2.dist-info").mkdir()
+    write("Metadata-Version: 2.1\nName: pack\nVersion: 1.2\n", "pack-1.2.dist-info/METADATA")
+    write("[disinhib.plugins]\nmargins = pack.metric\n", "pack-1.2.dist-info/entry_points.txt")
+    write("pack\n", "pack-1.2.dist-info/top_level.txt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hydra_config.compose("train", ["plugins=[margins]"])
+    assert SELECTION["valid_margin"].words == "validation margin"
+    assert provenance.decisive(("digits", None, 0.1))["packages"]["pack"] == "1.2"
+    assert "or one of margins; did you mean margins?" in refusal("margin")
