@@ -7,7 +7,7 @@ which the network is built, and the trained parameters.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from disinhib.config import RunConfig, parse
 from disinhib.errors import ConfigError
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.network import Parameters, initial_parameters
+from disinhib.plugins import hashes, load as load_plugin, read as read_plugin
 from disinhib.solvers import open_loop
 
 FORMAT = 1  # of the file: raised when older readers cannot read newer files
@@ -54,21 +55,25 @@ def dump(options: Mapping[str, Any], parameters: Parameters) -> bytes:
         {
             "format": FORMAT,
             "options": json.dumps(options),
+            "plugins": hashes(),
             "parameters": jax.device_get(dict(parameters)),
         }
     )
 
 
-def load(path: str | Path) -> tuple[Network, Parameters]:
-    """The network and the parameters in the file at `path`.
+def load(path: str | Path, plugins: Sequence[str] = ()) -> tuple[Network, Parameters]:
+    """The network and the parameters in the file at `path`. A model that was trained with plugins
+    needs them (a file is never run because a model names it): `plugins` as in the option.
 
     Raises ConfigError if the file cannot be read, is not a model, has another format, or has
-    invalid options or parameters of another network (naming the differences).
+    invalid options or parameters of another network (naming the differences), or if a plugin is
+    missing or has changed.
     """
     try:
         content: Any = serialization.msgpack_restore(Path(path).read_bytes())
         number, options = content["format"], dict(json.loads(content["options"]))
         parameters = {name: jnp.asarray(value) for name, value in content["parameters"].items()}
+        needed = dict(content.get("plugins", {}))  # earlier versions had none
     except OSError as error:
         raise ConfigError(f"model: given {path}, cannot be read ({error.strerror})") from error
     except Exception as error:  # msgpack names its errors freely
@@ -77,6 +82,12 @@ def load(path: str | Path) -> tuple[Network, Parameters]:
         ) from error
     if number != FORMAT:
         raise ConfigError(f"model: given {path}, of format {number}, readable is {FORMAT}")
+    for given in plugins:
+        load_plugin(read_plugin(given))
+    lacking = [name for name, sha256 in needed.items() if hashes().get(name) != sha256]
+    if lacking:
+        text = ", ".join(f"{name} (SHA-256 {needed[name]})" for name in lacking)
+        raise ConfigError(f"model: given {path}, needs {text}: load(path, plugins=[FILE])")
     try:
         run = parse(options)
     except ConfigError as error:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from textwrap import dedent
 
+import jax
 import pytest
 
-from disinhib import config, hydra_config, plugins, rules
+import disinhib
+from disinhib import config, export, hydra_config, plugins, rules, training
 from disinhib.errors import ConfigError
 from disinhib.metrics import SELECTION
 from disinhib.tuning import options, provenance
@@ -208,3 +210,21 @@ def test_an_installed_package_names_its_plugin(write, tmp_path, monkeypatch):
     assert SELECTION["valid_margin"].words == "validation margin"
     assert provenance.decisive(("digits", None, 0.1))["packages"]["pack"] == "1.2"
     assert "or one of margins; did you mean margins?" in refusal("margin")
+
+
+def test_a_model_names_the_plugins_that_it_needs(write, tmp_path):
+    file = write(METRIC)
+    options, _ = hydra_config.compose("train", [f"plugins=[{file}]", "model.vf.sizes_hidden=[4]"])
+    state = training.initial_state(config.parse(options), [0])
+    parameters = jax.tree.map(lambda leaf: leaf[0], state.parameters)
+    model = tmp_path / "model.msgpack"
+    model.write_bytes(export.dump(options, parameters))
+    plugins.LOADED.clear()  # as in another process, but for the tables
+    with pytest.raises(ConfigError, match=r"needs plugin mine \(SHA-256 \w{64}\): load\(path, pl"):
+        disinhib.load(model)
+    write("\nSPACES = {'another': print}", "mine.py")
+    with pytest.raises(ConfigError, match="needs plugin mine"):
+        disinhib.load(model, plugins=[file])
+    plugins.LOADED["mine"] = plugins.Plugin("mine", file, dedent(METRIC))
+    network, _ = disinhib.load(model)
+    assert network.dataset == "digits"

@@ -172,7 +172,7 @@ def test_a_choice_that_was_hardly_tried_is_a_warning():
     [
         (
             ["metric=test_accuracy"],
-            "metric: given test_accuracy, allowed is null or a metric of the val",
+            "metric: given test_accuracy, allowed is one of valid_loss, valid_accuracy",
         ),
         (["study=plantet"], "study: given plantet, allowed is one of planted .*did you mean"),
         (["top=0"], "top: given 0, allowed is a whole number of at least 1"),

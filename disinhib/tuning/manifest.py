@@ -101,12 +101,16 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
                 f"warm_start: {name} had {option}={then.get(option)}, and this study has"
                 f" {now[option]}: their scores are not comparable"
             )
-    earlier = read(folder, name).past
+    before = read(folder, name)
+    same = provenance.decisive(provenance.source_of(study.options))["data"]
+    if before.provenance["data"]["sha256"] != same["sha256"]:
+        words = "other data (images, labels or split)"
+        raise ConfigError(f"warm_start: {name} had {words}: their scores are not comparable")
     lease.refuse_live(folder)
     with closing(EventLog(folder, existing=True)) as log:
         records = replay(log.events()).values()
     space, fixed = study.search_space, study.fixed
-    past = [*suggest.within(earlier, space, fixed), *suggest.as_tried(records, space, fixed)]
+    past = [*suggest.within(before.past, space, fixed), *suggest.as_tried(records, space, fixed)]
     if records and not past:
         raise refusal(
             "warm_start", name, f"a study with trials that lie in space={study.space} (it has none)"
