@@ -10,7 +10,8 @@ from typing import NamedTuple
 from disinhib.data.arrays import ARRAYS
 from disinhib.data.base import DataError, Dataset, Loaded, Split
 from disinhib.data.digits import DIGITS
-from disinhib.data.idx import FASHION_MNIST, MNIST
+from disinhib.data.grey import CIFAR10, SVHN
+from disinhib.data.idx import FASHION_MNIST, KMNIST, MNIST
 from disinhib.errors import nearest
 
 __all__ = [
@@ -40,6 +41,9 @@ DATASETS: dict[str, Dataset] = {
     "digits": DIGITS,
     "mnist": MNIST,
     "fmnist": FASHION_MNIST,
+    "kmnist": KMNIST,
+    "svhn-grey": SVHN,
+    "cifar10-grey": CIFAR10,
     "arrays": ARRAYS,
 }
 

@@ -1,7 +1,7 @@
 """Data sets of four IDX files, as MNIST's: found on this machine, else downloaded, and verified.
 
 MNIST: LeCun, Bottou, Bengio & Haffner 1998. Fashion-MNIST: Xiao, Rasul & Vollgraf 2017
-(arXiv:1708.07747).
+(arXiv:1708.07747). Kuzushiji-MNIST: Clanuwat et al. 2018 (arXiv:1812.01718).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class IdxFiles:
     """
 
     folder: str  # canonical name, also of its sub-folder wherever files are looked for
-    sha256: tuple[str, ...]  # of FILES, decompressed
+    sha256: tuple[str, ...]  # of FILES, decompressed, or as they are published
     mirrors: tuple[str, ...] = ()  # tried in this order
     others: tuple[str, ...] = ()  # further names of its sub-folder
 
@@ -139,10 +139,10 @@ def _places(files: IdxFiles, path: str | None) -> list[Path]:
         return [_given(files, "dataset.path", path)]
     root = os.environ.get("DISINHIB_DATA")
     given = [_given(files, "$DISINHIB_DATA", root)] if root else []
-    return [*given, _cache(), SYSTEM]
+    return [*given, cache(), SYSTEM]
 
 
-def _cache() -> Path:
+def cache() -> Path:
     import pooch  # here, because the core also trains without files
 
     return Path(pooch.os_cache("disinhib"))
@@ -173,7 +173,7 @@ def _refusal(files: IdxFiles, option: str, given: str, problem: str) -> DataErro
     return DataError(
         f"{option}: given {given!r}, {problem}; allowed is a folder that holds {', '.join(FILES)}"
         f" of {files.folder} (plain or .gz, Kaggle's names too), itself or in {folders}; without"
-        f" it, {before}{_text(_cache())} and {SYSTEM} are searched, then the mirrors"
+        f" it, {before}{_text(cache())} and {SYSTEM} are searched, then the mirrors"
     )
 
 
@@ -259,7 +259,7 @@ def _read(file: Path, sha256: str) -> bytes:
     if not content:
         raise DataError(f"{_text(file)} is empty: replace or remove it")
     found = hashlib.sha256(content).hexdigest()
-    if found == sha256:
+    if sha256 in (found, hashlib.sha256(stored).hexdigest()):
         return content
     if content.startswith(b"PK\3\4") or content[257:262] == b"ustar":
         raise DataError(f"{_text(file)} is an archive (zip or tar): unpack it")
@@ -293,7 +293,7 @@ def _download(files: IdxFiles, file: str, sha256: str, places: Sequence[Path]) -
 
     from disinhib.data.download import BROKEN, fetch
 
-    folder = _cache() / files.folder
+    folder = cache() / files.folder
     target, reasons = folder / f"{file}.gz", []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ def _download(files: IdxFiles, file: str, sha256: str, places: Sequence[Path]) -
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error}): set dataset.path") from error
     looked = [
-        _text(place) + ("" if place in (_cache(), SYSTEM) else f" ({_listing(files, place)})")
+        _text(place) + ("" if place in (cache(), SYSTEM) else f" ({_listing(files, place)})")
         for place in places
     ]
     raise DataError(
@@ -369,4 +369,23 @@ FASHION_MNIST = Dataset(
     classes=10,
     brightest=255,
     words="Fashion-MNIST: 60000 training-file and 10000 test images of 28x28",
+)
+# The hashes are those of the gzipped files, by which TensorFlow Datasets checks its downloads
+# (url_checksums/kmnist.txt there): files that are decompressed already are refused.
+KMNIST = Dataset(
+    load=IdxFiles(
+        "kmnist",
+        sha256=(
+            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+        ),
+        mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        others=("KMNIST", "KMNIST/raw"),
+    ),
+    features=28 * 28,
+    classes=10,
+    brightest=255,
+    words="Kuzushiji-MNIST: 60000 training-file and 10000 test images of 28x28",
 )

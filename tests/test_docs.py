@@ -1,0 +1,34 @@
+"""docs/your-own-rule.md, followed as it stands in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "your-own-rule.md"
+
+
+def test_the_page_of_ones_own_rule_works_as_it_stands(tmp_path):
+    commands = []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S):
+        if language == "python":
+            name = text.partition("\n")[0].removeprefix("# ")
+            (tmp_path / name).write_text(text, "utf-8")
+        else:
+            commands.append(text)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", "".join(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit-equal" in done.stdout.splitlines()[-1]
+    report = (tmp_path / "out" / "report-mine" / "report.md").read_text("utf-8")
+    assert "readout-only" in report and "trainer.decay" in report
+    html = (tmp_path / "out" / "report-mine" / "report.html").read_text("utf-8")
+    assert "hidden layers stay random" in html and "inputs are scaled from 0 ... 16" in html
