@@ -264,6 +264,12 @@ def _checked(plugin: Plugin, name: str, own: Any, table: Table) -> list[tuple[st
             raise _blamed(plugin, line, f"{where} is a {kind}, needed is {needed}")
         if name == "RULES" and (why := _wrong_with(key, entry)):
             raise _blamed(plugin, line, f"{where}: {why}")
+    if name == "RULES":
+        reported = [c.name or key for key, rule in own.items() for c in rule.circuits.values()]
+        families = {id(rule.family): rule.family.name for rule in own.values()}
+        for names in (reported, [*families.values()]):
+            if twice := [one for one in {*names} if names.count(one) > 1]:
+                raise _blamed(plugin, line, f"{name}: {twice[0]} is there twice")
     return [*own.items()]
 
 

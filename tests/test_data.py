@@ -216,8 +216,20 @@ def test_valid_split_that_holds_out_nothing_is_refused():
 )
 def test_unknown_name_gives_the_allowed_and_the_nearest(given, ending):
     message = refusal(load, given)
-    assert message.startswith("dataset must be one of digits, mnist, fmnist (got ")
+    assert message.startswith(f"dataset must be one of {', '.join(DATASETS)} (got ")
     assert repr(given) in message and message.endswith(ending)
+
+
+def test_files_may_be_known_by_the_hash_of_their_gzipped_form(tmp_path, monkeypatch):
+    """As KMNIST's: then only that form is taken."""
+    files = {name: gzip.compress(content) for name, content in synthetic().items()}
+    plant(monkeypatch, "kmnist", files)
+    for name, content in files.items():
+        (tmp_path / f"{name}.gz").write_bytes(content)
+    assert len(load("kmnist", str(tmp_path)).test.labels) == 6
+    (tmp_path / f"{FILES[0]}.gz").unlink()
+    (tmp_path / FILES[0]).write_bytes(gzip.decompress(files[FILES[0]]))
+    assert "has the SHA-256" in refusal(load, "kmnist", str(tmp_path))
 
 
 def test_digits_take_no_path(tmp_path):
