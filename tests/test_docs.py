@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "your-own-rule.md"
 
 
-def test_the_page_of_ones_own_rule_works_as_it_stands(tmp_path):
+def test_the_page_of_ones_own_rule_works_as_it_stands(tmp_path, mlflow_template):
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(mlflow_template, tmp_path / "out" / "mlflow.db")
     lines: list[str] = []
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S):
         if language == "python":
