@@ -69,12 +69,17 @@ def tables() -> dict[str, Table]:
         names = [rules.reported_name(name, circuit) for circuit in rule.circuits]
         offer({name: rules.BRANCHES[name] for name in names if name in rules.BRANCHES})
 
+    def add_metric(name: str, metric: metrics.Metric) -> None:
+        metrics.add(name, metric)
+        if (training := sys.modules.get("disinhib.training")) is not None:
+            training.programs.cache_clear()  # which measure what was known when they were made
+
     of = lambda table, kind: Table(table, kind, table.__setitem__)
     return {
         "RULES": Table(rules.RULES, rules.Rule, add_rule),
         "DATASETS": of(data.DATASETS, data.Dataset),
         "SPACES": of(SPACES, callable),
-        "METRICS": Table(metrics.METRICS, metrics.Metric, metrics.add),
+        "METRICS": Table(metrics.METRICS, metrics.Metric, add_metric),
         "ACTIVATIONS": of(activations.ACTIVATIONS, activations.Kind),
         "LOSSES": of(losses.LOSSES, losses.Loss),
         "OPTIMIZERS": of(optimizers.OPTIMIZERS, optimizers.Optimizer),

@@ -228,3 +228,40 @@ def test_a_model_names_the_plugins_that_it_needs(write, tmp_path):
     plugins.LOADED["mine"] = plugins.Plugin("mine", file, dedent(METRIC))
     network, _ = disinhib.load(model)
     assert network.dataset == "digits"
+
+
+def test_entries_of_every_table_are_choices(write):
+    file = write("""
+        import numpy as np
+        from disinhib import activations, controller, losses, optimizers
+        from disinhib.data import Dataset, arrays
+
+        def load(path):
+            return arrays.loaded({"X": np.eye(20), "y": np.arange(20) % 2}, "mine")
+
+        DATASETS = {"mine": Dataset(load, features=20, classes=2)}
+        ACTIVATIONS = {"mine": activations.ACTIVATIONS["tanh"]}
+        CONTROLLERS = {"mine": controller.CONTROLLERS["proportional"]}
+        LOSSES = {"mine": losses.LOSSES["mse"]}
+        OPTIMIZERS = {"mine": optimizers.OPTIMIZERS["sgd"]}
+    """)
+    choices = [
+        *(f"plugins=[{file}]", "dataset=mine", "dataset/loss=mine", "optimizer=mine"),
+        *("model/vf=dale", "trainer=exact-inv", "model/vf/controller=mine"),
+        *(f"model/vf/activation@model.vf.{name}=mine" for name in ("actE", "actI")),
+        "batchsize=4",
+    ]
+    run = config.parse(hydra_config.compose("train", choices)[0])
+    built = run.architecture
+    chosen = (built.activation_e, built.activation_i, built.controller, built.loss, built.optimizer)
+    assert {*chosen, run.dataset} == {"mine"}
+    training.check_data(run)
+
+
+def test_a_metric_that_is_loaded_later_is_measured(write):
+    small = ["model.vf.nb_hidden=1", "model.vf.sizes_hidden=[2]", "epochs=1", "batchsize=500"]
+    seen = []
+    for given in ([], [f"plugins=[{write(METRIC)}]"]):
+        run = config.parse(hydra_config.compose("train", [*given, *small])[0])
+        training.train(run, [0], lambda state, metrics: seen.append("valid_margin" in metrics))
+    assert seen == [False, True]
