@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int | None:
     arguments = sys.argv[1:] = hydra_config.load_plugins(arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) == len(arguments):  # Hydra's flags may sweep or only show: checked later
-        options, _ = hydra_config.compose(hydra_config.TRAINING, overrides)
+        options, _ = hydra_config.compose_loaded(hydra_config.TRAINING, overrides)
         _check(options)
         sys.argv[1:] = hydra_config.literal(hydra_config.TRAINING, overrides)
     # The folder above the package is where conf/ is; Hydra takes an absolute path.

@@ -140,11 +140,18 @@ def literal(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
-    """(resolved plain options, choice of each config group) of conf/<config_name>.yaml.
+    """(resolved plain options, choice of each config group) of conf/<config_name>.yaml, with the
+    plugins that `overrides` name loaded.
 
-    Raises ConfigError: an override that does not parse, an unknown option, group or choice.
+    Raises ConfigError: an override that does not parse, an unknown option, group or choice, a
+    plugin that is wrong or has another text than when it was loaded.
     """
-    overrides = literal(config_name, load_plugins(overrides))
+    return compose_loaded(config_name, load_plugins(overrides))
+
+
+def compose_loaded(config_name: str, overrides: Sequence[str]) -> tuple[Options, Choices]:
+    """The same with the plugins as they were loaded: a study goes on when their files change."""
+    overrides = literal(config_name, overrides)
     for text in overrides:
         if text.startswith("~") or (text.startswith("hydra.") and config_name != TRAINING):
             raise ConfigError(f"{text}: has no meaning here, allowed is option=value")
@@ -268,7 +275,7 @@ def _verify(
     structure = (*groups, *(f"{name}={_kind(text)}" for name, text in written.items()))
     if structure in _VERIFIED and base.keys() <= wanted.keys():  # no override leaves one out
         return
-    recomposed, _ = compose(TRAINING, [*groups, *(f"{k}={v}" for k, v in written.items())])
+    recomposed, _ = compose_loaded(TRAINING, [*groups, *(f"{k}={v}" for k, v in written.items())])
     if flatten(recomposed) != wanted:
         raise ConfigError(f"no command composes to these options: {wanted}")
     _VERIFIED.add(structure)
@@ -282,7 +289,7 @@ def _kind(text: str) -> str:
 @lru_cache(maxsize=64)
 def _base(group_overrides: tuple[str, ...]) -> tuple[Options, Choices]:
     """Training options under some choices of groups: a study asks for the same few all the time."""
-    return compose(TRAINING, group_overrides)
+    return compose_loaded(TRAINING, group_overrides)
 
 
 def _written(value: Any) -> str:

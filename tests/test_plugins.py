@@ -16,7 +16,7 @@ import disinhib
 from disinhib import config, export, hydra_config, plugins, rules, training
 from disinhib.errors import ConfigError
 from disinhib.metrics import SELECTION
-from disinhib.tuning import options, provenance
+from disinhib.tuning import options, provenance, space_tree
 from search_spaces import SPACES
 
 RULE = """
@@ -97,6 +97,16 @@ def test_a_rule_of_a_plugin_is_one_of_ours(write):
     trials = options.check_space(study)
     assert {trial["rule"] for trial in trials} == {"bp", "fast-bp"} and all_rules is not own
     assert all(write(RULE) in trial["command"] for trial in trials)
+
+
+def test_a_study_goes_on_when_the_file_of_a_plugin_is_gone(write):
+    file = write(RULE)
+    study = options.compose([f"plugins=[{file}]", "space=fast_bp"])
+    os.unlink(file)
+    for branch in space_tree.branches(study.search_space):
+        assert file in options.configure(study, 0, branch.overrides)["command"]
+    with pytest.raises(ConfigError, match="No such file"):
+        options.compose([f"plugins=[{file}]", "space=fast_bp"])
 
 
 def test_a_study_keeps_the_text_of_its_plugins(write):

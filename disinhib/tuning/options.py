@@ -103,7 +103,7 @@ def compose(overrides: Sequence[str]) -> Study:
         settings["resume"] = False
     if settings["resume"] or settings["extend"]:
         earlier = resume.read_kept(settings)
-        overrides = resume.on_top_of(earlier, overrides, settings)
+        overrides = hydra_config.load_plugins(resume.on_top_of(earlier, overrides, settings))
         settings = _settings(overrides)
     fixed, ranges, common = _narrowing(settings["space"], overrides)
     space = space_tree.narrowed(SPACES[settings["space"]], fixed, ranges)
@@ -209,9 +209,9 @@ def _anchored(override: str) -> str:
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The options that only a study has, and those that are checked with them."""
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    also = {"out_dir", "epochs", "seed", "device", "test_at_end", "plugins"}
+    also = {"out_dir", "epochs", "seed", "device", "test_at_end"}
     own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, *also}]
-    settings, _ = hydra_config.compose("study", own)
+    settings, _ = hydra_config.compose_loaded("study", own)
     check(settings)
     return settings
 
@@ -253,7 +253,7 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
 
 
 # Cached, because Hydra takes 90 ms for what all trials of a structure share.
-_cached = lru_cache(maxsize=64)(hydra_config.compose)
+_cached = lru_cache(maxsize=64)(hydra_config.compose_loaded)
 
 
 def _composed(given: Sequence[str], chosen: Overrides) -> tuple[dict[str, Any], dict[str, str]]:
