@@ -44,8 +44,8 @@ def trials(store: Store, study: StudyRun) -> Table:
     """The study's trials, in the order of their numbers.
 
     Columns: trial, run_id, rule, state, reason, epochs (done), budget (epochs), score (the study's
-    metric at its last epoch; NaN if it has none), seeds (a tuple), seconds, command, saw_test (its
-    run has a metric of the test set), and `searched.<parameter>`, by Optuna's names.
+    metric at its last epoch; NaN if it has none), seeds (a tuple), seconds, host, device, command,
+    saw_test (its run has a metric of the test set), and `searched.<parameter>`, by Optuna's names.
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
@@ -78,6 +78,7 @@ def trials(store: Store, study: StudyRun) -> Table:
                 "score": score,
                 "seeds": stores.seeds_of(run),
                 "seconds": ((info.end_time or math.nan) - info.start_time) / 1000,
+                **{name: tags.get(name) for name in ("host", "device")},
                 "command": tags["command"],
                 "saw_test": any(name.startswith("test_") for name in run.data.metrics),
                 **{SEARCHED + name: value for name, value in run.data.params.items()},
@@ -222,7 +223,7 @@ def main(arguments: list[str]) -> int:
         for why in unfinished:
             print(f"left out: {why}")
     if options["out"] is None:
-        hidden = ["command", "run_id", "reason", "saw_test", "seeds"]
+        hidden = ["command", "run_id", "reason", "saw_test", "seeds", "host", "device"]
         shown = rows.drop(columns=hidden, errors="ignore")
         shown = shown.rename(columns=lambda name: name.removeprefix(SEARCHED))
         print(shown.to_string(index=False, max_colwidth=24))

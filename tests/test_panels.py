@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from analysis import runs
 from analysis.report import forms, panels
-from analysis.report.panels.drawing import axis_title, wrapped
+from analysis.report.panels.drawing import PALE, axis_title, wrapped
 from analysis.report.panels.plot_data import PlotData
 from disinhib.metrics import SELECTION
 from disinhib.rules import colour
@@ -75,6 +75,16 @@ def retrained(configuration, rule, seed, dataset="digits", state=COMPLETE, **num
     }
 
 
+def history(rows):
+    """The scores of trials at epoch 1 and at their end."""
+    epochs = [(row, epoch) for row in rows for epoch in sorted({1, row["epochs"]} - {0})]
+    points = [
+        (row["run_id"], "m", n, 60.0 + row["trial"] if n == 1 else row["score"])
+        for row, n in epochs
+    ]
+    return pd.DataFrame(points, columns=["run_id", "metric", "epoch", "value"])
+
+
 TRIALS = [
     trial(0, "bp", COMPLETE, [70.0, 75.0, 80.0], 1e-3),
     lin(1, PRUNED, [60.0], rate=1e-4, gain=0.5, strong=False, nudge=0.5),
@@ -112,6 +122,7 @@ FULL = PlotData(
     retrained=pd.DataFrame(RETRAINED),
     curves=pd.DataFrame(CURVES, columns=["run_id", "metric", "epoch", "value"]),
     labels=LABELS,
+    scores=history(TRIALS),
 )
 # As `runs` gives them when there is nothing.
 NO_TRIALS = pd.DataFrame(columns=["trial", "rule", "state"])
@@ -123,6 +134,10 @@ LOSSES = FULL._replace(metric=SELECTION["valid_loss"])
 
 NAMES = [name for name, *_ in panels.PANELS]
 DRAW = {name: draw for name, _, _, draw in panels.PANELS}
+
+
+def traces(drawing) -> Any:
+    return drawing.figure.data
 
 
 def rows_in(*states):
@@ -186,40 +201,54 @@ def test_a_panel_with_nothing_to_show_is_left_out(data, missing):
     assert {*NAMES} - {panel.id for panel in panels.panels(data)} == {*missing.split()}
 
 
-def test_learning_has_a_figure_for_each_data_set(shown):
-    captions = [drawing.caption for drawing in shown["learning"].figures]
+def test_learning_has_a_figure_for_each_data_set_and_rule(shown):
+    captions = [(drawing.heading, drawing.caption) for drawing in shown["learning"].figures]
     assert captions == [
-        f"{data}, 3 hidden layers: {what}"
-        for data in ("digits", "mnist")
+        (f"{data}, 3 hidden layers: {what}", caption)
+        for data, rules in (
+            ("digits", (LABELS["a"], "lin-thresh")),  # of two configurations
+            ("mnist", (LABELS["d"],)),
+        )
         for what in ("validation accuracy", "training loss")
+        for caption in rules
     ]
-    accuracy, loss = (drawing.figure for drawing in shown["learning"].figures[:2])
+    accuracy, two_rules, loss = (drawing.figure for drawing in shown["learning"].figures[:3])
     assert loss.layout.yaxis.type == "log" and accuracy.layout.yaxis.type == "linear"
+    assert accuracy.layout.yaxis.range == two_rules.layout.yaxis.range
     entries = [trace.name for trace in accuracy.data if trace.showlegend]
-    assert len(entries) == 4 and "a seed failed after this epoch" in entries
-    dashes = {
-        trace.legendgroup: trace.line.dash for trace in accuracy.data if trace.mode == "lines"
-    }
-    assert dashes == {"a": "solid", "b": "solid", "c": "dash"}
+    assert len(entries) == 2 and "a seed failed after this epoch" in entries
+    dashes = {trace.legendgroup: trace.line.dash for trace in two_rules.data if trace.legendgroup}
+    assert dashes == {"b": "solid", "c": "dash"}
+    (others,) = (trace for trace in two_rules.data if not trace.legendgroup)
+    assert list(others.x) == [1, 2, 3, None] and list(others.y) == [20, 40, 60, None]  # their mean
 
 
 def test_history_is_the_best_of_complete_trials(shown, of_losses):
-    traces = {trace.name: trace for trace in shown["history"].figures[0].figure.data}
-    assert list(traces["lin-thresh: a complete trial"].x) == [2, 3, 4, 5]
-    assert list(traces["lin-thresh: a complete trial"].customdata) == [3, 5, 6, 7]
-    assert list(traces["lin-thresh: best so far"].y) == [None, 72, 78, 78, 78, 78]
-    lowest = {trace.name: trace for trace in of_losses["history"].figures[0].figure.data}
-    assert list(lowest["lin-thresh: best so far"].y) == [None, 72, 72, 72, 72, 72]
-    assert {trace.line.color for trace in traces.values() if trace.mode == "lines"} == {
-        colour("bp"),
-        colour("lin-thresh"),
-    }
+    bp, lin_thresh = (drawing.figure for drawing in shown["history"].figures)
+    assert [drawing.caption for drawing in shown["history"].figures] == ["bp", "lin-thresh"]
+    assert bp.layout.yaxis.range == lin_thresh.layout.yaxis.range
+    assert bp.layout.xaxis.range == lin_thresh.layout.xaxis.range
+    others, dots, line = traces(shown["history"].figures[1])
+    assert list(dots.x) == [2, 3, 4, 5] and list(dots.customdata) == [3, 5, 6, 7]
+    assert list(line.y) == [None, 72, 78, 78, 78, 78]
+    assert list(others.y) == [80, 80, 80, None] and others.line.color == PALE
+    assert line.line.color == dots.marker.color == colour("lin-thresh")
+    _, _, lowest = traces(of_losses["history"].figures[1])
+    assert list(lowest.y) == [None, 72, 72, 72, 72, 72]
+
+
+def test_lines_of_the_budget_have_their_rules_names_at_their_ends(shown):
+    (drawing,) = shown["budget"].figures
+    labels: Any = drawing.figure.layout.annotations
+    assert [(label.text, label.x) for label in labels] == [("bp", 3), ("lin-thresh", 6)]
+    assert [label.y for label in labels] == pytest.approx([80, 78])
+    assert not drawing.figure.layout.showlegend
 
 
 def test_scores_that_are_far_off_are_told_of():
     rows = [lin(n, COMPLETE, [score], gain=1 + n / 9) for n, score in enumerate([10.0, 80, 84, 88])]
     history = DRAW["history"](FULL._replace(trials=pd.DataFrame(rows)))
-    layout: Any = history.figures[0][1].layout
+    layout: Any = history.figures[0].figure.layout
     low, high = layout.yaxis.range
     assert 10 < low < 80 and high > 88
     assert "worse than 80 lie outside" in history.note
@@ -229,8 +258,8 @@ def test_a_rule_that_is_much_worse_is_in_sight():
     better = [trial(9 + n, "bp", COMPLETE, [90.0 + n / 9], 1e-3) for n in range(9)]
     rows = [lin(1, COMPLETE, [60.0]), lin(2, COMPLETE, [61.0]), *better]
     for name in ("history", "budget"):
-        layout: Any = DRAW[name](FULL._replace(trials=pd.DataFrame(rows))).figures[0][1].layout
-        assert layout.yaxis.range is None
+        layout: Any = DRAW[name](FULL._replace(trials=pd.DataFrame(rows))).figures[0].figure.layout
+        assert layout.yaxis.range[0] < 60.5 and layout.yaxis.range[1] > 90
 
 
 def test_importances_find_what_the_score_depends_on():
@@ -240,17 +269,45 @@ def test_importances_find_what_the_score_depends_on():
         rate, gain = rng.uniform(size=2)
         score = 80 - 40 * abs(rate - 0.3)
         rows.append(lin(n, COMPLETE, [score], 1e-4 * 100**rate, 0.5 + 2 * gain))
-    panel = DRAW["importances"](FULL._replace(trials=pd.DataFrame([*rows, TRIALS[0]])))
-    ((_, figure),) = panel.figures
-    bars: Any = figure.data[0]
+    rows.append(TRIALS[0])
+    panel = DRAW["importances"](FULL._replace(trials=pd.DataFrame(rows), scores=history(rows)))
+    (drawing,) = panel.figures
+    (bars,) = traces(drawing)  # no trial was stopped early
+    assert bars.name == "final scores of the 40 complete trials"
     by_name = dict(zip(bars.y, bars.x, strict=True))
     assert by_name["optimizer.learning_rate"] > 0.9
-    assert "bp is left out: it has 1 complete trial" in panel.note
+    assert by_name["trainer.strong_fb"] == 0 and bars.text[-1] == "all True"
+    assert "bp is left out: final scores of the 1 complete trial: 1 trial, at least 4" in panel.note
+
+
+def test_importances_of_all_trials_show_what_early_stopping_has_sorted_out():
+    """Every trial without strong feedback is bad, and was stopped at epoch 1."""
+    rng = np.random.default_rng(0)
+    rows, early = [], []
+    for n in range(40):
+        strong, gain = bool(n % 2), rng.uniform(0.5, 2.5)
+        scores = [60.0 + 20 * strong + gain] if not strong else [80.0 + gain, 0.0, 90 + gain]
+        rows.append(
+            lin(n, COMPLETE if strong else PRUNED, scores, 10 ** rng.uniform(-4, -2), gain, strong)
+        )
+        early.append((f"run{n}", "m", 1, scores[0]))
+    rows.append(lin(40, FAILED, []))
+    scores = pd.DataFrame(early, columns=FULL.scores.columns)
+    panel = DRAW["importances"](FULL._replace(trials=pd.DataFrame(rows), scores=scores))
+    (drawing,) = panel.figures
+    every, complete = traces(drawing)
+    assert every.name == "scores after epoch 1 of 40 of the 41 trials"
+    assert complete.name == "final scores of the 20 complete trials"
+    shares, of_complete = (dict(zip(bars.y, bars.x, strict=True)) for bars in (every, complete))
+    assert every.y[0] == "trainer.strong_fb" and shares["trainer.strong_fb"] > 0.9
+    assert of_complete["trainer.strong_fb"] == 0
+    assert complete.text[list(complete.y).index("trainer.strong_fb")] == "all True"
+    assert of_complete["model.vf.g_EI"] > 0.9
 
 
 def test_conditional_parameters_have_no_importance(shown):
-    (bars,) = shown["importances"].figures[0].figure.data
-    assert not any("target_nudge" in name for name in bars.y)
+    every, complete = traces(shown["importances"].figures[0])
+    assert not any("target_nudge" in name for name in (*every.y, *complete.y))
     assert "not every trial has it: trainer.target_nudge" in shown["importances"].note
 
 
@@ -296,7 +353,7 @@ def test_slices_clip_what_is_far_off(metric):
     scores = [sign * score for score in (10.0, 80.0, 84.0, 88.0)]
     rows = [lin(n, COMPLETE, [score], gain=1 + n / 9) for n, score in enumerate(scores)]
     slices = DRAW["slices"](FULL._replace(trials=pd.DataFrame(rows), metric=metric))
-    marks: Any = slices.figures[0][1].data
+    marks: Any = slices.figures[0].figure.data
     off = [trace for trace in marks if trace.name == "worse than shown"]
     assert [list(trace.y) for trace in off] == [[sign * 80]] * 3
     assert f"{sign * 10}" in off[0].text[0]
@@ -347,7 +404,7 @@ def test_the_page_escapes_and_links_to_its_sections(shown):
         subtitle=EVIL,
         summary=[EVIL],
         tables=[table],
-        search=table,
+        parts=[table | {"id": "search"}],
         warnings=[EVIL],
         panels=shown.values(),
         provenance=[("name", EVIL)],

@@ -146,19 +146,21 @@ def test_the_same_choices_stand_side_by_side():
 
 
 def test_logarithms_for_importances():
-    (scaled, *_) = importances.on_search_scale(studies.studies(FULL)["lin-thresh"]).trials
-    assert scaled.params["optimizer.learning_rate"] == math.log(1e-3)
+    first = studies.studies(FULL)["lin-thresh"].trials[0]
+    scaled = importances.scored(first, 60.0)
+    assert scaled.value == 60 and scaled.state == TrialState.COMPLETE
+    assert scaled.params["optimizer.learning_rate"] == math.log(1e-4)
     assert scaled.distributions["optimizer.learning_rate"] == FloatDistribution(
         math.log(1e-4), math.log(1e-2)
     )
-    assert scaled.params["model.vf.g_EI"] == 1.0
+    assert scaled.params["model.vf.g_EI"] == 0.5
     assert scaled.distributions["model.vf.g_EI"] == FloatDistribution(0.5, 2.5)
 
 
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (TRIALS[:1], "1 complete trial, at least 4 are needed"),
+        (TRIALS[:1], "1 trial, at least 4 are needed"),
         ([lin(n, COMPLETE, [50.0], gain=1 + n / 9, rate=1e-3 + n / 999) for n in range(5)], "same"),
         ([lin(n, COMPLETE, [50.0 + n], gain=1 + n / 9) for n in range(5)], "1 parameter that"),
         ([r for r in TRIALS if r["rule"] != "bp"], None),
@@ -168,6 +170,27 @@ def test_when_there_are_no_importances(rows, why):
     (study,) = studies.studies(FULL._replace(trials=pd.DataFrame(rows))).values()
     reason = importances.cannot_rank(studies.complete_trials(study))
     assert reason is None if why is None else reason is not None and why in reason
+
+
+def test_early_scores_are_at_the_last_epoch_that_all_trials_reached():
+    assert importances.early_scores(FULL, "lin-thresh") == (1, {n: 60 + n for n in (1, 3, 5, 6, 7)})
+    assert importances.early_scores(FULL, "bp") == (1, {0: 60, 2: 62})
+    alone = FULL._replace(trials=FULL.trials[:1])
+    assert importances.early_scores(alone, "bp") == (3, {0: 80})
+    assert importances.early_scores(FULL, "taylor") == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("heights", "moved"),
+    [
+        ([1, 5, 3], [1, 5, 3]),
+        ([1, 1, 5], [0.5, 1.5, 5]),
+        ([5, 4.8, 5.2, 4], [5.25, 4.25, 6.25, 3.25]),  # four that touch, about their mean, 4.75
+        ([], []),
+    ],
+)
+def test_labels_are_moved_apart(heights, moved):
+    assert drawing.apart(heights, 1) == pytest.approx(moved)
 
 
 def test_seeds_and_their_curves():

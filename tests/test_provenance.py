@@ -179,7 +179,7 @@ def test_differences_are_what_makes_results_incomparable(collected, now, lines):
 
 @pytest.mark.parametrize("part", ["train", "validation", "test", "labels", "split"])
 def test_the_data_hash_covers_every_image_and_label(part, monkeypatch):
-    hashed = provenance._data_hash.__wrapped__
+    hashed = provenance._data.__wrapped__
     before = hashed("digits", None, 0.1)
     splits = data.load("digits", None, 0.2 if part == "split" else 0.1)
     if part == "labels":

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("copied_stores")
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)
 WON = 1 + 9 + 10  # searched options of the rules
+METHOD = 13  # lines of how the study was done
 BEGAN = planted.BEGAN + 1e6
 
 
@@ -152,7 +153,7 @@ def test_the_four_forms_have_the_same_numbers(folder):
     markdown = tables_of_markdown((folder / "report.md").read_text())
     latex = tables_of_latex((folder / "report.tex").read_text())
     html = tables_of_html((folder / "report.html").read_text())
-    assert len(markdown) == 4 + (1 + WON) + 4  # each with a head; two of three rules
+    assert len(markdown) == 4 + (1 + WON) + (1 + METHOD) + 4  # each with a head
     assert latex == markdown
     assert [row for row in html if row in markdown] == markdown
     numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text()))
@@ -226,6 +227,29 @@ def test_the_report_says_what_won(folder):
     assert strong[3:] == ["True", "one of false, true", "True"]
 
 
+def test_the_report_says_how_the_study_was_done(folder):
+    head, *rows = tables_of_markdown((folder / "report.md").read_text())[5 + WON : -4]
+    assert head == ["what", "how"] and len(rows) == METHOD
+    how = dict(rows)
+    assert how["data"] == (
+        "digits: 1150 train, 287 validation, 360 test samples; validation: the first 20% of the"
+        " training file"
+    )
+    assert how["hidden layers"] == "16" and how["budget"] == "2 epochs a trial, batches of 25"
+    assert how["search"] == "space rules (23 parameters), 6 trials"
+    assert how["sampler"].startswith("tpe, ") and "n_startup_trials=5" in how["sampler"]
+    assert how["early stopping"].startswith("asha, ")
+    assert how["early stopping"].endswith("; decides after epochs 1")
+    assert how["seeds"] == (
+        "1 a trial, drawn from the study's seed, 0; retraining: 0, 1, 2, 3, the same for every"
+        " configuration"
+    )
+    assert "cores" in how["machines"] and how["machines"].endswith("trained on h (cpu)")
+    assert how["to search"] == how["to retrain"] == "python tune_main.py"  # as planted
+    html = (folder / "report.html").read_text()
+    assert html.count("n_startup_trials=5") == 1
+
+
 def test_what_a_reader_must_know_is_in_the_report(folder):
     text = (folder / "report.md").read_text()
     for words in (
@@ -263,7 +287,10 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     program.main([f"study={written.study}", f"tracking.uri={written.uri}",
                   f"out={tmp_path / 'out'}"])  # fmt: skip
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
-    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + 4
+    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + (1 + METHOD) + 4
+    how = dict(rows[2 + WON : -4])
+    assert "retraining" not in how["seeds"]
+    assert how["to retrain"] == "python -m analysis.retrain selected.yaml seeds=10"
     assert rows[-4][:2] == ["rule", "trials"]
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
     sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import pandas as pd
 from markupsafe import Markup
 
-from analysis import runs, selection, stats
+from analysis import runs, selection, stats, store as stores
 from analysis.report import tables
 from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.retraining import CURVES
 from analysis.selection import TRAINER, Choice
 from analysis.store import Refused, Store, StudyRun
+from disinhib.checks import in_hydra
 from disinhib.metrics import SELECTION
 from disinhib.rules import COMPETITORS
+from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.event_log import COMPLETE, FAILED
+from disinhib.tuning.suggest import SAMPLERS
 
 SEARCH_NOTE = (
     "The search budget of each rule. Epochs are summed over all seeds of a trial, hours over all"
@@ -29,6 +32,10 @@ WINNERS_NOTE = (
     "The searched options of the trials that were retrained (or else of each rule's best one), the"
     " ranges in which they were searched, and the published defaults."
 )
+METHOD_NOTE = (
+    "What the numbers rest on, and the commands that give them again. All options are in the file"
+    " config.yaml of the study's run in MLflow."
+)
 
 
 class Section(NamedTuple):
@@ -37,14 +44,20 @@ class Section(NamedTuple):
     title: str
     table: pd.DataFrame  # of texts
     note: str
+    prose: bool = False  # its last column has sentences, which need several lines
+    id: str = ""  # of its own part of the page; else it is among the results
 
     @property
     def html(self) -> Markup:
-        return Markup(self.table.to_html(index=False, border=0, escape=True, justify="unset"))
+        classes = "prose" if self.prose else None
+        return Markup(
+            self.table.to_html(index=False, border=0, escape=True, justify="unset", classes=classes)
+        )
 
 
 class Report(NamedTuple):
     study: StudyRun
+    retrained_by: list[str]  # the commands of its retrainings
     data: PlotData  # all rows that were read
     results: pd.DataFrame  # tables.results
     search: pd.DataFrame  # tables.search
@@ -64,11 +77,14 @@ def read(store: Store, study: StudyRun) -> Report:
         trials=trials,
         retrained=retrained,
         curves=runs.curves(store, list(retrained["run_id"]), tuple(CURVES)),
+        scores=runs.curves(store, [row["run_id"] for row in trials.to_dict("records")], (metric,)),
         labels={row["configuration"]: _label(row) for row in retrained.to_dict("records")},
     )
     left_out = [f"left out: {reason}" for reason in (*dropped, *unfinished)]
+    of_study = [] if study.space is None else stores.retrainings(store, study)
     return Report(
         study,
+        [run.data.tags["command"] for run in of_study],
         data,
         tables.results(retrained, trials, metric),
         tables.search(trials, data.metric),
@@ -101,7 +117,7 @@ def _label(row: Mapping[Any, Any]) -> str:
 
 
 def sections(report: Report) -> list[Section]:
-    """One for each data set, then what has won, and what the search cost."""
+    """One for each data set, then what has won, how the study was done, and what it cost."""
     sections = []
     if len(report.results):
         for dataset, numbers in report.results.groupby("dataset", sort=False):
@@ -112,9 +128,11 @@ def sections(report: Report) -> list[Section]:
         chosen = tables.chosen(winners, report.study.space)
         if len(chosen):
             sections.append(Section("What won", chosen, WINNERS_NOTE))
+    done = pd.DataFrame(method(report), columns=["what", "how"])
+    sections.append(Section("How the study was done", done, METHOD_NOTE, True, "method"))
     if len(report.search):
         shown = tables.shown_search(report.search)
-        sections.append(Section("What the search cost", shown, SEARCH_NOTE))
+        sections.append(Section("What the search cost", shown, SEARCH_NOTE, id="search"))
     return sections
 
 
@@ -184,29 +202,106 @@ def subtitle(report: Report) -> str:
     return f"{', '.join(parts)}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
+def method(report: Report) -> list[tuple[str, str]]:
+    """How the study was done: (what, how), without what it lacks."""
+    study, options = report.study, report.study.options
+    trials = report.data.trials.to_dict("records")
+    seeds = report.data.retrained.to_dict("records")
+    machine = study.provenance["machine"]
+    places = {(row["host"], row["device"]) for row in (*trials, *seeds)}
+    ran_on = sorted(f"{host} ({device})" for host, device in places if isinstance(host, str))
+    lines = {  # in this order
+        "data": _data(options, study.provenance["data"]),
+        "hidden layers": _layers(study),
+        "budget": f"{options['epochs']} epochs a trial, batches of {options['batchsize']}",
+        "score": f"{report.data.metric.words} after the last epoch",
+        "search": "",
+        "sampler": "",
+        "early stopping": "",
+        "seeds": "",
+        "machines": f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; trained on"
+        f" {', '.join(ran_on)}",
+    }
+    if study.space is not None:
+        lines |= _search(options, len(study.space["parameters"]))
+    fresh = sorted({row["seed"] for row in seeds})
+    lines["seeds"] = "; ".join(
+        [
+            *([f"{options['replicates']} a trial, drawn from the study's seed, {options['seed']}"]
+              if study.space is not None else []),
+            *([f"retraining: {', '.join(map(str, fresh))}, the same for every configuration"]
+              if fresh else []),
+        ]
+    )  # fmt: skip
+    lines |= _commands(report)
+    return [(what, how) for what, how in lines.items() if how]
+
+
+def _data(options: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Names and sizes of the splits, as far as they were recorded."""
+    held_out = f"validation: the first {options['dataset']['valid_split']:.0%} of the training file"
+    samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
+    return f"{data['name']}: {samples + ' samples; ' if samples else ''}{held_out}"
+
+
+def _layers(study: StudyRun) -> str:
+    """Their sizes; empty if every configuration has its own."""
+    network = study.options["model"]["vf"]
+    sizes, number = network["sizes_hidden"], network["nb_hidden"]
+    if study.space is None or any("hidden" in name for name in study.space["parameters"]):
+        return ""
+    return ", ".join(map(str, sizes * number if len(sizes) == 1 else sizes))
+
+
+def _search(options: Mapping[str, Any], parameters: int) -> dict[str, str]:
+    """The sampler and early stopping, with their options."""
+    given = lambda group: ", ".join(
+        f"{name}={in_hydra(value)}"
+        for name, value in options[group].items()
+        if name not in ("name", "storage") and value is not None
+    )
+    sampler, stopping = options["searcher"]["name"], options["scheduler"]["name"]
+    entry = EARLY_STOPPING[stopping]
+    epochs = list(entry.decides(options["scheduler"], options["epochs"]))
+    when = f"; decides after epochs {', '.join(map(str, epochs))}" if epochs else ""
+    return {
+        "search": f"space {options['space']} ({parameters} parameters), {options['trials']} trials",
+        "sampler": f"{sampler}, {SAMPLERS[sampler].words} ({given('searcher')})",
+        "early stopping": f"{stopping}, {entry.words} ({given('scheduler')}){when}",
+    }
+
+
+def _commands(report: Report) -> dict[str, str]:
+    """What was run, and where no retraining is recorded, what would retrain the best trials."""
+    study = report.study
+    own = study.run.data.tags.get("command", "")
+    select = f"python -m analysis.selection study={study.name}"
+    commands = {"command": own}
+    if study.space is not None:
+        retrain = report.retrained_by or ["python -m analysis.retrain selected.yaml seeds=10"]
+        commands = {"to search": own, "to select": select, "to retrain": "; ".join(retrain)}
+    return {**commands, "to report": f"python -m analysis.report study={study.name}"}
+
+
 def provenance(report: Report) -> list[tuple[str, str]]:
     """Where the numbers come from: (name, value)."""
     study = report.study
     about = study.provenance
-    code, machine = about["code"], about["machine"]
+    code = about["code"]
     seeds = report.data.retrained.to_dict("records")
     values = lambda name: ", ".join(sorted({str(row[name]) for row in seeds if row[name]}))
     data = {(about["data"]["name"], about["data"]["sha256"])}
     data |= {(row["dataset"], row["data"]) for row in seeds}
     return [
         ("study", f"{study.name} ({study.id})"),
-        ("command", study.run.data.tags.get("command", "")),
-        ("report", f"python -m analysis.report study={study.name}"),
         ("code", f"disinhib {code['version']}, commit {code['commit'] or 'unknown'}"
          + (", with uncommitted changes" if code["diff"] else "")),
         *([("plugins", ", ".join(f"{p['name']}, SHA-256 {p['sha256']}" for p in about["plugins"]))]
           if about.get("plugins") else []),
         ("packages", ", ".join(f"{n} {v}" for n, v in about["packages"].items() if v)),
         ("python", about["python"]),
-        ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"),
         ("data", ", ".join(f"{name}, SHA-256 {sha256}" for name, sha256 in sorted(data))),
         *([("inputs", about["data"]["words"])] if about["data"].get("words") else []),
-        *([("retrained on", f"{values('device')} ({values('host')})"),
-           ("code of the retraining", f"SHA-256 of its files begins with {values('code')}")]
+        *([("code of the retraining", f"SHA-256 of its files begins with {values('code')}")]
           if seeds else []),
     ]  # fmt: skip

@@ -20,8 +20,8 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 def as_markdown(report: Report) -> str:
     parts = [f"# {report.study.name}\n"]
-    for title, table, note in contents.sections(report):
-        parts += [f"## {title}\n", markdown(table), note + "\n"]
+    for section in contents.sections(report):
+        parts += [f"## {section.title}\n", markdown(section.table), section.note + "\n"]
     if report.warnings:
         parts += ["## Warnings\n", "".join(f"- {line}\n" for line in report.warnings)]
     return "\n".join(parts)
@@ -35,22 +35,21 @@ def as_csv(report: Report) -> str:
 
 def as_latex(report: Report) -> str:
     parts = [f"% {report.study.name}; needs \\usepackage{{booktabs}}\n"]
-    for title, table, note in contents.sections(report):
-        parts.append(f"% {title}. {note}\n{latex(table)}")
+    for section in contents.sections(report):
+        parts.append(f"% {section.title}. {section.note}\n{latex(section.table, section.prose)}")
     return "\n".join(parts)
 
 
 def as_html(report: Report) -> str:
     """One page that needs no other file."""
     sections = contents.sections(report)
-    search = sections.pop() if len(report.search) else None
     return page(
         title=report.study.name,
         subtitle=contents.subtitle(report),
         rules=contents.rules(report),
         summary=contents.summary(report),
-        tables=sections,
-        search=search,
+        tables=[section for section in sections if not section.id],
+        parts=[section for section in sections if section.id],
         warnings=report.warnings,
         panels=panels.panels(report.data),
         provenance=contents.provenance(report),
@@ -77,10 +76,13 @@ FORMS: dict[str, Callable[[Report], str]] = {
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table."""
     lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def latex(table: pd.DataFrame) -> str:
-    """A tabular for the package booktabs."""
+def latex(table: pd.DataFrame, prose: bool = False) -> str:
+    """A tabular for the package booktabs; with `prose` its last column is as wide as the page has
+    room for."""
     signs = str.maketrans({"±": r"$\pm$", "−": "$-$", NOTHING: "--"})
-    return table.to_latex(index=False, escape=True).translate(signs)
+    columns = "l" * (table.shape[1] - prose) + r"p{0.75\linewidth}" * prose
+    return table.to_latex(index=False, escape=True, column_format=columns).translate(signs)

@@ -66,11 +66,7 @@ def decisive(source: DataSource) -> dict[str, Any]:
         "code": {"files": {**_hashes(ROOT), **plugins.hashes()}},
         "packages": {name: _version(name) for name in (*PACKAGES, *plugins.packages())},
         "python": platform.python_version(),
-        "data": {
-            "name": source[0],
-            "sha256": _data_hash(*source),
-            "words": data.words(*source[:2]),
-        },
+        "data": {"name": source[0], **_data(*source), "words": data.words(*source[:2])},
         "numerics": numerics.recorded(),
     }
 
@@ -195,12 +191,15 @@ def _cpu() -> str:
 
 
 @lru_cache(maxsize=4)  # the trials of a study share their data
-def _data_hash(name: str, path: str | None, valid_split: float) -> str:
-    """SHA-256 over what every array of the three splits is: dtype, shape, bytes."""
+def _data(name: str, path: str | None, valid_split: float) -> dict[str, Any]:
+    """How many samples each of the three splits has, and SHA-256 over what every array of them is:
+    dtype, shape, bytes."""
     splits = data.load(name, path, valid_split)
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     digest = hashlib.sha256()
-    for split in (splits.train, splits.validation, splits.test):
+    for split in parts.values():
         for array in split:
             digest.update(f"{array.dtype.str} {array.shape} ".encode())
             digest.update(array.tobytes())
-    return digest.hexdigest()
+    samples = {part: len(split.labels) for part, split in parts.items()}
+    return {"sha256": digest.hexdigest(), "samples": samples}

@@ -32,6 +32,7 @@ class Drawing(NamedTuple):
     caption: str  # may be empty
     figure: go.Figure
     width: int  # pixels that it needs at least: a narrower screen scrolls
+    heading: str  # may be empty
 
 
 class Panel(NamedTuple):
@@ -40,38 +41,40 @@ class Panel(NamedTuple):
     sentence: str  # that explains it to a reader who has not seen such a figure
     figures: list[Drawing]
     note: str  # may be empty
+    beside: int  # how many figures stand side by side, at most
 
 
 PANELS: tuple[tuple[str, str, str, Callable[[PlotData], PanelFigures]], ...] = (
     (
         "learning",
         "Learning curves",
-        "Each thin line is one retrained network (a selected configuration with one seed): first"
-        " its accuracy on images it was not trained on (higher is better), then its loss on the"
-        " training images (lower is better), which the dis-inhibitory rules compute in closed loop,"
-        " with the target fed back.",
+        "Each coloured line is one retrained network (a selected configuration with one seed), each"
+        " grey line the mean of another configuration: first the accuracy on images it was not"
+        " trained on (higher is better), then the loss on the training images (lower is better),"
+        " which the dis-inhibitory rules compute in closed loop, with the target fed back.",
         draw_learning,
     ),
     (
         "history",
         "History of the search",
         "Each dot is a trial (one configuration, trained for its whole budget), in the order in"
-        " which they were tried; the line is the best score of the rule so far: where it is flat,"
-        " the search found nothing better.",
+        " which they were tried; the line is the best score of the rule so far (grey: of the other"
+        " rules): where it is flat, the search found nothing better.",
         draw_history,
     ),
     (
         "budget",
         "Best score against budget",
-        "The best score of k trials: the expected best of any k trials of a rule (solid), and the"
-        " best of the first k of the study (dotted); compare rules at the same k.",
+        "The expected best score of any k trials of a rule: compare rules at the same k, and see"
+        " whether more trials would still have paid.",
         draw_budget,
     ),
     (
         "importances",
         "Which parameters matter",
-        "The share of the variance between a rule's complete trials that each parameter explains by"
-        " itself (fANOVA): the longer the bar, the more the score depends on the parameter.",
+        "The share of the variance between a rule's scores that each parameter explains by itself"
+        " (fANOVA): of all trials, by their score at an epoch that each of them reached, and of the"
+        " complete trials, by their final score.",
         draw_importances,
     ),
     (
@@ -113,13 +116,13 @@ def panels(data: PlotData) -> list[Panel]:
     """Those that have something to show."""
     panels = []
     for name, title, sentence, draw in PANELS:
-        figures, note, width = draw(data)
+        figures, note, width, beside = draw(data)
         drawings = [
-            Drawing(f"{name}-{number}", caption, figure, width)
-            for number, (caption, figure) in enumerate(figures, start=1)
+            Drawing(f"{name}-{number}", one.caption, one.figure, width, one.heading)
+            for number, one in enumerate(figures, start=1)
         ]
         if drawings:
-            panels.append(Panel(name, title, sentence, drawings, note))
+            panels.append(Panel(name, title, sentence, drawings, note, beside))
     return panels
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as markup
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -16,15 +16,23 @@ from disinhib.metrics import Metric
 
 # Of Okabe and Ito's palette, as those of the rules, which colour-blind readers can tell apart.
 MORE_COLOURS = ("#E69F00", "#56B4E9")  # for other rules
-LIGHT, GREY, INK = "#E6E9ED", "#7F7F7F", "#1C1E21"
+LIGHT, PALE, GREY, INK = "#E6E9ED", "#C3C9D0", "#7F7F7F", "#1C1E21"
+SMALL = 270  # pixels: height of a small multiple
+
+
+class Captioned(NamedTuple):
+    caption: str  # may be empty
+    figure: go.Figure
+    heading: str = ""  # of this and the following figures, if it is another than of those before
 
 
 class PanelFigures(NamedTuple):
     """The figures of a panel, before they are part of a page."""
 
-    figures: Sequence[tuple[str, go.Figure]]  # (caption, figure)
+    figures: Sequence[Captioned]
     note: str = ""
-    width: int = 0  # pixels that each needs at least
+    width: int = 0  # pixels that each needs at least: a narrower screen scrolls
+    beside: int = 1  # how many stand side by side on a wide screen; on a narrow one, fewer
 
 
 def colours(data: PlotData) -> dict[str, str]:
@@ -56,11 +64,49 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
     return figure.update_xaxes(**axes).update_yaxes(**axes, ticklabelstandoff=4)
 
 
+def small(figure: go.Figure) -> go.Figure:
+    """As one of several with the same axes."""
+    return styled(figure, SMALL).update_layout(margin_t=24)
+
+
+def beside(rules: int) -> int:
+    """How many of the small multiples of so many rules stand side by side."""
+    return max(1, min(rules, 3))
+
+
 def numbered(figure: go.Figure, title: str) -> go.Figure:
-    """With a horizontal axis of whole numbers."""
+    """With a horizontal axis of whole numbers, from 0."""
     traces: Any = figure.data
-    dtick = 1 if max(x for trace in traces for x in trace.x) <= 12 else None
-    return figure.update_xaxes(title_text=title, rangemode="tozero", dtick=dtick)
+    last = max(x for trace in traces for x in trace.x if x is not None)
+    dtick = 1 if last <= 12 else None
+    return figure.update_xaxes(title_text=title, range=[0, 1.02 * last], dtick=dtick)
+
+
+def context(figure: go.Figure, lines: Iterable[tuple[Sequence[float], Sequence[float | None]]],
+            shape: str = "linear") -> None:  # fmt: skip
+    """Draws the lines (x, y) of other rules, behind those of the figure's own."""
+    x, y = [], []
+    for of_x, of_y in lines:
+        x += [*of_x, None]
+        y += [*of_y, None]
+    if x:
+        line = {"color": PALE, "width": 1, "shape": shape}
+        figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights of labels, moved as little as it takes, so that no two are closer than `gap`."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[list[float]] = []  # of labels that touch: [their centre, how many they are]
+    for i in order:
+        blocks.append([heights[i], 1])
+        while len(blocks) > 1:
+            (low, n), (high, m) = blocks[-2:]
+            if high - low >= gap * (n + m) / 2:
+                break
+            blocks[-2:] = [[(low * n + high * m) / (n + m), n + m]]
+    moved = [centre + gap * (k - (n - 1) / 2) for centre, n in blocks for k in range(int(n))]
+    return [height for _, height in sorted(zip(order, moved, strict=True))]
 
 
 def dashed(figure: go.Figure, *values: float, **cell: Any) -> None:

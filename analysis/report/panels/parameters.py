@@ -13,7 +13,7 @@ from optuna import visualization
 from plotly.subplots import make_subplots
 
 from analysis.report.panels import drawing, plot_data
-from analysis.report.panels.drawing import GREY, PanelFigures
+from analysis.report.panels.drawing import GREY, Captioned, PanelFigures
 from analysis.report.panels.plot_data import PlotData, Row, Setting, grouped
 from analysis.report.panels.studies import complete_trials, studies
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
@@ -56,7 +56,7 @@ def draw_parallel(data: PlotData) -> PanelFigures:
                 f"{rule} is left out: {complete}, {drawing.counted(len(names), 'parameter')}."
             )
             continue
-        figures.append((f"{rule}, {complete}", _parallel(study, names, data)))
+        figures.append(Captioned(f"{rule}, {complete}", _parallel(study, names, data)))
         most = max(most, len(names))
     return PanelFigures(figures, " ".join(notes), width=WIDE * (most + 1))  # and the score
 
@@ -98,7 +98,7 @@ def draw_slices(data: PlotData) -> PanelFigures:
     for rule, of_rule in plot_data.settings(data).items():
         scored = [setting for setting in of_rule if setting.trial["state"] != FAILED]
         if scored:
-            figures.append((rule, _slices(scored, data, drawing.colours(data)[rule])))
+            figures.append(Captioned(rule, _slices(scored, data, drawing.colours(data)[rule])))
     note = "A pruned trial has the score at which it was stopped, before its budget was used up."
     return PanelFigures(figures, note)
 
@@ -182,7 +182,7 @@ def draw_failures(data: PlotData) -> PanelFigures:
         failed = sum(row["state"] == FAILED for row in trials[rule])
         if failed and of_rule:
             caption = f"{rule}, {failed} of {drawing.counted(len(trials[rule]), 'trial')} failed"
-            figures.append((caption, _failures(of_rule, drawing.colours(data)[rule])))
+            figures.append(Captioned(caption, _failures(of_rule, drawing.colours(data)[rule])))
     note = (
         "Of a choice, the first option is at 0 and the last at 1; equal choices stand side by side."
     )

@@ -27,6 +27,7 @@ class PlotData(NamedTuple):
     retrained: pd.DataFrame  # runs.retrained
     curves: pd.DataFrame  # runs.curves of the retrained seeds, of the metrics retraining.CURVES
     labels: Mapping[str, str]  # of configurations, as in the tables
+    scores: pd.DataFrame  # runs.curves of the trials, of the study's metric
 
 
 class Setting(NamedTuple):

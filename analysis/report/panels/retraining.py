@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from statistics import mean
 from typing import NamedTuple
 
 import plotly.graph_objects as go
 
 from analysis.report.panels import drawing
-from analysis.report.panels.drawing import PanelFigures
+from analysis.report.panels.drawing import Captioned, PanelFigures
 from analysis.report.panels.plot_data import PlotData, Row, grouped, records
 from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import FAILED
@@ -76,20 +77,55 @@ def probes(data: PlotData, metric: str) -> list[tuple[Seed, float]]:
 
 
 def draw_learning(data: PlotData) -> PanelFigures:
+    """For each data set and depth a figure for each rule, all with the same axes."""
     colour = drawing.colours(data)
-    figures = {}
+    figures: dict[tuple, list[Captioned]] = {}
+    most = 1
     for metric, (name, axis, kind) in CURVES.items():
         curves = grouped(
             learning_curves(data, metric),
             lambda c: (c.seed.row["dataset"], c.seed.row["depth"]),
         )
-        for (dataset, depth), of_figure in curves.items():
-            figure = _learning(of_figure, colour).update_yaxes(title_text=axis, type=kind)
-            if kind == "log":
-                figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(of_figure))
-            caption = f"{dataset}, {drawing.counted(depth, 'hidden layer')}: {name}"
-            figures.setdefault((dataset, depth), []).append((caption, figure))
-    return PanelFigures([*chain.from_iterable(figures.values())])
+        for (dataset, depth), together in curves.items():
+            heading = f"{dataset}, {drawing.counted(depth, 'hidden layer')}: {name}"
+            by_rule = grouped(together, lambda c: c.seed.row["rule"])
+            most = max(most, len(by_rule))
+            for rule, own in by_rule.items():
+                figure = _learning(own, [c for c in together if c not in own], colour[rule])
+                figure.update_yaxes(title_text=axis, type=kind, range=_limits(together, kind))
+                figure.update_xaxes(range=[0, 1.02 * max(max(c.epochs) for c in together)])
+                if kind == "log":
+                    figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(together))
+                # What the heading says is not said again.
+                known = f", {drawing.counted(depth, 'hidden layer')}, {dataset}"
+                labels = {curve.seed.label.replace(known, "") for curve in own}
+                caption = labels.pop() if len(labels) == 1 else rule
+                figures.setdefault((dataset, depth), []).append(Captioned(caption, figure, heading))
+    every = [*chain.from_iterable(figures.values())]
+    return PanelFigures(every, beside=drawing.beside(most))
+
+
+def _limits(curves: Sequence[Curve], kind: str) -> list[float] | None:
+    """The ends of a vertical axis for all these curves, as plotly wants them; None if there is
+    nothing that it could show."""
+    values = [value for curve in curves for value in curve.values]
+    if kind == "log":
+        values = [math.log10(value) for value in values if value > 0]
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return None
+    pad = 0.05 * (max(values) - min(values)) or 1
+    return [min(values) - pad, max(values) + pad]
+
+
+def means(curves: Sequence[Curve]) -> list[tuple[tuple[int, ...], list[float]]]:
+    """The mean of each configuration's seeds, at the epochs that all of them have."""
+    lines = []
+    for own in grouped(curves, lambda curve: curve.seed.configuration).values():
+        by_epoch = [dict(zip(curve.epochs, curve.values, strict=True)) for curve in own]
+        shared = tuple(sorted(set(by_epoch[0]).intersection(*by_epoch)))
+        lines.append((shared, [mean(each[epoch] for each in by_epoch) for epoch in shared]))
+    return lines
 
 
 def _log_ticks(curves: Sequence[Curve]) -> str | None:
@@ -98,11 +134,12 @@ def _log_ticks(curves: Sequence[Curve]) -> str | None:
     return "D2" if values and 4 < max(values) / min(values) < 1000 else None
 
 
-def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
+def _learning(curves: Sequence[Curve], others: Sequence[Curve], of_rule: str) -> go.Figure:
+    """The seeds of one rule, in its colour `of_rule`, before the means of others."""
     figure = go.Figure()
+    drawing.context(figure, means(others))
     shown = set()
     for seed, epochs, values in curves:
-        of_rule = colour[seed.row["rule"]]
         figure.add_scatter(
             x=epochs,
             y=values,
@@ -128,7 +165,9 @@ def _learning(curves: Sequence[Curve], colour: Mapping[str, str]) -> go.Figure:
                 hovertemplate="%{text}",
             )
             shown.add(FAILED)
-    return drawing.numbered(drawing.styled(figure, 460), "epoch")
+    named = len({curve.seed.configuration for curve in curves}) > 1 or FAILED in shown
+    drawing.numbered(drawing.small(figure), "epoch").update_layout(showlegend=named)
+    return figure.update_layout(height=drawing.SMALL + 24 * len(shown) * named)
 
 
 def draw_ode(data: PlotData) -> PanelFigures:
@@ -142,7 +181,7 @@ def draw_ode(data: PlotData) -> PanelFigures:
                 figure.update_xaxes(exponentformat="power", dtick=1)
             else:
                 drawing.dashed(figure, 0)
-            figures.append((caption, figure))
+            figures.append(Captioned(caption, figure))
     note = (
         "Diverged seeds are not shown, nor is back-propagation on the plain MLP, which has no"
         " dynamics. Flagged seeds failed the check."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html as markup
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,10 +10,23 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.report.panels.drawing import PanelFigures, axis_title, colours, numbered, styled
-from analysis.report.panels.plot_data import PlotData, Row, fence, trials_of
+from analysis.report.panels.drawing import (
+    Captioned,
+    PanelFigures,
+    apart,
+    axis_title,
+    beside,
+    colours,
+    context,
+    numbered,
+    small,
+    styled,
+)
+from analysis.report.panels.plot_data import PlotData, fence, trials_of
 from analysis.stats import expected_maximum
 from disinhib.tuning.event_log import COMPLETE, FAILED
+
+HEIGHT, LABEL = 460, 17  # pixels: of the figure, of a label's line
 
 
 class Budget(NamedTuple):
@@ -42,68 +56,87 @@ def budgets(data: PlotData) -> list[Budget]:
 
 
 def draw_history(data: PlotData) -> PanelFigures:
-    figure, palette, scores = go.Figure(), colours(data), []
-    for rule, _, best in budgets(data):
-        rows = enumerate(trials_of(data)[rule], start=1)
-        complete = {k: row for k, row in rows if row["state"] == COMPLETE}
-        if complete:
-            scores.append([row["score"] for row in complete.values()])
-            figure.add_scatter(
-                x=[*complete],
-                y=scores[-1],
-                mode="markers",
-                marker={"color": palette[rule], "size": 7},
-                name=f"{rule}: a complete trial",
-                customdata=[row["trial"] for row in complete.values()],
-                hovertemplate="trial %{customdata}: %{y:.4g}",
-            )
-            line = {"color": palette[rule], "width": 1.5, "shape": "hv"}
-            _add_line(figure, best, f"{rule}: best so far", line)
-    note = "Pruned and failed trials are counted on the horizontal axis, but have no dot."
-    return _scored(figure, "trials of the rule", data, scores, note)
+    """A figure for each rule, all with the same axes."""
+    palette, of_rules, by_rule = colours(data), {}, trials_of(data)
+    for budget in budgets(data):
+        rows = enumerate(by_rule[budget.rule], start=1)
+        if complete := {k: row for k, row in rows if row["state"] == COMPLETE}:
+            of_rules[budget.rule] = complete, _gaps(budget.best)
+    if not of_rules:
+        return PanelFigures([])
+    scores = [[row["score"] for row in complete.values()] for complete, _ in of_rules.values()]
+    limits, note = _limits(data, scores)
+    most = max(len(best) for _, best in of_rules.values())
+    figures = []
+    for rule, (complete, best) in of_rules.items():
+        figure = go.Figure()
+        others = [line for other, (_, line) in of_rules.items() if other != rule]
+        context(figure, [(range(1, len(line) + 1), line) for line in others], "hv")
+        figure.add_scatter(
+            x=[*complete],
+            y=[row["score"] for row in complete.values()],
+            mode="markers",
+            marker={"color": palette[rule], "size": 7},
+            name="a complete trial",
+            customdata=[row["trial"] for row in complete.values()],
+            hovertemplate="trial %{customdata}: %{y:.4g}",
+        )
+        line = {"color": palette[rule], "width": 1.5, "shape": "hv"}
+        x = [*range(1, len(best) + 1)]
+        figure.add_scatter(x=x, y=best, mode="lines", line=line, name="best so far")
+        numbered(small(figure), "trials of the rule").update_xaxes(range=[0, 1.04 * most])
+        figure.update_yaxes(title_text=axis_title(data.metric), range=limits)
+        figures.append(Captioned(rule, figure.update_layout(showlegend=False)))
+    note = f"Pruned and failed trials are counted on the horizontal axis, but have no dot.{note}"
+    return PanelFigures(figures, note, beside=beside(len(figures)))
 
 
 def draw_budget(data: PlotData) -> PanelFigures:
-    figure, palette, scores = go.Figure(), colours(data), []
-    for rule, expected, best in budgets(data):
-        line = {"color": palette[rule]}
-        _add_line(figure, expected, f"{rule}: expected best of k", line)
-        scores.append([*expected, *(score for score in best if not math.isnan(score))])
-        if not math.isnan(best[-1]):
-            line |= {"dash": "dot", "shape": "hv"}
-            _add_line(figure, best, f"{rule}: best of the first k", line)
-    note = (
-        "The expected best is the mean over all sets of k trials of the rule (unbiased); a pruned"
-        " trial counts with the score at which it was stopped, a failed one with the worst score of"
-        " its rule. It assumes independent trials, which does not hold if the searcher learns from"
-        " them. The best of the first k counts complete trials only."
-    )
-    return _scored(figure, "number k of trials of the rule", data, scores, note)
-
-
-def _add_line(figure: go.Figure, scores: Sequence[float], name: str, line: Row) -> None:
-    """From the first trial on, with a gap at NaN."""
-    y = [None if math.isnan(score) else score for score in scores]
-    figure.add_scatter(x=list(range(1, len(y) + 1)), y=y, mode="lines", line=line, name=name)
-
-
-def _scored(
-    figure: go.Figure, title: str, data: PlotData, scores: Sequence[Sequence[float]], note: str
-) -> PanelFigures:
-    """With a vertical axis scaled to the scores, a list for each rule; the note says if some lie
-    outside."""
-    if not scores:
+    """One figure, because rules are compared; each line has its rule's name at its end."""
+    figure, palette, every = go.Figure(), colours(data), budgets(data)
+    if not every:
         return PanelFigures([])
-    numbered(styled(figure, 460), title).update_yaxes(title_text=axis_title(data.metric))
+    limits, outside = _limits(data, [budget.expected for budget in every])
+    for rule, expected, _ in every:
+        figure.add_scatter(
+            x=[*range(1, len(expected) + 1)],
+            y=expected,
+            mode="lines" if len(expected) > 1 else "markers",
+            line={"color": palette[rule]},
+            name=rule,
+            hovertemplate="best of %{x}: %{y:.4g}",
+        )
+    numbered(styled(figure, HEIGHT), "number k of trials of the rule")
+    figure.update_yaxes(title_text=axis_title(data.metric), range=limits)
+    gap = LABEL * (limits[1] - limits[0]) / (HEIGHT - 110)  # without margins and axis title
+    ends = [min(max(budget.expected[-1], limits[0]), limits[1]) for budget in every]
+    for budget, height in zip(every, apart(ends, gap), strict=True):
+        figure.add_annotation(
+            x=len(budget.expected), y=height, text=markup.escape(budget.rule), showarrow=False,
+            xanchor="left", xshift=5, font={"color": palette[budget.rule]},
+        )  # fmt: skip
+    longest = max(len(budget.rule) for budget in every)
+    figure.update_layout(showlegend=False, margin_r=20 + 7 * longest)
+    note = (
+        "The mean over all sets of k trials of the rule (unbiased); a pruned trial counts with the"
+        " score at which it was stopped, a failed one with the worst score of its rule. It assumes"
+        f" independent trials, which does not hold if the searcher learns from them.{outside}"
+    )
+    return PanelFigures([Captioned("", figure)], note)
+
+
+def _gaps(scores: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(score) else score for score in scores]
+
+
+def _limits(data: PlotData, scores: Sequence[Sequence[float]]) -> tuple[tuple[float, float], str]:
+    """The ends of a vertical axis for these scores, a list for each rule; and a sentence, if some
+    lie outside."""
     sign = data.metric.sign
     merits = [[sign * score for score in of_rule] for of_rule in scores]
     # The lowest of the rules' fences: every rule is in sight, however much worse than the others.
-    edge = min(map(fence, merits))
-    if edge > min(map(min, merits)):
-        low, high = sorted((sign * edge, sign * max(map(max, merits))))
-        pad = 0.06 * (high - low) or 1
-        figure.update_yaxes(range=[low - pad, high + pad])
-        note += (
-            f" Scores worse than {sign * edge:.4g} lie outside the figure; zoom out to see them."
-        )
-    return PanelFigures([("", figure)], note)
+    edge, lowest = min(map(fence, merits)), min(map(min, merits))
+    low, high = sorted((sign * edge, sign * max(map(max, merits))))
+    pad = 0.06 * (high - low) or 1
+    outside = f" Scores worse than {sign * edge:.4g} lie outside the figure; zoom out to see them."
+    return (low - pad, high + pad), outside if edge > lowest else ""
