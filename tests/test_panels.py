@@ -232,6 +232,8 @@ def test_history_is_the_best_of_complete_trials(shown, of_losses):
     assert list(dots.x) == [2, 3, 4, 5] and list(dots.customdata) == [3, 5, 6, 7]
     assert list(line.y) == [None, 72, 78, 78, 78, 78]
     assert list(others.y) == [80, 80, 80, None] and others.line.color == PALE
+    without = DRAW["history"](FULL._replace(trials=FULL.trials[1:]))
+    assert without.note.endswith("Without a complete trial: bp.")
     assert line.line.color == dots.marker.color == colour("lin-thresh")
     _, _, lowest = traces(of_losses["history"].figures[1])
     assert list(lowest.y) == [None, 72, 72, 72, 72, 72]

@@ -64,8 +64,10 @@ def draw_history(data: PlotData) -> PanelFigures:
             of_rules[budget.rule] = complete, _gaps(budget.best)
     if not of_rules:
         return PanelFigures([])
-    scores = [[row["score"] for row in complete.values()] for complete, _ in of_rules.values()]
-    limits, note = _limits(data, scores)
+    drawn = [row["score"] for complete, _ in of_rules.values() for row in complete.values()]
+    limits, note = _limits(data, drawn)
+    if none := [rule for rule in by_rule if rule not in of_rules]:
+        note += f" Without a complete trial: {', '.join(none)}."
     most = max(len(best) for _, best in of_rules.values())
     figures = []
     for rule, (complete, best) in of_rules.items():
@@ -96,7 +98,7 @@ def draw_budget(data: PlotData) -> PanelFigures:
     figure, palette, every = go.Figure(), colours(data), budgets(data)
     if not every:
         return PanelFigures([])
-    limits, outside = _limits(data, [budget.expected for budget in every])
+    limits, outside = _limits(data, [score for budget in every for score in budget.expected])
     for rule, expected, _ in every:
         figure.add_scatter(
             x=[*range(1, len(expected) + 1)],
@@ -122,21 +124,25 @@ def draw_budget(data: PlotData) -> PanelFigures:
         " score at which it was stopped, a failed one with the worst score of its rule. It assumes"
         f" independent trials, which does not hold if the searcher learns from them.{outside}"
     )
-    return PanelFigures([Captioned("", figure)], note)
+    return PanelFigures([Captioned("", figure)], note, width=290 + 7 * longest)
 
 
 def _gaps(scores: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(score) else score for score in scores]
 
 
-def _limits(data: PlotData, scores: Sequence[Sequence[float]]) -> tuple[tuple[float, float], str]:
-    """The ends of a vertical axis for these scores, a list for each rule; and a sentence, if some
-    lie outside."""
-    sign = data.metric.sign
-    merits = [[sign * score for score in of_rule] for of_rule in scores]
+def _limits(data: PlotData, drawn: Sequence[float]) -> tuple[tuple[float, float], str]:
+    """The ends of the vertical axis, the same for all figures of the search, and a sentence, if
+    some of the scores that are drawn lie outside."""
+    merits = []
+    for rows in trials_of(data).values():
+        ended = [row for row in rows if row["state"] != FAILED]
+        complete = [row["merit"] for row in ended if row["state"] == COMPLETE]
+        if ended:
+            merits.append(complete or [row["merit"] for row in ended])
     # The lowest of the rules' fences: every rule is in sight, however much worse than the others.
-    edge, lowest = min(map(fence, merits)), min(map(min, merits))
+    sign, edge = data.metric.sign, min(map(fence, merits))
     low, high = sorted((sign * edge, sign * max(map(max, merits))))
     pad = 0.06 * (high - low) or 1
     outside = f" Scores worse than {sign * edge:.4g} lie outside the figure; zoom out to see them."
-    return (low - pad, high + pad), outside if edge > lowest else ""
+    return (low - pad, high + pad), outside if any(sign * x < edge for x in drawn) else ""
