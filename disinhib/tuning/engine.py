@@ -27,6 +27,7 @@ from disinhib.tuning import cluster, lease, machines, manifest, optuna_store, pr
 from disinhib.tuning.event_log import (
     KILLED,
     Ended,
+    EpochDone,
     Event,
     EventLog,
     Record,
@@ -140,7 +141,7 @@ def run(
         own = stack.enter_context(lease.held(job.folder))
         log.guard = own.check
         records = replay(log.events())
-        shown = progress.Progress(console, job.trials(records), job.metric)
+        shown = progress.Progress(console, job.trials(records), job.metric, job.decisions)
         outboxes: list[Outbox] = []
         missing: dict[str, int] = {}
         try:
@@ -287,6 +288,8 @@ def _run_loop(
 
     def observe(event: Event) -> None:
         nonlocal kept
+        if isinstance(event, EpochDone):
+            shown.epoch(event, records[event.trial])
         if isinstance(event, Ended):
             concerned = [records[number] for number in {*kept, event.trial}]
             kept = retention.tidy(folder, concerned, job.keep_best)

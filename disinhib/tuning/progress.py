@@ -1,6 +1,6 @@
 """What the terminal shows while a study runs and when it has ended.
 
-First the numbers (`tally`, `best`, `seconds_left`: pure functions of records), then their display.
+First the numbers (`tally`, `best`, `forecast`: pure functions of records), then their display.
 """
 
 from __future__ import annotations
@@ -8,19 +8,40 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
+from statistics import fmean, median
 from typing import NamedTuple
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from disinhib.checks import is_number
 from disinhib.metrics import SELECTION
-from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, STATES, WAITING, Record
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    ENDED,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    STATES,
+    WAITING,
+    EpochDone,
+    Record,
+    TrialConfig,
+)
 
-PLAIN_SECONDS = 10.0  # between two lines if stdout is not a terminal
+LIVE_SECONDS = 0.5  # between two updates of a terminal
+# Between two lines elsewhere: at first, and at last, in a study of a day.
+PLAIN_SECONDS, MOST_PLAIN_SECONDS = 10.0, 600.0
+PRIOR = 3  # trials by which what early stopping could do outweighs what it has done
+BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_BLOCKS = 40
+TREND = "trend"  # of a rule's best score
+UNBOUNDED = 1000  # characters: more than a table needs
 
 
 class Tally(NamedTuple):
@@ -74,26 +95,98 @@ def in_words(score: float | None, metric: str) -> str:
     return "none" if score is None else f"{SELECTION[metric].sign * score:.2f}"
 
 
-def seconds_left(
-    records: Sequence[Record], trials: int, elapsed: float, before: int = 0
-) -> float | None:
-    """Seconds until `trials` have ended, at this session's pace (`before` had ended earlier); None
-    until enough have ended to make the start and the compilations negligible."""
-    ended = tally(records).ended
-    enough = max(1, min(10, (trials - before) // 5))
-    return elapsed / (ended - before) * (trials - ended) if ended - before >= enough else None
+class Span(NamedTuple):
+    """Seconds, at least and at most."""
+
+    low: float
+    high: float
 
 
-def clock(seconds: float | None) -> str:
-    """`75.2` as `1 min 15 s`."""
-    if seconds is None:
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+# How long a trial's epochs of this session took, in s. The first one may have waited to compile;
+# the last one of a retraining includes the check of its dynamics.
+Seconds = Mapping[int, Sequence[float]]
+# The epochs after which a trial may be stopped early.
+Decisions = Callable[[TrialConfig], Sequence[int]]
+
+
+def forecast(
+    records: Sequence[Record],
+    trials: int,
+    seconds: Seconds,
+    at_once: int,
+    decisions: Decisions,
+    slowness: float = 1.0,
+) -> Span | None:
+    """How long it takes until `trials` trials have ended, `at_once` at a time; None before the
+    first epoch. `slowness` is by how much trials have taken longer than their epochs.
+
+    Trials train as many epochs as those of their rule that have ended, and PRIOR more trials that
+    are all stopped at the first decision (low) or never (high). Their first epoch takes as long as
+    later ones (low), or as first epochs did so far (high): most of those have compiled. How long
+    the check at the end of a retraining takes is unknown until one of its rule has ended.
+    """
+    if not seconds:
+        return None
+    first = fmean(own[0] for own in seconds.values())
+    costs: list[Span] = []  # of a new trial of each rule
+    rest: list[Span] = []  # of the trials that have been asked and have not ended
+    for rule in {record.rule for record in records}:
+        of_rule = [record for record in records if record.rule == rule]
+        config, budget = of_rule[0].config, of_rule[0].budget
+        ended = [r for r in of_rule if r.state in (COMPLETE, PRUNED)]
+        few, many = (
+            (sum(r.epochs for r in ended) + PRIOR * prior) / (len(ended) + PRIOR)
+            for prior in (min((*decisions(config), budget)), budget)
+        )
+        later = [s for r in of_rule for s in seconds.get(r.number, ())[1:-1]]
+        epoch = median(later or [s for own in seconds.values() for s in own[1:]] or [first])
+        checks = [seconds[r.number][-1] - epoch for r in ended if r.number in seconds]
+        check = Span(0.0, 0.0)
+        if config["final"]:
+            check = Span(min(checks), max(checks)) if checks else Span(0.0, math.inf)
+        costs.append(Span(few * epoch + check.low, first + (many - 1) * epoch + check.high))
+        for r in of_rule:
+            if not r.ended:
+                begin = 0.0 if r.number in seconds else first - epoch
+                low, high = (max(0.0, epochs - r.epochs) * epoch for epochs in (few, many))
+                rest.append(Span(low + check.low, high + begin + check.high))
+    new = max(0, trials - len(records))
+    low, high = (
+        sum(own[end] for own in rest) + (new * fmean(own[end] for own in costs) if new else 0.0)
+        for end in (0, 1)
+    )
+    return Span(low / at_once, max(low, high * slowness) / at_once)
+
+
+def clock(seconds: float) -> str:
+    """`75.2` as `1 min 15 s`, `7300` as `2 h 01 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def left_in_words(span: Span | None) -> str:
+    """The time left, no more precise than it is known."""
+    if span is None:
+        return "time left: known after the first epoch"
+    low = _coarse(span.low)
+    if span.high == math.inf:
+        return f"at least {clock(low)} left"
+    high = _coarse(span.high)
+    if high <= 1.5 * low or high < 15:
+        return f"about {clock(_coarse((span.low + span.high) / 2))} left"
+    return f"{clock(low)} to {clock(high)} left"
+
+
+def _coarse(seconds: float) -> float:
+    """Rounded to 5 s, above two minutes to half a minute, above an hour to five minutes."""
+    step = 5 if seconds < 120 else 30 if seconds < 3600 else 300
+    return step * max(1, round(seconds / step))
 
 
 def line(
-    records: Sequence[Record], trials: int, elapsed: float, metric: str, before: int = 0
+    records: Sequence[Record], trials: int, elapsed: float, metric: str, left: Span | None
 ) -> str:
     """The study in one line."""
     now = tally(records)
@@ -102,19 +195,60 @@ def line(
     return (
         f"{now.ended}/{trials} trials: {now.complete} complete, {now.pruned} pruned,"
         f" {now.failed} failed, {now.running} running{f', {waiting} waiting' if waiting else ''};"
-        f" best {', '.join(scores) or 'not yet'};"
-        f" {clock(elapsed)}, {clock(seconds_left(records, trials, elapsed, before))} left"
+        f" best {', '.join(scores) or 'not yet'}; {clock(elapsed)}, {left_in_words(left)}"
     )
 
 
-def leaderboard(records: Sequence[Record], metric: str) -> Table:
-    """Each rule's best complete trial and how its trials ended, the best rule first."""
+def best_so_far(records: Sequence[Record]) -> list[float]:
+    """The best score of a rule's complete trials (signed: more is better), after each of its trials
+    that have ended, in the order of their numbers, from the first complete one on."""
+    ended = sorted((record for record in records if record.ended), key=lambda r: r.number)
+    scores = (merit(record) if record.state == COMPLETE else -math.inf for record in ended)
+    return [score for score in accumulate(scores, max) if score > -math.inf]
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as blocks of different heights; of more than `width` values, some, the last one
+    among them."""
+    if len(values) > width:
+        values = [values[(k + 1) * len(values) // width - 1] for k in range(width)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    share = lambda value: (value - low) / (high - low) if high > low else 0.5
+    return "".join(BLOCKS[round(share(value) * (len(BLOCKS) - 1))] for value in values)
+
+
+def leaderboard(records: Sequence[Record], metric: str, blocks: int = 0) -> Table:
+    """Each rule's best complete trial and how its trials ended, the best rule first; with `blocks`
+    also how the best score rose, in so many characters."""
     names, *rows = _leaders(records, metric)
     right = (Column(name, justify="right") for name in names[1:])
-    table = Table(names[0], *right, box=None)
+    table = Table(names[0], *right, *[TREND] * bool(blocks), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        own = [record for record in records if record.rule == row[0]] if blocks else []
+        table.add_row(*row, *[sparkline(best_so_far(own), blocks)] * bool(blocks))
     return table
+
+
+def live_board(records: Sequence[Record], metric: str, console: Console) -> RenderableType:
+    """The leaderboard as the terminal has room for it: with the rise of the best score, or without,
+    or, if it is too narrow, in two lines a rule."""
+    table = leaderboard(records, metric)
+    needs = console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum
+    room = console.width - needs
+    blocks = (
+        0 if console.options.ascii_only else min(MOST_BLOCKS, room - 2)
+    )  # and a space each side
+    if room >= 0:
+        return table if blocks < len(TREND) else leaderboard(records, metric, blocks)
+    lines = []
+    for rule, top, now in standings(records):
+        score = f"{in_words(top.score, metric)} (trial {top.number})" if top else "none complete"
+        head = f"{rule} {score} "
+        rise = best_so_far([record for record in records if record.rule == rule])
+        blocks = 0 if console.options.ascii_only else max(0, console.width - len(head))
+        states = ", ".join(f"{n} {state}" for state, n in now._asdict().items() if n)
+        lines += [head + (sparkline(rise, blocks) if blocks else ""), f"  {states}"]
+    return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
 def markdown(records: Sequence[Record], metric: str) -> str:
@@ -180,34 +314,64 @@ def _where(failed: Sequence[Record], others: Sequence[Record]) -> str:
 
 class Progress:
     """Shows a study of `trials` trials on `console`: a live table on a terminal, else a line every
-    PLAIN_SECONDS; prints failures as they happen."""
+    PLAIN_SECONDS, and less often later; prints failures as they happen."""
 
-    def __init__(self, console: Console, trials: int, metric: str):
-        self.console, self.trials, self.metric = console, trials, metric
+    def __init__(
+        self, console: Console, trials: int, metric: str, decisions: Decisions = lambda trial: ()
+    ):
+        self.console, self.trials, self.metric, self.decisions = console, trials, metric, decisions
         self.started = self.shown = time.monotonic()
         self.before = 0  # trials that had ended before this session
+        self.seconds: dict[int, list[float]] = {}
+        self.heard: dict[int, float] = {}  # when each trial last reported an epoch
+        self.began = math.inf  # the first of these epochs
+        self.at_once = 1  # the most trials that have run at once
+        self.moves = console.is_terminal and not console.is_dumb_terminal
         self.live = Live(console=console, transient=True, auto_refresh=False, redirect_stdout=False)
 
     def __enter__(self) -> Progress:
-        if self.console.is_terminal:
+        if self.moves:
             self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.live.stop()
 
+    def epoch(self, done: EpochDone, record: Record) -> None:
+        """Takes note of the duration of an epoch of the trial `record`."""
+        now, last = time.monotonic(), self.heard.get(done.trial)
+        names = "epoch_seconds", "compilation_seconds"
+        times = [[v for v in done.metrics.get(name, ()) if math.isfinite(v)] for name in names]
+        took = sum(max(values, default=0.0) for values in times)
+        if last is not None and record.config["final"] and done.epoch == record.budget:
+            took = now - last
+        if took:  # else every seed has diverged
+            self.seconds.setdefault(done.trial, []).append(took)
+            self.heard[done.trial] = now
+            self.began = min(self.began, now - took)
+
     def update(self, records: Collection[Record]) -> None:
         now = time.monotonic()
-        if now - self.shown < (0.5 if self.console.is_terminal else PLAIN_SECONDS):
+        elapsed = now - self.started
+        pause = min(max(PLAIN_SECONDS, elapsed / 20), MOST_PLAIN_SECONDS)
+        if now - self.shown < (LIVE_SECONDS if self.moves else pause):
             return
         self.shown = now
         records = list(records)
-        status = line(records, self.trials, now - self.started, self.metric, self.before)
-        if self.console.is_terminal:
-            board = leaderboard(records, self.metric)
-            self.live.update(Group(board, Text(status)), refresh=True)
-        else:
-            self.say(status)
+        running = sum(record.state == RUNNING for record in records)
+        self.at_once = max(self.at_once, running)
+        busy = sum(map(sum, self.seconds.values())) / self.at_once
+        slowness = max(1.0, (now - self.began) / busy) if busy else 1.0
+        left = forecast(records, self.trials, self.seconds, self.at_once, self.decisions, slowness)
+        if not self.moves:
+            self.say(line(records, self.trials, elapsed, self.metric, left))
+            return
+        ended = tally(records).ended
+        status = f"{ended}/{self.trials} trials, {clock(elapsed)}, {left_in_words(left)}"
+        bar = Table.grid()  # a bar alone ends no line
+        bar.add_row(ProgressBar(self.trials, ended, width=min(80, self.console.width)))
+        board = live_board(records, self.metric, self.console)
+        self.live.update(Group(Text(status), bar, board), refresh=True)
 
     def ended(self, record: Record) -> None:
         if record.state == FAILED:
