@@ -13,8 +13,10 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple, TextIO
 
 import hydra
@@ -23,7 +25,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
 
 from disinhib import checkpoint, cli, data, hydra_config, numerics, plugins, training
 from disinhib.checks import flatten, refusal
@@ -189,12 +194,12 @@ def _select_device(config: RunConfig) -> None:
 
 def _run(
     config: RunConfig,
-    past: Past | None,
+    before: Past | None,
     options: dict[str, Any],
     folder: Path,
 ) -> None:
     start = time.perf_counter()
-    state, results = past or (None, {})
+    state, results = before or (None, {})
     if state is not None:
         seed = int(state.seed[0])
     else:
@@ -212,15 +217,15 @@ def _run(
 
     start -= results.pop("wall_time", 0.0)
     console = Console(stderr=True)
-    columns = (
-        TextColumn("epoch"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    moves = console.is_terminal and not console.is_dumb_terminal
     done = 0 if state is None else int(state.epoch[0])
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=config.epochs, completed=done)
+    columns = TextColumn("epoch {task.fields[epoch]}/{task.total}"), EpochBar(), EpochClock()
+    with Progress(
+        *columns, console=console, disable=not moves, expand=True, refresh_per_second=2
+    ) as progress:
+        began = {"epoch": min(done + 1, config.epochs), "past": (), "began": time.monotonic()}
+        bar = progress.add_task("", total=config.epochs, completed=done, **began)
+        past: list[float] = []
         _log_to(sys.stdout)  # which is rich's while the bar is drawn: lines go above it
 
         def report(state: training.TrainingState, metrics: training.Metrics) -> None:
@@ -232,10 +237,61 @@ def _run(
             _write_json(folder / RESULTS, results)
             checkpoint.save(folder / CHECKPOINT, config, state)
             log.info(_line(config, epoch, metrics))
-            progress.advance(bar)
+            past.append(float(metrics["epoch_seconds"][0]))
+            progress.update(
+                bar,
+                completed=epoch,
+                epoch=min(epoch + 1, config.epochs),
+                past=past,
+                began=time.monotonic(),
+            )
 
         training.train(config, [seed], report, state)
     _log_to(sys.stdout)
+
+
+def epoch_share(past: Sequence[float], elapsed: float) -> float:
+    """How much of an epoch is done after `elapsed` s, by the durations (s) of those before; below
+    1, as it has not ended. (An epoch is one compiled program, which tells nothing before its end.)
+    """
+    return min(0.99, elapsed / usual(past)) if past else 0.0
+
+
+def usual(past: Sequence[float]) -> float:
+    """The usual duration of an epoch; the first one compiles."""
+    return max(1e-6, median(past[1:] or past))
+
+
+def epoch_clock(past: Sequence[float], elapsed: float, after: int) -> str:
+    """How long this epoch takes and, with `after` more, the run: `12/30 s, 0:08:40 left`."""
+    if not past:
+        return f"{elapsed:.0f} s in the first epoch"
+    left = usual(past) * (after + 1 - epoch_share(past, elapsed))
+    return f"{elapsed:.0f}/{usual(past):.0f} s, {timedelta(seconds=round(left))} left"
+
+
+class EpochBar(BarColumn):
+    """A bar of epochs that also moves within an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(bar_width=None, table_column=Column(ratio=1))  # as wide as there is room
+
+    def render(self, task: Task) -> ProgressBar:
+        bar = super().render(task)
+        past, elapsed = task.fields["past"], time.monotonic() - task.fields["began"]
+        if not task.finished:
+            bar.update(bar.completed + epoch_share(past, elapsed))
+        bar.pulse = not past and not task.finished
+        return bar
+
+
+class EpochClock(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text()
+        elapsed = time.monotonic() - task.fields["began"]
+        after = round(task.total or 0) - task.fields["epoch"]
+        return Text(epoch_clock(task.fields["past"], elapsed, after), no_wrap=True)
 
 
 def _log_to(stream: TextIO) -> None:
