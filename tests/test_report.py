@@ -232,7 +232,7 @@ def test_the_report_says_how_the_study_was_done(folder):
     assert head == ["what", "how"] and len(rows) == METHOD
     how = dict(rows)
     assert how["data"] == (
-        "digits: 1150 train, 287 validation, 360 test samples; validation: the first 20% of the"
+        "digits: 1150 train, 287 validation, 360 test samples; validation: the first 20 % of the"
         " training file"
     )
     assert how["hidden layers"] == "16" and how["budget"] == "2 epochs a trial, batches of 25"

@@ -211,7 +211,7 @@ def method(report: Report) -> list[tuple[str, str]]:
     places = {(row["host"], row["device"]) for row in (*trials, *seeds)}
     ran_on = sorted(f"{host} ({device})" for host, device in places if isinstance(host, str))
     lines = {  # in this order
-        "data": _data(options, study.provenance["data"]),
+        "data": _data(options, study.provenance["data"], {row["dataset"] for row in seeds}),
         "hidden layers": _layers(study),
         "budget": f"{options['epochs']} epochs a trial, batches of {options['batchsize']}",
         "score": f"{report.data.metric.words} after the last epoch",
@@ -237,11 +237,16 @@ def method(report: Report) -> list[tuple[str, str]]:
     return [(what, how) for what, how in lines.items() if how]
 
 
-def _data(options: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """Names and sizes of the splits, as far as they were recorded."""
-    held_out = f"validation: the first {options['dataset']['valid_split']:.0%} of the training file"
+def _data(options: Mapping[str, Any], data: Mapping[str, Any], retrained: set[str]) -> str:
+    """Sizes of the splits, as far as they were recorded, and further data sets of a grid."""
+    share = 100 * options["dataset"]["valid_split"]
     samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
-    return f"{data['name']}: {samples + ' samples; ' if samples else ''}{held_out}"
+    parts = [
+        *([f"{samples} samples"] if samples else []),
+        f"validation: the first {share:g} % of the training file",
+        *([f"also {', '.join(sorted(others))}"] if (others := retrained - {data["name"]}) else []),
+    ]
+    return f"{data['name']}: {'; '.join(parts)}"
 
 
 def _layers(study: StudyRun) -> str:
