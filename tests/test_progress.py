@@ -91,6 +91,7 @@ def test_time_left_is_learnt_from_the_trials_that_have_ended():
 def test_rules_have_epochs_of_their_own():
     records = [part(0, 10, state=COMPLETE), part(1, 10, "taylor", COMPLETE)]
     seconds = {0: [1.0] * 10, 1: [3.0] * 10}
+    seconds[1] = [3.0, 3.0]  # even if only two have been timed
     span = progress.forecast(records, 4, seconds, 1, lambda trial: ())
     # Two trials, of either rule: first epochs took 2 s on average.
     assert span == pytest.approx((2 * 20.0, 2 * (2 + 9 * 1 + 2 + 9 * 3) / 2))
@@ -253,6 +254,20 @@ def test_lines_become_rarer(monkeypatch):
         for clock[0] in range(0, 86_400, 5):
             shown.update([record(0)])
     assert 100 < len(printed.getvalue().splitlines()) < 300
+
+
+def test_time_left_falls_between_two_epochs(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    printed = io.StringIO()
+    with progress.Progress(Console(file=printed, width=80), 1, "valid_accuracy") as shown:
+        clock[0] = 20.0
+        shown.epoch(EpochDone(0, 1, 50.0, {"epoch_seconds": [20.0]}, {}), part(0, 1))
+        shown.update([part(0, 1)])
+        clock[0] = 80.0
+        shown.update([part(0, 1)])
+    first, second = (line.rpartition(", ")[2] for line in printed.getvalue().splitlines())
+    assert (first, second) == ("about 3 min 00 s left", "about 2 min 00 s left")
 
 
 def test_progress_takes_note_of_the_durations_of_epochs():

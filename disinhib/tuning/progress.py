@@ -37,6 +37,7 @@ from disinhib.tuning.event_log import (
 LIVE_SECONDS = 0.5  # between two updates of a terminal
 # Between two lines elsewhere: at first, and at last, in a study of a day.
 PLAIN_SECONDS, MOST_PLAIN_SECONDS = 10.0, 600.0
+RECENT = 50  # trials of a rule that tell how long an epoch takes
 PRIOR = 3  # trials by which what early stopping could do outweighs what it has done
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 40
@@ -138,11 +139,13 @@ def forecast(
             (sum(r.epochs for r in ended) + PRIOR * prior) / (len(ended) + PRIOR)
             for prior in (min((*decisions(config), budget)), budget)
         )
-        later = [s for r in of_rule for s in seconds.get(r.number, ())[1:-1]]
+        timed = [(r, seconds[r.number]) for r in of_rule[-RECENT:] if r.number in seconds]
+        checked = config["final"]  # in its last epoch
+        later = [s for r, own in timed for s in own[1 : -1 if checked and r.ended else None]]
         epoch = median(later or [s for own in seconds.values() for s in own[1:]] or [first])
         checks = [seconds[r.number][-1] - epoch for r in ended if r.number in seconds]
         check = Span(0.0, 0.0)
-        if config["final"]:
+        if checked:
             check = Span(min(checks), max(checks)) if checks else Span(0.0, math.inf)
         costs.append(Span(few * epoch + check.low, first + (many - 1) * epoch + check.high))
         for r in of_rule:
@@ -360,9 +363,7 @@ class Progress:
         records = list(records)
         running = sum(record.state == RUNNING for record in records)
         self.at_once = max(self.at_once, running)
-        busy = sum(map(sum, self.seconds.values())) / self.at_once
-        slowness = max(1.0, (now - self.began) / busy) if busy else 1.0
-        left = forecast(records, self.trials, self.seconds, self.at_once, self.decisions, slowness)
+        left = self.left(records, now)
         if not self.moves:
             self.say(line(records, self.trials, elapsed, self.metric, left))
             return
@@ -372,6 +373,16 @@ class Progress:
         bar.add_row(ProgressBar(self.trials, ended, width=min(80, self.console.width)))
         board = live_board(records, self.metric, self.console)
         self.live.update(Group(Text(status), bar, board), refresh=True)
+
+    def left(self, records: Sequence[Record], now: float) -> Span | None:
+        """The forecast of the moment when an epoch was last heard of, less the time since then."""
+        if not self.heard:
+            return None
+        heard = max(self.heard.values())
+        busy = sum(map(sum, self.seconds.values())) / self.at_once
+        slowness = max(1.0, (heard - self.began) / busy)
+        then = forecast(records, self.trials, self.seconds, self.at_once, self.decisions, slowness)
+        return then and Span(*(max(0.0, seconds - (now - heard)) for seconds in then))
 
     def ended(self, record: Record) -> None:
         if record.state == FAILED:
