@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it imports jax
     from disinhib.config import RunConfig
 
 RUN = Option("run", cli.REQUIRED, (TEXT[0], "the id of a trial's MLflow run"), "the trial")
-COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone="run")
+COMMAND = cli.Command("analysis.replay", __doc__, (RUN, stores.TRACKING), alone=("run",))
 # Of the machine, not of the training.
 MACHINE_METRICS = {
     *("epoch_seconds", "epoch_seconds_sd", "compilations", "compilation_seconds"),

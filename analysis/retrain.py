@@ -34,6 +34,7 @@ from disinhib.tuning.engine import Finished, Job
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
+    OF_STUDY,
     Asked,
     EpochDone,
     EventLog,
@@ -42,13 +43,13 @@ from disinhib.tuning.event_log import (
     TrialConfig,
     replay,
 )
+from disinhib.tuning.inventory import RETRAINED
 from disinhib.tuning.loop import from_list
 from disinhib.tuning.manifest import Manifest, read
-from disinhib.tuning.mlflow_store import OF_RUN, OF_STUDY, OF_TRIAL
+from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL
 from disinhib.tuning.resume import FILE
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
-SUFFIX = "-retrained"  # of the study's name
 
 
 @mlflow_settings.requests()
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
         store, study, planned = configurations.of_selection(Path(files[0]), settings, names)
         experiment = store.client.get_experiment(study.run.info.experiment_id).name
         settings["tracking"] = {"uri": store.uri, "experiment": experiment}
-        settings["study"] = settings["study"] or study.name + SUFFIX
+        settings["study"] = settings["study"] or study.name + RETRAINED
         used = configurations.used_seeds(store, study.run.info.experiment_id)
     else:
         axes, overrides = configurations.chosen_axes(overrides)

@@ -26,7 +26,7 @@ from disinhib import plugins
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store
-from disinhib.tuning.mlflow_store import OF_STUDY
+from disinhib.tuning.event_log import OF_STUDY
 
 DEFAULT = Path("out/mlflow.db")
 # Options of every command that reads a study.

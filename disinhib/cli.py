@@ -34,12 +34,12 @@ class Help(Exception):
 
 
 class Command(NamedTuple):
-    """A command's options. `alone` names the option that a word without `name=` sets, if any."""
+    """A command's options. `alone` names those that words without `name=` set, in this order."""
 
     name: str  # as `python -m` takes it
     text: str | None  # the module's docstring
     options: tuple[Option, ...] = ()
-    alone: str | None = None
+    alone: tuple[str, ...] = ()
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The value of every option, by name. Raises ConfigError for an option that is unknown,
@@ -47,13 +47,14 @@ class Command(NamedTuple):
         table = {option.name: option for option in self.options}
         flags = {option.name for option in self.options if option.check is FLAG}
         words, overrides = split(arguments, self.help(), flags)
-        if len(words) > (self.alone is not None):
-            allowed = "name=value" + (f" and one {self.alone}" if self.alone else "")
+        if len(words) > len(self.alone):
+            allowed = "name=value" + "".join(f" and one {name}" for name in self.alone)
             raise ConfigError(
                 f"given {' '.join(words)}, allowed is {allowed} (python -m {self.name} --help)"
             )
         values = {option.name: option.default for option in self.options}
-        for override in [*(f"{self.alone}={word}" for word in words), *overrides]:
+        named = [f"{name}={word}" for name, word in zip(self.alone, words, strict=False)]
+        for override in [*named, *overrides]:
             name, _, text = override.partition("=")
             if name not in table:
                 names = f"; options of {self.name}: {', '.join(table)}"

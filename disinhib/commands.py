@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ VERBS = {
     "retrain": Verb("analysis.retrain", "train selected trials, or a grid, over fresh seeds"),
     "report": Verb("analysis.report", "write a study's tables and plots"),
     "study": Verb("analysis.pipeline", "tune, select, retrain and report, in this order"),
+    "studies": Verb("analysis.studies", "list, steer, rename, delete, export, import studies"),
     "runs": Verb("analysis.runs", "write the trials of a study as one table"),
     "replay": Verb("analysis.replay", "train a trial again, and compare"),
     "figure fig3": Verb("analysis.figures.fig3", "draw the paper's Figure 3"),
@@ -71,6 +73,13 @@ def tool(name: str) -> str:
     """The path of the environment's command `name`, relative to the current folder if possible."""
     path = Path(sys.executable).parent / name
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def studies_command(verb: str, name: str, out_dir: Path, *more: str) -> str:
+    """The command that does something with a study in `out_dir`."""
+    where = [] if out_dir == Path("out").absolute() else [f"out_dir={out_dir}"]
+    words = [tool("python"), "-m", VERBS["studies"].module, verb, name, *more, *where]
+    return shlex.join(words)
 
 
 def tune_words(*words: str) -> list[str]:

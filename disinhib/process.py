@@ -48,6 +48,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
         return
     _received.append(signal.Signals(number))
+    interrupt()
+
+
+def interrupt() -> None:
+    """Interrupts this process as Ctrl-C does."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)

@@ -23,7 +23,7 @@ COMMAND = cli.Command(
         Option("sizes", [3, 5], cli.list_of(COUNT), "of the samples"),
         Option("tracking.uri", None, OPTIONAL_TEXT, "where"),
     ),
-    alone="run",
+    alone=("run",),
 )
 
 
@@ -92,7 +92,7 @@ def test_refusals_are_one_line(arguments, message):
 
 def test_a_command_without_words_takes_none():
     with pytest.raises(ConfigError, match=r"^given here, allowed is name=value \(python -m"):
-        COMMAND._replace(alone=None).parse(["here"])
+        COMMAND._replace(alone=()).parse(["here"])
 
 
 @pytest.mark.parametrize("asked", ["--help", "-h", "help=true"])

@@ -15,7 +15,7 @@ import optuna
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from disinhib.tuning import early_stopping, suggest
+from disinhib.tuning import early_stopping, steering, suggest
 from disinhib.tuning.event_log import (
     COMPLETE,
     ENDED,
@@ -35,6 +35,7 @@ from disinhib.tuning.loop import (
     Failed,
     Reported,
     Started,
+    Steered,
     StudyStopped,
     from_list,
     from_search,
@@ -42,6 +43,7 @@ from disinhib.tuning.loop import (
     never,
     study_loop,
 )
+from disinhib.tuning.steering import ADDED, Instruction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,16 +81,25 @@ class Play:
     def __init__(self, log, trials=6, at_once=2, stops=ASHA, batch=None, seed=0, source=None):
         self.log, self.records = log, replay(log.events())
         self.out = {}  # trial -> epochs told by this worker
-        self.started, self.observed = [], []
+        self.started, self.observed, self.said = [], [], []
+        self.trials = trials
         if isinstance(stops, dict):
             stops = partial(early_stopping.decide, options=stops, seed=seed, batch=batch)
         make = partial(propose, seed=seed, batch=batch)
         self.loop = study_loop(
             log, self.records, source or from_search(make, trials, batch), stops,
             mean_score("valid_accuracy", 1), self.start, lambda: at_once, self.observed.append,
+            partial(steering.events_of, add=self.add, say=self.said.append),
         )  # fmt: skip
         self.over = False
         self.advance(lambda: next(self.loop))
+
+    def add(self, point, records):
+        number = len(records)
+        return [Asked(number, configure(number, point))] if number < self.trials else []
+
+    def steer(self, verb, id=1, **what):
+        assert not self.advance(lambda: self.loop.send(Steered(Instruction(id, verb, **what))))
 
     def start(self, config):
         self.started.append(config["number"])
@@ -398,6 +409,79 @@ def test_a_configuration_that_is_refused_ends_the_loop_and_leaves_no_trial(log):
     with pytest.raises(ValueError, match="no such option"):
         Play(log, source=from_search(refuse, 3))
     assert [event.trial for event in events_of(log, Asked)] == [0]
+
+
+# Steering.
+
+
+def test_a_paused_study_begins_no_trial_until_it_goes_on(log):
+    play = Play(log, trials=4, at_once=2, stops=never)
+    play.steer("pause")
+    for _ in range(BUDGET):
+        play.epoch(0, 1.0)
+    assert play.started == [0, 1] and not play.over
+    play.tell(Failed(1, "the last that runs"))
+    assert play.started == [0, 1] and not play.over and len(play.records) == 2
+    play.steer("unpause", 2)
+    assert play.started == [0, 1, 2, 3]
+
+
+def test_it_is_still_paused_when_it_is_resumed_and_ends_if_nothing_is_left(log, tmp_path):
+    Play(log, trials=2, at_once=2).steer("pause")
+    log.close()
+    with closing(EventLog(tmp_path)) as again:
+        play = Play(again, trials=2, at_once=2)
+        assert play.started == [] and not play.over
+        play.steer("unpause", 2)
+        assert play.started == [0, 1]
+        play.steer("pause", 3)
+        play.steer("unpause", 2)  # read once more
+        assert again.paused()
+        play.tell(Failed(0, "why"))
+        play.tell(Failed(1, "why"))
+        assert play.over
+
+
+def test_a_trial_that_is_ended_by_hand_is_pruned_and_stops_at_its_next_report(log):
+    play = Play(log, trials=3, at_once=2, stops=never)
+    play.epoch(0, 1.0)
+    play.steer("end", trial=0)
+    record = play.records[0]
+    assert (record.state, record.epochs, record.reason) == (PRUNED, 1, steering.BY_HAND)
+    assert play.started == [0, 1]  # its worker is busy until then
+    assert play.epoch(0, 2.0) is True
+    assert record.epochs == 1 and play.started == [0, 1, 2]
+
+
+def test_a_trial_that_waits_never_begins_if_it_is_ended(log):
+    play = Play(log, trials=4, at_once=1, batch=3, stops=never)
+    play.steer("end", trial=1)
+    play.tell(Failed(0, "why"))
+    assert play.started == [0, 2]
+
+
+@pytest.mark.parametrize("trial", [0, 9, None])
+def test_a_trial_that_has_ended_or_is_not_there_is_said(trial, log):
+    play = Play(log, trials=3, at_once=1)
+    play.tell(Failed(0, "why"))
+    play.steer("end", trial=trial)
+    assert play.records[0].state == FAILED
+    assert play.said == [f"trial {trial} is not ended: it is not unfinished"]
+
+
+def test_a_point_is_tried_next_and_once_however_often_it_is_read(log):
+    play = Play(log, trials=3, at_once=1, stops=never)
+    for _ in range(2):
+        play.steer("add", 7, point={"x": 0.25, "n": 3})
+    assert len(play.records) == 2 and play.records[1].tags == {ADDED: "7"}
+    play.tell(Failed(0, "why"))
+    assert play.started == [0, 1] and play.records[1].config["searched"] == {"x": 0.25, "n": 3}
+    play.tell(Failed(1, "why"))
+    play.steer("add", 8, point={"x": 0.5, "n": 3})
+    assert len(play.records) == 3
+    assert play.said[-1] == (
+        "a point is not added: no trial is left for it (3 trials are asked for)"
+    )
 
 
 # Kills.

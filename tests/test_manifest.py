@@ -6,8 +6,18 @@ import pytest
 
 from disinhib.errors import ConfigError
 from disinhib.tuning import manifest, options, study
-from disinhib.tuning.event_log import COMPLETE, FAILED, Asked, Ended, EpochDone, EventLog
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    FAILED,
+    Asked,
+    Ended,
+    EpochDone,
+    EventLog,
+    follow,
+)
 from search_spaces import SPACES
+
+RULES = ["bp", "exact-inv", "lin-thresh"]  # in the order of their turns
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,24 @@ def test_an_earlier_study_none_of_whose_trials_lies_in_the_space_is_refused(out_
 def test_nothing_is_learnt_from_failed_trials(out_dir):
     with pytest.raises(ConfigError, match=r"^warm_start: given failed, .* \(it has none\)$"):
         manifest.of_search(composed(out_dir, "study=new", "space=bp", "warm_start=failed"))
+
+
+def test_a_point_that_is_added_has_the_next_turn_of_its_rule(tmp_path):
+    """After the initial points, and asking for those in between as they would have been."""
+    study = composed(tmp_path, "study=new", "trials=9")
+    begun = manifest.of_search(study)
+    propose, add = manifest.proposer(study, begun), manifest.adder(study, begun)
+    point = {"trainer": "exact-inv", "exact-inv.optimizer.learning_rate": 0.005}
+    trials = add(point, {})
+    assert [trial.config["rule"] for trial in trials] == [*RULES, *RULES[:2]]
+    assert trials[4].config["searched"]["optimizer.learning_rate"] == 0.005
+    records = {}
+    for number, trial in enumerate(trials[:4]):
+        assert trial == propose(number, records)
+        follow(records, trial)
+    later = add({**point, "trainer": "bp"}, {n: records[0] for n in range(5)})
+    assert [trial.trial for trial in later] == [5, 6]
+    assert add(point, {n: records[0] for n in range(8)}) == []
 
 
 def test_a_study_of_a_space_that_branches_on_the_number_of_a_trial(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ the log and in Ray, and what ends the study."""
 import os
 import signal
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ import tiny
 from ray import tune
 from ray.tune import ExperimentAnalysis
 
-from disinhib.tuning import ray_backend
+from disinhib.tuning import ray_backend, steering
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -21,6 +22,7 @@ from disinhib.tuning.event_log import (
     RUNNING,
     WAITING,
     Asked,
+    Ended,
     EpochDone,
     EventLog,
     replay,
@@ -76,6 +78,7 @@ def play(folder, *trials, at_once=1, observe=lambda event: None, source=None, ep
         loop = study_loop(
             log, records, source or listed, lambda records, trial: trial.scores[-1] < 0,
             mean_score("valid_accuracy", 1), backend.start, lambda: at_once, observe,
+            partial(steering.events_of, add=None, say=said.append),
         )  # fmt: skip
         backend.run(loop, [watch])
         reported = [
@@ -193,6 +196,25 @@ def test_a_proposal_that_raises_ends_the_study(tmp_path):
     with pytest.raises(ValueError, match="no such option") as raised:
         play(tmp_path, source=source)
     assert raised.value is planted
+
+
+@pytest.mark.parametrize("then", [steering.UNPAUSE, steering.STOP])
+def test_a_paused_study_that_runs_nothing_still_takes_instructions(then, tmp_path):
+    """Tune then asks for a trial for minutes, and looks for nothing else, not even Ctrl-C."""
+
+    steering.give(tmp_path, steering.PAUSE)  # taken in while the first trial begins
+
+    def steer(event):
+        if isinstance(event, Ended) and event.trial == 0:
+            steering.give(tmp_path, then)
+
+    slow = {str(epoch): "stay" for epoch in range(1, EPOCHS + 1)}
+    done = play(tmp_path, slow, {}, observe=steer)
+    went_on = then == steering.UNPAUSE
+    assert [r.state for r in done.records.values()] == [COMPLETE] * (1 + went_on)
+    words = "not paused any more" if went_on else "stopped by hand"
+    assert done.said[:2] == ["paused: no further trial begins", words]
+    assert not [*(tmp_path / steering.FOLDER).glob("*.json")]
 
 
 def test_ctrl_c_ends_the_study_and_the_next_session_has_the_rest(tmp_path):

@@ -29,6 +29,7 @@ from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
 from disinhib.tuning import engine, environment, mlflow_store, outbox
+from disinhib.tuning.event_log import OF_STUDY
 
 source = tiny.source
 pytestmark = pytest.mark.usefixtures("source", "copied_stores", "one_ray")
@@ -90,7 +91,7 @@ def test_every_configuration_has_a_run_a_seed_linked_to_its_trial_and_study(stud
         run = client.get_run(row["run_id"])
         parent = client.get_run(run.data.tags["mlflow.parentRunId"])
         assert (parent.info.run_name, parent.info.status) == ("planted-retrained", "FINISHED")
-        assert run.data.tags[mlflow_store.OF_STUDY] == opened[1].id
+        assert run.data.tags[OF_STUDY] == opened[1].id
         assert run.info.status == "FINISHED"
         assert (row["state"], row["epochs"], row["budget"]) == ("complete", 2, 2)
         assert run.data.params == client.get_run(row["of_run"]).data.params

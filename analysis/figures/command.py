@@ -40,7 +40,9 @@ OUT = Option("out", "out/figures", TEXT, "folder to write to")
 QUICK = Option("quick", False, FLAG, "fewer points, for a first look")
 
 
-def command(name: str, text: str | None, *options: Option, alone: str | None = None) -> cli.Command:
+def command(
+    name: str, text: str | None, *options: Option, alone: tuple[str, ...] = ()
+) -> cli.Command:
     """The command of a figure: its own options, then those of every figure."""
     return cli.Command(f"analysis.figures.{name}", text, (*options, OUT, QUICK), alone)
 

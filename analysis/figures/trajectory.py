@@ -44,7 +44,7 @@ NEWTON = Newton(tolerance=1e-6, max_iterations=100)
 NETWORK = (TEXT[0], "the folder of a training run, or a model.msgpack")
 RUN = Option("run", cli.REQUIRED, NETWORK, "the trained network")
 SAMPLE = Option("sample", 0, INDEX, "number of a sample in the validation set")
-COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone="run")
+COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone=("run",))
 
 
 def trained(path: Path) -> tuple[RunConfig, Parameters]:

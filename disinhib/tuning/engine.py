@@ -21,9 +21,19 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import data, numerics, plugins, process
+from disinhib.commands import studies_command
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.metrics import SELECTION
-from disinhib.tuning import cluster, lease, machines, manifest, optuna_store, progress, retention
+from disinhib.tuning import (
+    cluster,
+    lease,
+    machines,
+    manifest,
+    optuna_store,
+    progress,
+    retention,
+    steering,
+)
 from disinhib.tuning.event_log import (
     KILLED,
     Ended,
@@ -71,6 +81,7 @@ class Job:
     optuna: bool = False  # whether Optuna's store gets a copy
     storage: str | None = None  # its database; None: a file in the study's folder
     tags: Mapping[str, str] = field(default_factory=dict)  # further tags of its run in MLflow
+    add: steering.Adder | None = None  # asks for a trial by hand
     keep_best: int = 0  # complete trials of each rule that keep their final state
     numbered: bool = False  # the user gave it no name: it takes a number if the name is taken
     begin: Callable[[], object] = lambda: None  # called when nothing can be refused any more
@@ -139,6 +150,7 @@ def run(
             stack.enter_context(_removed_if_refused(job.folder, lambda: begun))
             log = stack.enter_context(closing(EventLog(job.folder)))
         own = stack.enter_context(lease.held(job.folder))
+        steering.forget_stops(job.folder)
         log.guard = own.check
         records = replay(log.events())
         shown = progress.Progress(console, job.trials(records), job.metric, job.decisions)
@@ -169,7 +181,7 @@ def run(
             begun = True
             job.begin()
             with shown:
-                _run_loop(job, log, records, nodes, trainable, callbacks, shown)
+                _run_loop(job, log, records, nodes, trainable, callbacks, shown, own)
         except KeyboardInterrupt:  # Tune itself ends in good order, when it runs
             pass
         finally:
@@ -278,6 +290,7 @@ def _run_loop(
     trainable: type[tune.Trainable],
     callbacks: Sequence[tune.Callback],
     shown: progress.Progress,
+    own: lease.Lease,
 ) -> None:
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
@@ -286,10 +299,15 @@ def _run_loop(
     retention.remove(folder, retention.PARTS)
     kept = retention.tidy(folder, records.values(), job.keep_best)
 
+    def outline() -> None:
+        own.status = progress.outline(records, job.trials(records), job.metric, log.paused())
+
     def observe(event: Event) -> None:
         nonlocal kept
         if isinstance(event, EpochDone):
             shown.epoch(event, records[event.trial])
+        else:
+            outline()
         if isinstance(event, Ended):
             concerned = [records[number] for number in {*kept, event.trial}]
             kept = retention.tidy(folder, concerned, job.keep_best)
@@ -325,7 +343,15 @@ def _run_loop(
         shown.say,
     )
     score = mean_score(job.metric, SELECTION[job.metric].sign)
-    loop = study_loop(log, records, job.source, job.stops, score, backend.start, at_once, observe)
+    steer = lambda order, records: steering.events_of(order, records, job.add, shown.say)
+    loop = study_loop(
+        log, records, job.source, job.stops, score, backend.start, at_once, observe, steer
+    )
+    outline()
+    if log.paused():
+        shown.say(
+            f"paused: no trial begins until {studies_command('unpause', job.name, job.out_dir)}"
+        )
     # Ray prints what its processes say of themselves, pages of it when a machine is lost.
     with (
         open(job.folder / RAY_LOG, "a", encoding="utf-8") as words,

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -32,6 +32,8 @@ FAILED = "failed"  # it diverged or raised an error
 KILLED = "killed"  # its study was interrupted and has not been resumed
 ENDED = (COMPLETE, PRUNED, FAILED)
 STATES = (*ENDED, RUNNING, KILLED)
+
+OF_STUDY = "retrains_study"  # tag of a retraining and its trials: the id of the study
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS events (
@@ -113,8 +115,19 @@ class Ended:
     epoch: ClassVar = 0
 
 
-Event = Asked | EpochDone | Ended
-KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended)}
+@dataclass(frozen=True)
+class Paused:
+    """Somebody paused the study (`on`), or let it go on: an event of no trial, which no store gets
+    to know. Its `epoch` is the instruction's id, so that one that is read again counts once."""
+
+    kind: ClassVar = "paused"
+    trial: ClassVar = -1
+    epoch: int
+    on: bool
+
+
+Event = Asked | EpochDone | Ended | Paused
+KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended, Paused)}
 
 
 class Logged(NamedTuple):
@@ -200,6 +213,24 @@ def replay(events: Iterable[Logged]) -> dict[int, Record]:
     return records
 
 
+def read(folder: Path) -> list[Logged] | None:
+    """The events of a log that is not open; None if it is, in a process of this machine.
+
+    Raises ConfigError if there is none, or if it cannot be read.
+    """
+    if not (folder / FILE).exists():
+        raise ConfigError(f"study: {folder} has no {FILE}: it is no whole copy of the study")
+    try:
+        address = f"{(folder / FILE).absolute().as_uri()}?mode=rw"  # a kill may have left a journal
+        with closing(sqlite3.connect(address, timeout=0, uri=True)) as connection:
+            rows = connection.execute("SELECT id, time, kind, body FROM events ORDER BY id")
+            return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname == "SQLITE_BUSY":
+            return None
+        raise ConfigError(f"study: cannot read {folder / FILE} ({one_line(error)})") from error
+
+
 def over_seeds(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Mean over seeds of each metric and, of several, its standard deviation (n - 1) as
     `<name>_sd`; of finite values, if there are any."""
@@ -263,6 +294,12 @@ class EventLog:
         query = "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?"
         rows = self._rows(query, after, limit)
         return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
+
+    def paused(self) -> bool:
+        """Whether the study is paused: no trial begins."""
+        query = "SELECT body FROM events WHERE trial = ? AND kind = ? ORDER BY epoch DESC LIMIT 1"
+        rows = self._rows(query, Paused.trial, Paused.kind)
+        return bool(rows) and json.loads(rows[0][0])["on"]
 
     def last(self) -> int:
         """Id of the newest event, 0 if there is none."""

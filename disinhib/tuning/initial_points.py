@@ -112,14 +112,15 @@ def read_points(text: str, space: Space) -> list[Params]:
     points = []
     for number, values in enumerate(listed, start=1):
         try:
-            points.append(_read_point(values, space))
+            points.append(read_point(values, space))
         except ConfigError as error:
             # In one line, whatever texts the file has.
             raise ConfigError(f"point {number}: {' '.join(str(error).split())}") from error
     return points
 
 
-def _read_point(values: Any, space: Space) -> Params:
+def read_point(values: Any, space: Space) -> Params:
+    """A point of such a list. Raises ConfigError."""
     if not isinstance(values, dict):
         raise ConfigError(f"given {values}, allowed is a mapping of parameters to values")
     named = {name: _read_number(value) for name, value in flatten(values).items()}

@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from disinhib.errors import ConfigError
 FILE = "driver.lease"  # in a study's folder
 BEAT_SECONDS = 1.0
 LOOKS, LOOK_SECONDS = 60, 0.25  # at another machine's lease, until its driver counts as ended
+LIST_SECONDS = 3.0  # the same where nothing hangs on it: a list of studies
 
 
 class TakenOver(RuntimeError):
@@ -45,10 +46,11 @@ class Lease:
     folder: Path
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     beats: int = 0
+    status: dict[str, Any] = field(default_factory=dict)  # of the study, for whoever asks
 
     def taken_by(self) -> dict[str, Any] | None:
         """The lease of another driver that has taken the study over."""
-        there = _read(self.folder)
+        there = read(self.folder)
         return there if there is not None and there["id"] != self.id else None
 
     def check(self) -> None:
@@ -60,8 +62,9 @@ class Lease:
         """Writes the lease, in place: whoever opens the file sees the newest content, on NFS too.
         One that is gone is not made again; what cannot be written now is written the next time."""
         own = {"id": self.id, "machine": _machine(), "host": platform.node(), "pid": os.getpid()}
+        whole = json.dumps({**own, "beat": self.beats, "status": self.status})
         with suppress(OSError), (self.folder / FILE).open("r+" if self.beats else "w") as file:
-            file.write(json.dumps({**own, "beat": self.beats}))
+            file.write(whole)
             file.truncate()
             self.beats += 1
 
@@ -71,7 +74,7 @@ def refuse_live(folder: Path) -> None:
     lease of one, that takes LOOKS * LOOK_SECONDS to find out; a dead one's is then removed."""
     first = None
     for look in range(LOOKS):
-        there = _read(folder)
+        there = read(folder)
         if there is None and (look > 1 / LOOK_SECONDS or not (folder / FILE).exists()):
             break  # there is none, or one that was never finished
         if there is not None and there["machine"] == _machine():
@@ -81,6 +84,17 @@ def refuse_live(folder: Path) -> None:
             raise ConfigError(f"study: {folder} is run {_from(there)}")
         time.sleep(LOOK_SECONDS)
     (folder / FILE).unlink(missing_ok=True)
+
+
+def elsewhere(folders: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """The leases on studies that drivers on other machines run now. Takes LIST_SECONDS if there
+    are any that may."""
+    foreign = {folder: read(folder) for folder in folders}
+    foreign = {f: there for f, there in foreign.items() if there and there["machine"] != _machine()}
+    if foreign:
+        time.sleep(LIST_SECONDS)
+    now = {folder: read(folder) for folder in foreign}
+    return {folder: there for folder, there in now.items() if there and there != foreign[folder]}
 
 
 @contextmanager
@@ -104,7 +118,7 @@ def held(folder: Path) -> Iterator[Lease]:
             (folder / FILE).unlink(missing_ok=True)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def read(folder: Path) -> dict[str, Any] | None:
     """The lease that is there; None: none, or one that is being written."""
     try:
         there = json.loads((folder / FILE).read_text("utf-8"))

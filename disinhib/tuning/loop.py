@@ -30,6 +30,7 @@ from disinhib.tuning.event_log import (
     TrialConfig,
     follow,
 )
+from disinhib.tuning.steering import Instruction
 
 
 class StudyStopped(RuntimeError):
@@ -93,7 +94,14 @@ class Resized:
     """The cluster has become larger or smaller."""
 
 
-Outcome = Started | Reported | Failed | Lost | Hindered | Resized
+@dataclass(frozen=True)
+class Steered:
+    """Somebody steers the study."""
+
+    instruction: Instruction
+
+
+Outcome = Started | Reported | Failed | Lost | Hindered | Resized | Steered
 Loop = Generator[bool, Outcome, None]
 
 
@@ -102,6 +110,7 @@ Source = Callable[[Mapping[int, Record]], Iterable[Asked]]
 # (records, the trial with its newest score, which `records` may lack)
 Stops = Callable[[Mapping[int, Record], Record], bool]
 Score = Callable[[Mapping[str, list[float]]], float]  # of an epoch's metrics; more is better
+Steer = Callable[[Instruction, Mapping[int, Record]], Iterable[Event]]  # what an instruction does
 
 
 def study_loop(
@@ -113,6 +122,7 @@ def study_loop(
     start: Callable[[TrialConfig], None],
     at_once: Callable[[], int],
     observe: Callable[[Event], None],
+    steer: Steer = lambda instruction, records: (),
 ) -> Loop:
     """Runs the unfinished trials of `records` and those of `source` to their end, `at_once()` at a
     time; calls `observe` with every event. `start` starts a trial as soon as there is room for it.
@@ -125,11 +135,14 @@ def study_loop(
             follow(records, event)
             observe(event)
 
-    waiting = deque(number for number in sorted(records) if not records[number].ended)
+    def unstarted() -> deque[int]:
+        return deque(n for n in sorted(records) if not records[n].ended and n not in running)
+
     running: set[int] = set()
+    waiting, paused = unstarted(), log.paused()
     ended = False  # the trial that reported last
     while True:
-        while len(running) < at_once():
+        while not paused and len(running) < at_once():
             if not waiting:
                 asked = list(source(records))
                 write(asked)
@@ -139,9 +152,13 @@ def study_loop(
             number = waiting.popleft()
             running.add(number)
             start(records[number].config)
-        if not running:
+        if not running and not (paused and (waiting or list(source(records)))):
             return
         outcome = yield ended
+        if isinstance(outcome, Steered):
+            write(steer(outcome.instruction, records))
+            waiting, paused, ended = unstarted(), log.paused(), False
+            continue
         if isinstance(outcome, Hindered):
             raise StudyStopped(f"{outcome.reason}: mend it")
         if isinstance(outcome, Resized):
@@ -223,7 +240,7 @@ def from_list(trials: Iterable[Asked]) -> Source:
     return source
 
 
-Proposer = Callable[[int, Mapping[int, Record]], Asked]
+Proposer = Callable[..., Asked]  # of a number, the records, and possibly a point
 
 
 def from_search(propose: Proposer, trials: int, batch: int | None = None) -> Source:

@@ -19,10 +19,11 @@ from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
 from disinhib.tuning import lease, provenance, retention, space_tree, suggest
-from disinhib.tuning.event_log import Asked, EventLog, Record, replay
+from disinhib.tuning.event_log import Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
 from disinhib.tuning.resume import FILE, free_name
+from disinhib.tuning.steering import Adder
 
 MANIFEST = "manifest.json"  # in the study's folder
 
@@ -190,7 +191,8 @@ def of_resumed(study: Study) -> Manifest:
 
 
 def proposer(study: Study, manifest: Manifest) -> Proposer:
-    """The study's proposer: (number, records so far) -> the trial of that number."""
+    """The study's proposer: (number, records so far) -> the trial of that number; a point that is
+    given takes the place of the initial point of that number."""
     space = study.search_space
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
@@ -198,7 +200,9 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     if memory is not None:  # else there would be random trials for ever
         memory = max(memory, 2 * study.searcher["n_startup_trials"])
 
-    def propose(number: int, records: Mapping[int, Record]) -> Asked:
+    def propose(
+        number: int, records: Mapping[int, Record], point: Mapping[str, Any] | None = None
+    ) -> Asked:
         known = suggest.history(records, manifest.past, number, rules, study.batch, memory)
         proposal = suggest.suggest(
             space,
@@ -206,8 +210,32 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
             known,
             suggest.sampler_seed(study.seed, number),
             number,
-            suggest.fixed_params(number, manifest.points, rules),
+            point or suggest.fixed_params(number, manifest.points, rules),
         )
         return Asked(number, configure(study, number, proposal.overrides), proposal.point)
 
     return propose
+
+
+def adder(study: Study, manifest: Manifest) -> Adder:
+    """(a point, records so far) -> the trials up to that of `point`, asked for at once: it is the
+    next one in which its rule has its turn and no initial point is left. Empty if there is none."""
+    propose = proposer(study, manifest)
+    rules = space_tree.rules_of(study.search_space) if study.searcher["balanced"] else []
+
+    def add(point: Mapping[str, Any], records: Mapping[int, Record]) -> list[Asked]:
+        free = (
+            number
+            for number in range(len(records), study.trials)
+            if not suggest.fixed_params(number, manifest.points, rules).keys() - {space_tree.RULE}
+            and (not rules or rules[number % len(rules)] == point.get(space_tree.RULE))
+        )
+        if (number := next(free, None)) is None:
+            return []
+        asked, trials = {**records}, []
+        for n in range(len(records), number + 1):
+            trials.append(propose(n, asked, point if n == number else None))
+            follow(asked, trials[-1])
+        return trials
+
+    return add

@@ -52,8 +52,8 @@ BEGUN = "runs_begun"  # tag of the study's own run: how many it has of trials or
 FIRST_CONTACT = "5"  # s; somebody waits at the terminal
 RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
 MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
-# Tags of a retrained seed's run, beside those of every trial.
-OF_STUDY, OF_TRIAL, OF_RUN = "retrains_study", "retrains_trial", "retrains_run"
+# Tags of a retrained seed's run, beside OF_STUDY and those of every trial.
+OF_TRIAL, OF_RUN = "retrains_trial", "retrains_run"
 SEED, FLAG = "seed", "flag"
 ENDING = {"trial_state", "epochs", "reason"}  # tags of a run that has ended
 MODEL = "model.msgpack"  # its artifact, which `disinhib.load` reads

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from disinhib.checks import refusal
 from disinhib.errors import one_line
 from disinhib.metrics import SELECTION
-from disinhib.tuning.event_log import Asked, EpochDone, Logged, Record
+from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Record
 from disinhib.tuning.suggest import STATES, value
 
 FILE = "optuna.log"  # in the study's folder
@@ -99,6 +99,8 @@ class OptunaStore:
             if isinstance(event, EpochDone):
                 score = self.sign * event.score
                 self.storage.set_trial_intermediate_value(trial, event.epoch, score)
+                continue
+            if not isinstance(event, Ended):
                 continue
             if event.reason is not None:
                 self.storage.set_trial_user_attr(trial, "reason", event.reason)

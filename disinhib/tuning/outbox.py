@@ -15,7 +15,7 @@ from typing import Protocol
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.event_log import Asked, EventLog, Logged, Record, replay
+from disinhib.tuning.event_log import Asked, EventLog, Logged, Paused, Record, replay
 from disinhib.tuning.lease import TakenOver
 
 BATCH = 200  # events in one delivery
@@ -145,7 +145,7 @@ class Outbox:
         """Delivers a batch of events; returns whether there may be more."""
         events = self.log.events(self.log.delivered(self.cursor), BATCH)
         if events:
-            self.store.deliver(events)
+            self.store.deliver([e for e in events if not isinstance(e.event, Paused)])
             self.log.set_delivered(self.cursor, events[-1].id)
         return len(events) == BATCH
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -270,6 +270,23 @@ def _leaders(records: Sequence[Record], metric: str) -> list[list[str]]:
         first = (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
         rows.append([rule, *first, *(str(now._asdict()[state]) for state in shown)])
     return rows
+
+
+def outline(
+    records: Mapping[int, Record], trials: int, metric: str, paused: bool = False
+) -> dict[str, Any]:
+    """How a study of `trials` trials stands, in plain values."""
+    known = list(records.values())
+    now = tally(known)
+    return {
+        "trials": trials,
+        "asked": len(known),
+        "ended": now.ended,
+        "failed": now.failed,
+        "unfinished": sorted(record.number for record in known if not record.ended),
+        "paused": paused,
+        "best": {s.rule: in_words(s.best.score, metric) for s in standings(known) if s.best},
+    }
 
 
 def failures(records: Sequence[Record]) -> list[str]:

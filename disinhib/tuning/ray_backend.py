@@ -26,7 +26,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from disinhib.tuning import environment
+from disinhib import process
+from disinhib.tuning import environment, steering
 from disinhib.tuning.event_log import TrialConfig
 from disinhib.tuning.loop import (
     Epoch,
@@ -38,6 +39,7 @@ from disinhib.tuning.loop import (
     Reported,
     Resized,
     Started,
+    Steered,
 )
 from disinhib.tuning.machines import Machines, end_process, node_label, on
 from disinhib.tuning.ray_workaround import deaths_counted_once
@@ -272,6 +274,12 @@ class RayBackend(tune.Callback):
         # Tune has taken this signal for itself; with ours, the exit code tells which it was.
         if callable(self.handler):
             signal.signal(signal.SIGUSR1, self.handler)
+        self.tunes = signal.getsignal(signal.SIGINT)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt has reached Tune, whose handler is gone then."""
+        return signal.getsignal(signal.SIGINT) is not self.tunes
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         number = trial.config["number"]
@@ -316,9 +324,15 @@ class RayBackend(tune.Callback):
         self.on_step()
 
     def look(self) -> None:
-        """Looks at the cluster: says which machines have come and gone, and where lost trials go
-        on; lets the loop fill new room; ends workers that have long been silent; ends the study if
-        no machine is fit."""
+        """Takes in instructions. Looks at the cluster: says which machines have come and gone, and
+        where lost trials go on; lets the loop fill new room; ends workers that have long been
+        silent; ends the study if no machine is fit."""
+        for instruction in steering.take(self.folder, self.say):
+            if instruction.verb == steering.STOP:
+                self.say("stopped by hand")
+                process.interrupt()
+            else:
+                self.tell(Steered(instruction))
         now, before = time.monotonic(), self.machines.room()
         _, gone = self.machines.refresh()
         for machine in gone:
@@ -408,11 +422,14 @@ class RaySearcher(Searcher):
         self.backend = backend
 
     def suggest(self, trial_id: str) -> Any:
-        if self.backend.error is not None:  # else Ray would keep asking for minutes
+        if not self.backend.queue:  # of a paused study, Tune does nothing but ask, for minutes
+            self.backend.on_step_end()
+        if self.backend.error is not None:
             raise self.backend.error
         if self.backend.queue:
             return self.backend.order(self.backend.queue.popleft())
-        return Searcher.FINISHED if self.backend.over else None
+        over = self.backend.over or self.backend.interrupted
+        return Searcher.FINISHED if over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Does nothing: the scheduler has told the loop."""
