@@ -131,7 +131,8 @@ def job(
         first = config.parse(planned[0].options)
         manifest = Manifest(id=uuid.uuid4().hex, provenance=provenance.collect(first, threads))
     uri = settings["tracking"]["uri"]
-    tracking = {**settings["tracking"], "uri": masked(uri) if uri else None}  # no password
+    default = uri in (None, f"sqlite:///{out_dir / 'mlflow.db'}")  # also when that is moved
+    tracking = {**settings["tracking"], "uri": None if default else masked(uri)}  # no password
     origin = {OF_STUDY: manifest.id if study is None else study.id}
     asked = lacking(planned, seeds, records, threads, origin)
     return Job(

@@ -27,6 +27,7 @@ from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store
 from disinhib.tuning.event_log import OF_STUDY
+from disinhib.tuning.mlflow_store import SEED
 
 DEFAULT = Path("out/mlflow.db")
 # Options of every command that reads a study.
@@ -99,14 +100,27 @@ def connect(uri: str) -> Store:
     return Store(uri, client)
 
 
-def text(store: Store, run_id: str, artifact: str) -> str:
-    """The text of an artifact. Raises the errors of MLflow and its artifact stores."""
+def content(store: Store, run_id: str, artifact: str) -> bytes:
+    """An artifact. Raises the errors of MLflow and its artifact stores."""
     run = store.client.get_run(run_id)
     if (own := mlflow_store.local_artifacts(store.uri, run)) is not None:
-        return (own / artifact).read_text("utf-8")
+        return (own / artifact).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         file = store.client.download_artifacts(run_id, artifact, folder)
-        return Path(file).read_text("utf-8")
+        return Path(file).read_bytes()
+
+
+def text(store: Store, run_id: str, artifact: str) -> str:
+    """The text of an artifact, as `content`."""
+    return content(store, run_id, artifact).decode("utf-8")
+
+
+def names(store: Store, run: Run, folder: str | None = None) -> list[str]:
+    """The paths of a run's artifacts, or of those in one of their folders."""
+    own = mlflow_store.local_artifacts(store.uri, run)
+    if own is None:
+        return sorted(file.path for file in store.client.list_artifacts(run.info.run_id, folder))
+    return sorted(str(file.relative_to(own)) for file in (own / (folder or "")).glob("*"))
 
 
 def run(store: Store, run_id: str) -> Run:
@@ -151,6 +165,15 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     return _study_of(store, matches[0])
 
 
+def of_id(store: Store, id: str) -> StudyRun:
+    """The study with this id, whatever its name. Raises Refused if the store has none."""
+    experiments = [e.experiment_id for e in store.client.search_experiments()]
+    run = next(filter(_is_study, _search(store, experiments, f"tags.study_id = '{id}'")), None)
+    if run is None:
+        raise Refused(f"study: {masked(store.uri)} has no study with the id {id}")
+    return _study_of(store, run)
+
+
 def _refuse_orphans(store: Store, experiments: list[str], where: str) -> None:
     """Raises Refused if the newest trial's study has no run of its own: it was deleted."""
     of_trials = _search(store, experiments, f"tags.trial != ''{where}")
@@ -175,9 +198,7 @@ def _is_study(run: Run) -> bool:
 def _study_of(store: Store, run: Run) -> StudyRun:
     run_id, tags = run.info.run_id, run.data.tags
     with refusing(f"study {run.info.run_name}: cannot read its artifacts"):
-        own = mlflow_store.local_artifacts(store.uri, run)
-        listed = store.client.list_artifacts(run_id) if own is None else []
-        files = {f.path for f in listed} | {f.name for f in (own.iterdir() if own else ())}
+        files = names(store, run)
         return StudyRun(
             tags["study"],
             tags["study_id"],
@@ -209,9 +230,13 @@ def trials(store: Store, experiment: str, study_id: str | None = None) -> list[R
 
 
 def retrained(store: Store, study: StudyRun) -> list[Run]:
-    """The runs of the study's retrained seeds, oldest first."""
+    """The runs of the study's retrained seeds, oldest first; those of a trial, which begin at the
+    same time, by seed."""
     where = f"tags.`{OF_STUDY}` = '{study.id}' AND tags.trial != ''"
-    return [*_search(store, [study.run.info.experiment_id], where, OLDEST_FIRST)]
+    runs = _search(store, [study.run.info.experiment_id], where)
+    number = lambda run, tag: int(run.data.tags[tag])
+    key = lambda run: (run.info.start_time, number(run, "trial"), number(run, SEED))
+    return sorted(runs, key=key)
 
 
 def retrainings(store: Store, study: StudyRun) -> list[Run]:

@@ -16,24 +16,32 @@ Every verb takes out_dir=FOLDER, in which the studies are (out).
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from rich.console import Console
 
-from disinhib import cli
-from disinhib.checks import INDEX, TEXT, Option, refusal
-from disinhib.errors import ConfigError, InputError, nearest
-from disinhib.tuning import inventory, steering
+from disinhib import cli, hydra_config
+from disinhib.checks import FLAG, INDEX, OPTIONAL_TEXT, TEXT, Option, refusal
+from disinhib.commands import studies_command, tool, tune_words
+from disinhib.errors import ConfigError, InputError, masked, nearest
+from disinhib.tuning import inventory, progress, steering
 from disinhib.tuning.inventory import RUNNING, Entry
 
 TAKEN_IN_SECONDS = 10.0  # for which a command waits for the driver
 STUDY = Option("study", cli.REQUIRED, TEXT, "its name")
 OUT_DIR = Option("out_dir", "out", TEXT, "the folder of the studies")
 TRIAL = Option("trial", cli.REQUIRED, INDEX, "its number")
+TO = Option("to", cli.REQUIRED, TEXT, "its new name")
+YES = Option("yes", False, FLAG, "delete without a question")
+FILE = Option("file", None, OPTIONAL_TEXT, "the zip file; null: NAME.zip")
+MODELS = Option("models", True, FLAG, "with trained networks")
+URI = Option("tracking.uri", None, OPTIONAL_TEXT, "its MLflow store; null: where it is recorded")
 
 
 class Verb(NamedTuple):
@@ -102,6 +110,135 @@ def _trials(entry: Entry) -> str:
     return f"{entry.outline.get('ended', '?')}/{entry.outline.get('trials', '?')}"
 
 
+def show(options: dict[str, Any]) -> int:
+    console = Console(file=sys.stdout)
+    say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)
+    entry = inventory.find(options["out_dir"], options["study"])
+    its = entry.options
+    kind = "search" if entry.search else "retraining"
+    say(f"{kind} {entry.name}: {_state(entry)}, {_trials(entry)} trials ended")
+    if entry.driver is not None:
+        say(f"run by process {entry.driver['pid']} on {entry.driver['host']}")
+    for name, value in _settings(entry):
+        say(f"  {name}: {value}")
+    records = [entry.records[number] for number in sorted(entry.records)]
+    if entry.search and records:
+        console.print(progress.leaderboard(records, its["metric"]))
+        for line in progress.failures(records):
+            say(line)
+    elif entry.outline.get("best"):
+        say("best: " + ", ".join(f"{r} {score}" for r, score in entry.outline["best"].items()))
+    say(f"folder: {entry.folder} ({entry.size / 1e6:.1f} MB)")
+    say(f"MLflow: {masked(entry.tracking_uri)}")
+    for retraining in inventory.retrainings(entry) if entry.search else ():
+        say(f"retrained in: {retraining.name} ({_state(retraining)})")
+    for purpose, command in _next_commands(entry):
+        say(f"{purpose}: {command}")
+    return 0
+
+
+def _settings(entry: Entry) -> list[tuple[str, Any]]:
+    """What it searches, and what was given on its command line."""
+    its = entry.options
+    if not entry.search:
+        return [("command", entry.kept.get("command", "not recorded"))]
+    names = ("space", "metric", "trials", "epochs", "replicates", "seed")
+    own = ", ".join(f"{name}={its[name]}" for name in names)
+    groups = (its["dataset"]["name"], its["searcher"]["name"], its["scheduler"]["name"])
+    chosen = "dataset={}, searcher={}, scheduler={}".format(*groups)
+    given = masked(" ".join(entry.kept["overrides"]))
+    return [("options", f"{own}, {chosen}"), ("given", given or "nothing")]
+
+
+def _next_commands(entry: Entry) -> list[tuple[str, str]]:
+    name, out_dir = entry.name, entry.folder.parent
+    if entry.state == RUNNING:
+        verb = steering.UNPAUSE if entry.outline.get("paused") else steering.PAUSE
+        return [(v, studies_command(v, name, out_dir)) for v in (verb, steering.STOP)]
+    if not entry.search:
+        return []
+    default = Path("out").absolute() == out_dir
+    where = [] if default else [hydra_config.override("out_dir", str(out_dir))]
+    resumed = tune_words(hydra_config.override("study", name), *where, "resume=true")
+    commands = [("resume", shlex.join(resumed))] if entry.state != inventory.FINISHED else []
+    store = [] if default else [f"tracking.uri={masked(entry.tracking_uri)}"]
+    of_study = lambda module: shlex.join([tool("python"), "-m", module, f"study={name}", *store])
+    retrained = shlex.join([tool("python"), "-m", "analysis.retrain", "selected.yaml", *where])
+    return [
+        *commands,
+        ("select", of_study("analysis.selection")),
+        ("retrain", retrained),
+        ("report", of_study("analysis.report")),
+        ("export", studies_command("export", name, out_dir, f"file={name}.zip")),
+    ]
+
+
+def rename(options: dict[str, Any]) -> int:
+    from disinhib.tuning import upkeep
+
+    out_dir, uri = options["out_dir"], options["tracking.uri"]
+    for line in upkeep.rename(out_dir, options["study"], options["to"], uri):
+        print(line)
+    return 0
+
+
+def delete(options: dict[str, Any]) -> int:
+    from disinhib.tuning import upkeep
+
+    out_dir, name = options["out_dir"], options["study"]
+    if upkeep.sweep(out_dir / name) and not (out_dir / name).exists():
+        print(f"deleted: {name}: what an interrupted deletion had left of its folder")
+        return 0
+    entry = inventory.find(out_dir, name)
+    family = [*inventory.retrainings(entry), entry]
+    for one in family:
+        upkeep.refuse_running(one)
+    addresses = {one.name: upkeep.address(one, options["tracking.uri"]) for one in family}
+    if not options["yes"]:
+        if not sys.stdin.isatty():
+            raise refusal("yes", False, "true where there is no terminal to ask on")
+        for one in family:
+            where = f"{one.folder} ({one.size / 1e6:.1f} MB) and {masked(addresses[one.name])}"
+            print(f"{one.name}: {_trials(one)} trials ended, in {where}")
+        if input("delete for good? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing is deleted")
+            return 0
+    for one in family:
+        for line in upkeep.delete(one, addresses[one.name]):
+            print(f"deleted: {line}", flush=True)
+    return 0
+
+
+def export(options: dict[str, Any]) -> int:
+    from analysis import supplement
+    from disinhib.tuning import archive, upkeep
+
+    entry = inventory.find(options["out_dir"], options["study"])
+    if not entry.search and entry.of != entry.manifest.id:  # nor a grid
+        raise refusal("study", entry.name, "a search: with it its retrainings are exported")
+    studies = [entry, *inventory.retrainings(entry)]
+    for one in studies:
+        upkeep.refuse_running(one)
+    uri = upkeep.address(entry, options["tracking.uri"])
+    models, more = supplement.files(studies, uri, options["models"])
+    archive.write(file := Path(options["file"] or f"{entry.name}.zip"), studies, models, more)
+    left = "" if options["models"] else ", without models"
+    named = ", ".join(one.name for one in studies)
+    print(f"written: {file} ({file.stat().st_size / 1e6:.1f} MB{left}): {named}")
+    return 0
+
+
+def import_study(options: dict[str, Any]) -> int:
+    from disinhib.tuning import archive
+
+    file, uri = Path(options["file"]), options["tracking.uri"]
+    for entry in archive.read(file, options["out_dir"], uri):
+        print(
+            f"imported: {entry.name} ({_state(entry)}, {_trials(entry)} trials) in {entry.folder}"
+        )
+    return 0
+
+
 def pause(options: dict[str, Any]) -> int:
     return _steer(options, steering.PAUSE)
 
@@ -133,10 +270,10 @@ def add(options: dict[str, Any]) -> int:
         raise ConfigError("add: missing, needed is OPTION=VALUE ... of the search space")
     values: dict[str, Any] = {}
     for text in options["point"]:
-        name, _, value = text.partition("=")
+        name = hydra_config.option_of(text)
         if name in values:
             raise ConfigError(f"{name}: given twice")
-        values[name] = yaml.safe_load(value)
+        values[name] = hydra_config.value_of(text)
     return _steer(options, steering.ADD, point=read_point(values, study.search_space))
 
 
@@ -177,11 +314,16 @@ def _steer(
 
 VERBS = {
     "list": Verb(list_studies, ()),
+    "show": Verb(show, (STUDY,)),
     steering.PAUSE: Verb(pause, (STUDY,)),
     steering.UNPAUSE: Verb(unpause, (STUDY,)),
     steering.STOP: Verb(stop, (STUDY,)),
     steering.END: Verb(end, (STUDY, TRIAL)),
     steering.ADD: Verb(add, (STUDY,)),
+    "rename": Verb(rename, (STUDY, TO), (URI,)),
+    "delete": Verb(delete, (STUDY,), (YES, URI)),
+    "export": Verb(export, (STUDY,), (FILE, MODELS, URI)),
+    "import": Verb(import_study, (FILE._replace(default=cli.REQUIRED, check=TEXT),), (URI,)),
 }
 
 

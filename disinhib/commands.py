@@ -30,7 +30,7 @@ VERBS = {
     "retrain": Verb("analysis.retrain", "train selected trials, or a grid, over fresh seeds"),
     "report": Verb("analysis.report", "write a study's tables and plots"),
     "study": Verb("analysis.pipeline", "tune, select, retrain and report, in this order"),
-    "studies": Verb("analysis.studies", "list, steer, rename, delete, export, import studies"),
+    "studies": Verb("analysis.studies", "list studies; steer, rename, delete, export one"),
     "runs": Verb("analysis.runs", "write the trials of a study as one table"),
     "replay": Verb("analysis.replay", "train a trial again, and compare"),
     "figure fig3": Verb("analysis.figures.fig3", "draw the paper's Figure 3"),

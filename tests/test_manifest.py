@@ -13,6 +13,7 @@ from disinhib.tuning.event_log import (
     Ended,
     EpochDone,
     EventLog,
+    Record,
     follow,
 )
 from search_spaces import SPACES
@@ -92,9 +93,10 @@ def test_a_point_that_is_added_has_the_next_turn_of_its_rule(tmp_path):
     for number, trial in enumerate(trials[:4]):
         assert trial == propose(number, records)
         follow(records, trial)
-    later = add({**point, "trainer": "bp"}, {n: records[0] for n in range(5)})
+    asked = lambda count: {number: Record(trials[0].config) for number in range(count)}
+    later = add({**point, "trainer": "bp"}, asked(5))
     assert [trial.trial for trial in later] == [5, 6]
-    assert add(point, {n: records[0] for n in range(8)}) == []
+    assert add(point, asked(8)) == []
 
 
 def test_a_study_of_a_space_that_branches_on_the_number_of_a_trial(tmp_path, monkeypatch):

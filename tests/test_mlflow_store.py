@@ -344,8 +344,8 @@ def test_the_studys_own_run_shows_how_it_stands(new_store):
     store.deliver(logged(*events)[4:])
     run = store.client.get_run(store.study_run)
     assert histories(store, run) == {
-        "trials_ended": [(1, 1.0), (3, 3.0)],
-        "trials_failed": [(1, 0.0), (3, 1.0)],
+        "trials_ended": [(1, 1.0), (2, 2.0), (3, 3.0)],
+        "trials_failed": [(1, 0.0), (2, 1.0), (3, 1.0)],
         "best_bp": [(3, 53.0)],
     }
     assert run.data.tags[mlflow_store.DESCRIPTION] == (

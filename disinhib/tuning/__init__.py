@@ -7,6 +7,11 @@
     manifest         what is pinned when a study starts, in its folder
     plan             what a study would try, how long it takes and what it needs
 
+    inventory        the studies in a folder, and how they stand
+    steering         instructions to a study while it runs
+    upkeep           a study is renamed, deleted, brought in step in its stores
+    archive          a study in one file: export and import
+
     engine           opens a study, runs its loop, closes it
     loop             the study loop: asks for trials, starts them, hears from them, ends them
     event_log        everything that happened, in order: a study's only state

@@ -141,10 +141,11 @@ def run(
             log = stack.enter_context(closing(EventLog(job.folder, existing=True)))
         numerics.check()
         mlflow = stack.enter_context(closing(MlflowProcess()))
-        _check_stores(job, mlflow)  # a wrong address is refused at once, before Ray starts
+        check_stores(job, mlflow)  # a wrong address is refused at once, before Ray starts
         stack.enter_context(cluster.cluster(job.cluster))
         if not job.resume:
-            name = manifest.write(job.folder, job.manifest, job.kept, job.numbered)
+            kept = {**job.kept, "command": masked(job.command)}
+            name = manifest.write(job.folder, job.manifest, kept, job.numbered)
             job = replace(job, name=name)
             # After the log is closed: NFS keeps what is open.
             stack.enter_context(_removed_if_refused(job.folder, lambda: begun))
@@ -157,7 +158,7 @@ def run(
         outboxes: list[Outbox] = []
         missing: dict[str, int] = {}
         try:
-            outboxes += [Outbox(log, store, shown.say) for store in _open_stores(job, mlflow)]
+            outboxes += [Outbox(log, store, shown.say) for store in open_stores(job, mlflow)]
             where = f", recorded in {masked(outboxes[0].store.address)}" if outboxes else ""
             shown.say(f"study {job.name} in {job.folder}{where}")
             if job.manifest.past:
@@ -237,7 +238,7 @@ def obstacle(error: BaseException | None) -> str | None:
     return None
 
 
-def _check_stores(job: Job, mlflow: MlflowProcess) -> None:
+def check_stores(job: Job, mlflow: MlflowProcess) -> None:
     """Raises ConfigError if a store cannot be used; makes none, as Ray may still be refused."""
     if job.tracking is None:
         return
@@ -246,8 +247,14 @@ def _check_stores(job: Job, mlflow: MlflowProcess) -> None:
     mlflow.call("check", job.tracking["uri"], job.tracking["experiment"], job.out_dir)
 
 
-def _open_stores(job: Job, mlflow: MlflowProcess) -> list[Store]:
-    """The stores that are given copies."""
+def open_stores(
+    job: Job,
+    mlflow: MlflowProcess,
+    more: Mapping[str, bytes] | None = None,
+    began: float | None = None,
+) -> list[Store]:
+    """The stores that are given copies; `more` are further artifacts of the study's run, which
+    `began` in s since 1970 (None: now)."""
     if job.tracking is None:
         return []
     files = job.manifest.files()
@@ -260,9 +267,10 @@ def _open_stores(job: Job, mlflow: MlflowProcess) -> list[Store]:
             id=job.manifest.id,
             metric=job.metric,
             tags={**job.manifest.tags(job.command), **job.tags},
-            files={"config.yaml": options, **files},
+            files={"config.yaml": options, **files, **(more or {})},
             trial_files=files,
             models=partial(retention.model_file, job.checkpoint_folder),
+            began=began,
         )
     ]
     if job.optuna:

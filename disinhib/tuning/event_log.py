@@ -224,11 +224,17 @@ def read(folder: Path) -> list[Logged] | None:
         address = f"{(folder / FILE).absolute().as_uri()}?mode=rw"  # a kill may have left a journal
         with closing(sqlite3.connect(address, timeout=0, uri=True)) as connection:
             rows = connection.execute("SELECT id, time, kind, body FROM events ORDER BY id")
-            return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
+            return [Logged(id, when, parsed(kind, body)) for id, when, kind, body in rows]
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorname == "SQLITE_BUSY":
             return None
         raise ConfigError(f"study: cannot read {folder / FILE} ({one_line(error)})") from error
+
+
+def write(folder: Path, events: Iterable[Logged]) -> None:
+    """A new log in `folder` with the events of another, at their times."""
+    with closing(EventLog(folder)) as log:
+        log.copy(events)
 
 
 def over_seeds(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -286,14 +292,24 @@ class EventLog:
                     (time.time(), event.trial, event.kind, event.epoch, text),
                 )
                 if cursor.rowcount:
-                    new.append(_parsed(event.kind, text))
+                    new.append(parsed(event.kind, text))
         return new
+
+    def copy(self, events: Iterable[Logged]) -> None:
+        """Writes the events of another log, with their numbers and times."""
+        rows = [
+            (id, when, event.trial, event.kind, event.epoch, json.dumps(vars(event)))
+            for id, when, event in events
+        ]
+        with self._lock, self._transaction() as execute:
+            for row in rows:
+                execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def events(self, after: int = 0, limit: int = -1) -> list[Logged]:
         """The events after event `after`, oldest first."""
         query = "SELECT id, time, kind, body FROM events WHERE id > ? ORDER BY id LIMIT ?"
         rows = self._rows(query, after, limit)
-        return [Logged(id, when, _parsed(kind, body)) for id, when, kind, body in rows]
+        return [Logged(id, when, parsed(kind, body)) for id, when, kind, body in rows]
 
     def paused(self) -> bool:
         """Whether the study is paused: no trial begins."""
@@ -330,5 +346,5 @@ class EventLog:
             raise
 
 
-def _parsed(kind: str, text: str) -> Event:
+def parsed(kind: str, text: str) -> Event:
     return KINDS[kind](**json.loads(text))

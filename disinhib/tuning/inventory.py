@@ -43,6 +43,16 @@ class Entry:
         return self.kept["options"]
 
     @property
+    def tracking_uri(self) -> str:
+        """The address of its MLflow store as it is kept: where it was written or, if its whole
+        output folder was moved, the database that was moved with it."""
+        beside = self.folder.with_name("mlflow.db")
+        uri = self.options["tracking"]["uri"] or f"sqlite:///{beside}"
+        file = Path(uri.removeprefix("sqlite:///"))
+        moved = uri.startswith("sqlite:///") and not file.exists() and beside.exists()
+        return f"sqlite:///{beside}" if moved else uri
+
+    @property
     def search(self) -> bool:
         """Whether it is a search, and not a retraining."""
         return self.manifest.space is not None

@@ -13,6 +13,8 @@ import json
 import math
 import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -25,7 +27,7 @@ from disinhib.tuning import mlflow_settings  # isort: skip (before MLflow is imp
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 from requests.utils import get_environ_proxies
 from sqlalchemy import create_engine
@@ -34,6 +36,7 @@ from disinhib.checks import refusal
 from disinhib.errors import masked, one_line
 from disinhib.tuning.event_log import (
     COMPLETE,
+    ENDED,
     FAILED,
     KILLED,
     PRUNED,
@@ -51,6 +54,7 @@ ARTIFACTS = "mlflow-artifacts"  # a folder
 BEGUN = "runs_begun"  # tag of the study's own run: how many it has of trials or their seeds
 FIRST_CONTACT = "5"  # s; somebody waits at the terminal
 RUN_STATUS = {COMPLETE: "FINISHED", PRUNED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED"}
+MOST_IDS = 1000  # in one command
 MOST_METRICS = 800  # in one request; MLflow accepts 1000 items of all kinds
 # Tags of a retrained seed's run, beside OF_STUDY and those of every trial.
 OF_TRIAL, OF_RUN = "retrains_trial", "retrains_run"
@@ -208,6 +212,42 @@ def keep_artifacts_beside(file: Path) -> None:
             )
 
 
+def runs_of_trials(experiment: Experiment, id: str) -> dict[str, str]:
+    """The runs of a search's trials, by their numbers."""
+    runs = _all_runs(experiment, f"tags.study_id = '{id}'")
+    return {run.data.tags["trial"]: run.info.run_id for run in runs if "trial" in run.data.tags}
+
+
+def delete_study(experiment: Experiment, id: str) -> list[str]:
+    """Deletes all runs of a study: MLflow calls them deleted, and shows them no more. Returns their
+    ids, also of those that were deleted earlier."""
+    client = _client(experiment.uri)
+    runs = _all_runs(experiment, f"tags.study_id = '{id}'", ViewType.ALL)
+    for run in runs:
+        if run.info.lifecycle_stage != "deleted":
+            client.delete_run(run.info.run_id)
+    if VIEW + id in client.get_experiment(experiment.id).tags:
+        client.delete_experiment_tag(experiment.id, VIEW + id)
+    return [run.info.run_id for run in runs]
+
+
+def purge(file: Path, run_ids: Sequence[str]) -> str | None:
+    """Removes deleted runs, with their artifacts, from a store in SQLite. Returns why that failed,
+    as it does if somebody has removed artifacts by hand."""
+    keep_artifacts_beside(file)
+    for first in range(0, len(run_ids), MOST_IDS):
+        ids = ",".join(run_ids[first : first + MOST_IDS])
+        command = ["gc", "--backend-store-uri", f"sqlite:///{file}", "--run-ids", ids]
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{file}"}
+        ended = subprocess.run(
+            [sys.executable, "-m", "mlflow", *command],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if ended.returncode:
+            return masked((ended.stderr.strip() or "no reason given").splitlines()[-1])
+    return None
+
+
 def local_artifacts(uri: str, run: Run) -> Path | None:
     """The folder of a run's artifacts beside the SQLite file of its store, wherever MLflow thinks
     they are; None if there is no such folder."""
@@ -237,13 +277,16 @@ class MlflowStore:
     id: str
     metric: str
     tags: Mapping[str, str]
-    files: Mapping[str, str]
+    files: Mapping[str, str | bytes]
     trial_files: Mapping[str, str]
     models: Callable[[int, int], Path]
     study_run: str | None = None  # set when the store is loaded
     runs: dict[RunKey, str] = field(default_factory=dict)
     records: dict[int, Record] = field(default_factory=dict)
+    told: set[int] = field(default_factory=set)  # trials that it knows to have ended
     params: dict[str, None] | None = None  # names, of all trials that the page knows
+    began: float | None = None  # when the study began, in s since 1970; None: now
+    last: int | None = None  # when something last happened, in ms since 1970
 
     def __post_init__(self) -> None:
         self.address = self.experiment.uri
@@ -261,7 +304,10 @@ class MlflowStore:
                 # A request that was not answered in time had been carried out nevertheless.
                 self.client.delete_run(run.info.run_id)
         parent = by_key.pop(None, None)
-        self.study_run = parent.info.run_id if parent else self._create(self.study, {})
+        self.last = parent.info.end_time if parent else None
+        self.study_run = parent.info.run_id if parent else self._create_own()
+        if parent and parent.data.tags["study"] != self.study:
+            self._rename([*by_key.values(), parent])
         for run in by_key.values():  # the study's own run may have been deleted and made again
             if run.data.tags.get(MLFLOW_PARENT_RUN_ID) != self.study_run:
                 self.client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, self.study_run)
@@ -274,6 +320,8 @@ class MlflowStore:
                     self.client.delete_tag(run.info.run_id, tag)
                 self.client.update_run(run.info.run_id, "RUNNING")
         self.runs = {key: run.info.run_id for key, run in by_key.items() if key is not None}
+        ended = (int(r.data.tags["trial"]) for r in by_key.values() if _has_ended(r))
+        self.told = {number for number in ended if number in self.records}
         self._count()
         self._set_view(name for record in records.values() for name in record.point["params"])
         return {
@@ -283,18 +331,23 @@ class MlflowStore:
         }
 
     def deliver(self, events: Sequence[Logged]) -> None:
+        self.last = _milliseconds(events[-1].time) if events else self.last
+        standings: list[Metric] = []
+        for logged in events:
+            if isinstance(logged.event, Asked):
+                self._begin(logged.event, logged.time)
+            elif not (isinstance(logged.event, EpochDone) and self._has(logged.event)):
+                follow(self.records, logged.event)
+            if isinstance(logged.event, Ended):
+                self.told.add(logged.event.trial)
+                standings += self._standings(logged.time)
         for number in dict.fromkeys(logged.event.trial for logged in events):
             own = [logged for logged in events if logged.event.trial == number]
-            for logged in own:
-                if isinstance(logged.event, Asked):
-                    self._begin(logged.event, logged.time)
-                elif not (isinstance(logged.event, EpochDone) and self._has(logged.event)):
-                    follow(self.records, logged.event)
             for lane, seed in enumerate(_seeds(self.records[number].config)):
                 self._deliver(number, lane, seed, own)
         self._count()
-        if ends := [logged.time for logged in events if isinstance(logged.event, Ended)]:
-            self._describe(ends[-1])
+        if standings:
+            self._describe(standings)
 
     def _count(self) -> None:
         """Tells every reader how many runs there must be."""
@@ -306,23 +359,32 @@ class MlflowStore:
         """Whether an epoch is delivered again."""
         return done.epoch <= self.records[done.trial].epochs
 
-    def _describe(self, when: float) -> None:
-        """Says on the study's own run how it stands."""
+    def _standings(self, when: float) -> list[Metric]:
+        """How the trials that have ended until then stand."""
         from disinhib.metrics import SELECTION  # with jax, which readers of a store do without
+        from disinhib.tuning import progress
+
+        records = [self.records[number] for number in sorted(self.told)]
+        now, sign = progress.tally(records), SELECTION[self.metric].sign
+        values: dict[str, float] = {"trials_ended": now.ended, "trials_failed": now.failed}
+        if not any(record.config["final"] for record in records):  # those do not compete
+            for rule, best, _ in progress.standings(records):
+                if best is not None and best.score is not None:
+                    values[f"best_{rule}"] = sign * best.score
+        return [Metric(n, v, _milliseconds(when), now.ended) for n, v in values.items()]
+
+    def _describe(self, standings: Sequence[Metric]) -> None:
+        """Says on the study's own run how it stands, and has stood."""
         from disinhib.tuning import progress
 
         assert self.study_run is not None
         records = list(self.records.values())
-        now, sign = progress.tally(records), SELECTION[self.metric].sign
-        values: dict[str, float] = {"trials_ended": now.ended, "trials_failed": now.failed}
         tags = []
-        if not any(record.config["final"] for record in records):  # those do not compete
+        if not any(record.config["final"] for record in records):
             tags = [RunTag(DESCRIPTION, progress.markdown(records, self.metric))]
-            for rule, best, _ in progress.standings(records):
-                if best is not None and best.score is not None:
-                    values[f"best_{rule}"] = sign * best.score
-        metrics = [Metric(n, v, _milliseconds(when), now.ended) for n, v in values.items()]
-        self.client.log_batch(self.study_run, metrics=metrics, tags=tags)
+        for first in range(0, len(standings), MOST_METRICS):
+            part = standings[first : first + MOST_METRICS]
+            self.client.log_batch(self.study_run, metrics=part, tags=tags)
 
     def _set_view(self, params: Iterable[str]) -> None:
         """Presets what the experiment's page shows at the address that the study prints:
@@ -354,7 +416,8 @@ class MlflowStore:
                 self.client.log_batch(run, tags=[RunTag(*tag) for tag in tags.items()])
                 self.client.set_terminated(run, RUN_STATUS[KILLED])
         assert self.study_run is not None
-        self.client.set_terminated(self.study_run, RUN_STATUS[COMPLETE if whole else KILLED])
+        status, ended_at = (COMPLETE, self.last) if whole else (KILLED, None)
+        self.client.set_terminated(self.study_run, RUN_STATUS[status], ended_at)
 
     def _deliver(self, number: int, lane: int, seed: int | None, events: Sequence[Logged]) -> None:
         """Sends a run's events in as few requests as possible."""
@@ -434,18 +497,34 @@ class MlflowStore:
         source = json.dumps({"path": options.get("path")})
         return Dataset(options["name"], digest, "local", source)
 
+    def _create_own(self) -> str:
+        began = None if self.began is None else _milliseconds(self.began)
+        return self._create(self.study, {}, began)
+
     def _create(self, name: str, tags: Mapping[str, str], began: int | None = None) -> str:
         of_study = {**self.tags, "study": self.study, "study_id": self.id}
         tags = {MLFLOW_SOURCE_NAME: "disinhib", **of_study, **tags}
         run = self.client.create_run(self.experiment.id, began, tags, name)
         return run.info.run_id
 
+    def _rename(self, runs: Iterable[Run]) -> None:
+        """Gives runs the study's name; its own run is the last, so that a kill leaves it to do."""
+        for run in runs:
+            self.client.set_tag(run.info.run_id, "study", self.study)
+            if run.info.run_id == self.study_run:
+                self.client.update_run(run.info.run_id, name=self.study)
+
     def _put(self, run: str, files: Mapping[str, str | bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for file, content in files.items():
                 data = content.encode() if isinstance(content, str) else content
+                Path(folder, file).parent.mkdir(exist_ok=True)
                 Path(folder, file).write_bytes(data)
             self.client.log_artifacts(run, folder)
+
+
+def _has_ended(run: Run) -> bool:
+    return run.data.tags.get("trial_state") in ENDED
 
 
 def _name(config: TrialConfig) -> str:
@@ -476,10 +555,12 @@ def _ending(state: str, epochs: int, reason: str | None) -> dict[str, str]:
     return {"trial_state": state, "epochs": str(epochs), **({"reason": reason} if reason else {})}
 
 
-def _all_runs(experiment: Experiment, criterion: str) -> list[Run]:
-    runs, token = [], None
+def _all_runs(
+    experiment: Experiment, criterion: str, which: int = ViewType.ACTIVE_ONLY
+) -> list[Run]:
+    client, runs, token = _client(experiment.uri), [], None
     while True:
-        page = _client(experiment.uri).search_runs([experiment.id], criterion, page_token=token)
+        page = client.search_runs([experiment.id], criterion, which, page_token=token)
         runs += page
         token = page.token
         if not token:

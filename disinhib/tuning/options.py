@@ -120,7 +120,7 @@ def compose(overrides: Sequence[str]) -> Study:
         then = None
         if earlier is not None and not any(option_of(o) == "tracking.uri" for o in given):
             then = earlier["options"]["tracking"]["uri"] or ""
-        options["tracking"]["uri"], uri = _store(then, out_dir)
+        options["tracking"]["uri"], uri = store_of(then, out_dir)
     name = options["study"]
     if not options["resume"]:
         experiment = choices.get("experiment", "None").replace("/", "-")
@@ -176,7 +176,7 @@ def _narrowing(
     return fixed, ranges, common
 
 
-def _store(then: str | None, out_dir: Path) -> tuple[str | None, str]:
+def store_of(then: str | None, out_dir: Path) -> tuple[str | None, str]:
     """(what is kept with a study that is given no `tracking.uri`, the address of its store): the
     environment's, else in `out_dir`. A study that is resumed, or extended, stays where it was:
     `then` is what was kept with it, "" for `out_dir`.

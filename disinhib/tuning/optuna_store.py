@@ -51,6 +51,16 @@ def refuse_taken(url: str, study: str, resume: bool) -> None:
         raise refusal("study", study, f"a new name ({url} has a study {study})")
 
 
+def delete_study(url: str, id: str) -> bool:
+    """Deletes a study from the database at `url`; returns whether it was there."""
+    storage = open_storage(url, Path())
+    for summary in optuna.get_all_study_summaries(storage, include_best_trial=False):
+        if summary.user_attrs.get(ID) == id:
+            optuna.delete_study(study_name=summary.study_name, storage=storage)
+            return True
+    return False
+
+
 class OptunaStore:
     """Writes a study into the storage at `url`, or into a file in its `folder`.
 
@@ -62,10 +72,11 @@ class OptunaStore:
         self.study_name, self.id, self.metric = study, id, metric
         self.sign = SELECTION[metric].sign
         self.url, self.folder = url, folder
-        self.address = url or str(folder)
+        self.address = url or FILE  # beside the log, wherever that is
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         self.storage = open_storage(self.url, self.folder)
+        self._forget_earlier_name()
         study = optuna.create_study(
             storage=self.storage,
             study_name=self.study_name,
@@ -83,6 +94,15 @@ class OptunaStore:
         count = self.storage.get_n_trials(self.study_id)
         self.ids = {number: id_of(number) for number in range(count)}
         return set(self.ids)
+
+    def _forget_earlier_name(self) -> None:
+        """Optuna renames no study: one that has been renamed is written again."""
+        summaries = optuna.get_all_study_summaries(self.storage, include_best_trial=False)
+        if any(summary.study_name == self.study_name for summary in summaries):
+            return
+        for summary in summaries:
+            if summary.user_attrs.get(ID) == self.id:
+                optuna.delete_study(study_name=summary.study_name, storage=self.storage)
 
     def deliver(self, events: Sequence[Logged]) -> None:
         known: dict[int, FrozenTrial] = {}  # as it was; Optuna copies a trial for each question

@@ -110,16 +110,21 @@ def kept_trials(folder: Path) -> int:
 
 def keep_trials(folder: Path, trials: int) -> None:
     """Writes down that the study in `folder` has so many trials from now on."""
-    file = folder / FILE
-    content = yaml.safe_load(file.read_text("utf-8"))
+    content = yaml.safe_load((folder / FILE).read_text("utf-8"))
     if content["options"]["trials"] == trials:
         return
     others = [o for o in content["overrides"] if option_of(o) != "trials"]
     content["overrides"] = [*others, f"trials={trials}"]
     content["options"]["trials"] = trials
+    keep(folder, content)
+
+
+def keep(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes FILE in `folder` anew, whole or not at all; only its owner can read it."""
+    file = folder / FILE
     part = file.with_name(f".{FILE}.part")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
-        opened.write(yaml.safe_dump(content))
+        opened.write(yaml.safe_dump(dict(content)))
         opened.flush()
         os.fsync(opened.fileno())
     part.replace(file)
