@@ -59,8 +59,8 @@ class Configuration(NamedTuple):
 
     @property
     def words(self) -> str:
-        depth, averaged, dataset = self.depth, self.averaged, self.options["dataset"]["name"]
-        return runs.called(self.rule, averaged == "true", depth, dataset, self.trial)
+        dataset = self.options["dataset"]["name"]
+        return runs.called(self.rule, self.feedback, self.depth, dataset, self.trial)
 
     @property
     def depth(self) -> int:
@@ -68,10 +68,17 @@ class Configuration(NamedTuple):
         return config.parse(self.options).architecture.hidden_layers
 
     @property
-    def averaged(self) -> str:
-        """Whether feedback weights are averaged: true, false, or none without feedback."""
-        averaged = self.options["trainer"].get("average_fb_weights")
-        return "none" if averaged is None else str(averaged).lower()
+    def feedback(self) -> str:
+        """How feedback weights come about, in words."""
+        trainer = self.options["trainer"]
+        averaged = trainer.get("average_fb_weights")
+        if averaged is None:
+            return runs.NO_FEEDBACK
+        path = trainer["feedback"]
+        words = runs.JACOBIAN_FEEDBACK[str(averaged).lower()]
+        if path == "jacobian":
+            return words
+        return f"{path}, averaged" if averaged and path == "sign-symmetric" else path
 
 
 def digest(plain: Mapping[str, Any]) -> str:

@@ -212,7 +212,7 @@ def _asked(
         runs.CONFIGURATION: one.id,
         "dataset": one.options["dataset"]["name"],
         "depth": str(one.depth),
-        "averaged": one.averaged,
+        "feedback": one.feedback,
         "budget": str(one.options["epochs"]),
         "code_sha256": code_hash(its["code"]),
         "code_version": its["code"]["version"] or "unknown",

@@ -30,6 +30,9 @@ OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the tab
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
+NO_FEEDBACK = "none"
+# In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).
+JACOBIAN_FEEDBACK = {"none": NO_FEEDBACK, "false": "per sample", "true": "averaged"}
 CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its configuration
 
 
@@ -130,7 +133,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
     """The study's retrained seeds: a row is a configuration with one seed.
 
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
-    dataset, depth (hidden layers), averaged (feedback weights), feedback (has any), seed, state,
+    dataset, depth (hidden layers), feedback (how its weights come about, in words), seed, state,
     reason, epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device,
     code and data (hashes), and every metric after the last epoch.
     """
@@ -147,8 +150,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 "of_run": tags.get(OF_RUN),
                 **{name: tags[name] for name in (CONFIGURATION, "rule", "dataset", "command")},
                 **{name: int(tags[name]) for name in ("depth", "seed", "epochs", "budget")},
-                "averaged": tags["averaged"] == "true",
-                "feedback": tags["averaged"] != "none",
+                "feedback": tags.get("feedback") or JACOBIAN_FEEDBACK[tags["averaged"]],
                 "state": tags["trial_state"],
                 "flag": tags.get("flag", ""),
                 **{name: tags.get(name) for name in ("reason", "host", "device")},
@@ -173,9 +175,10 @@ def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.D
     )
 
 
-def called(rule: str, averaged: bool, depth: int, dataset: str, trial: float | None) -> str:
+def called(rule: str, feedback: str, depth: int, dataset: str, trial: float | None) -> str:
     """A configuration in words; `trial` is None or NaN if no trial was selected."""
-    feedback = ", averaged feedback" if averaged else ""
+    usual = feedback in (NO_FEEDBACK, JACOBIAN_FEEDBACK["false"])
+    feedback = "" if usual else f", {feedback} feedback"
     number = "" if trial is None or math.isnan(trial) else f" (trial {trial:.0f})"
     return f"{rule}{feedback}, {depth} hidden layer{'s' * (depth != 1)}, {dataset}{number}"
 

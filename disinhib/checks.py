@@ -22,11 +22,19 @@ class Option(NamedTuple):
     default: Any
     check: Check
     words: str  # its meaning and unit
+    choices: tuple[str, ...] = ()  # of a name; compiled programs know it by its place among them
 
 
 def defaults(options: Iterable[Option]) -> dict[str, Any]:
     """The default of each option, by name."""
     return {option.name: option.default for option in options}
+
+
+def traced(options: Iterable[Option], values: Mapping[str, Any]) -> dict[str, float]:
+    """What compiled programs get of each option: numbers, flags as 0 or 1, and the places of names
+    among their choices."""
+    places = {option.name: option.choices.index for option in options if option.choices}
+    return {name: float(places.get(name, float)(value)) for name, value in values.items()}
 
 
 def is_number(value: Any) -> bool:

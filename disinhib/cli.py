@@ -67,10 +67,14 @@ class Command(NamedTuple):
 
     def help(self) -> str:
         lines = [(self.text or "").strip(), "", "Options:"]
-        for name, default, (_, allowed), words in self.options:
-            lines.append(f"  {name}{'' if default is REQUIRED else f'={_in_hydra(default)}'}")
+        for option in self.options:
+            default = "" if option.default is REQUIRED else f"={_in_hydra(option.default)}"
+            lines.append(f"  {option.name}{default}")
             lines += textwrap.wrap(
-                f"{words} ({allowed})", 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+                f"{option.words} ({option.check[1]})",
+                100,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
             )
         return "\n".join(lines)
 

@@ -29,6 +29,7 @@ from disinhib.checks import (
     flatten,
     one_of,
     refusal,
+    traced,
 )
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS, sizes
@@ -104,16 +105,11 @@ PARTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def _traced(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers, and flags as 0 or 1."""
-    return {name: float(value) for name, value in values.items()}
-
-
 def published(architecture: Architecture, rule: str) -> Hyperparameters:
     """The published defaults of every scalar of a structure, trained by `rule` (of its family)."""
+    entries = {part: table[getattr(architecture, field)] for part, (field, table) in PARTS.items()}
     parts: dict[str, Any] = {
-        part: _traced(defaults(table[getattr(architecture, field)].options))
-        for part, (field, table) in PARTS.items()
+        part: traced(entry.options, defaults(entry.options)) for part, entry in entries.items()
     }
     parts["rule"] |= RULES[rule].chosen
     return Hyperparameters(**parts)
@@ -168,10 +164,11 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
     rates = ACTIVATIONS[inhibitory].rates
     for part, place in places.items():
         field, table = PARTS[part]
-        hyper[part] = _traced(given.take_all(place, table[structure[field]].options, rates))
+        own = table[structure[field]].options
+        hyper[part] = traced(own, given.take_all(place, own, rates))
     hyper["rule"] = {
-        **_traced(defaults(rule.family.options)),
-        **_traced(given.take_all("trainer", rule.options, rates)),
+        **traced(rule.family.options, defaults(rule.family.options)),
+        **traced(rule.options, given.take_all("trainer", rule.options, rates)),
         **rule.chosen,
     }
     on_train = take("OL_eval_on_train", FLAG)

@@ -1,23 +1,38 @@
-"""Top-down feedback weights: the Jacobian of the output at the open-loop state (DESIGN section 2).
+"""Top-down feedback weights, which reach the interneurons of each hidden layer on one of PATHS.
+
+`jacobian`: of the output at the open-loop state (DESIGN section 2), of each sample,
 
     G_L = W_out^T diag(phi_E'(u_E,L));   G_{l-1} = G_l W_l^T diag(phi_E'(u_E,l-1))
-    Q_l = G_l diag(phi_I'(u_I,l)), then averaged, clipped, normalised
+    J_l = G_l diag(phi_I'(u_I,l)),       Q_l = J_l
 
-Published `src/models/dale/vf.py: calculate_jacobian`, `src/core/trainer.py: modify_fb_weights`.
+`sign-symmetric`: the same with sign(W) times the layer's mean |W| in the place of every W (as Liao
+et al. 2016 and Xiao et al. 2019 have it in plain networks). The other two know no forward weights;
+Q_l is one matrix for all samples: `random` is fixed (as in direct feedback alignment, Nokland
+2016), and `learnt` starts there, leaks and tracks the Jacobian, Q <- Q + rate (mean_b J - Q), as
+tau_Q dQ/dt = -Q + J does in the paper's Figure 4.
+
+Whatever the path, Q is then averaged over the batch, clipped and normalised. Published:
+`src/models/dale/vf.py: calculate_jacobian`, `src/core/trainer.py: modify_fb_weights`.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from disinhib.checks import FLAG, POSITIVE, Option
-from disinhib.hyperparameters import Hyperparameters
+from disinhib.checks import FLAG, POSITIVE, UNIT, Option, one_of
+from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.microcircuit import Microcircuit
 from disinhib.network import NetworkState, Parameters
 
+PATHS = ("jacobian", "sign-symmetric", "random", "learnt")
+JACOBIAN, SIGN_SYMMETRIC, RANDOM, LEARNT = range(len(PATHS))  # in `hyper.rule["feedback"]`
+
 # Of every rule that runs closed loop. Weights are averaged, clipped, normalised, in this order.
 OPTIONS = (
+    Option("feedback", "jacobian", one_of(PATHS), "how feedback weights come about", PATHS),
+    Option("feedback_rate", 0.01, UNIT, "of learnt ones: share of the way to the Jacobian a batch"),
     Option("average_fb_weights", False, FLAG, "one matrix, the batch's mean, for all samples"),
     Option("clip_fb_weights", False, FLAG, "clip them to +-clip_val"),
     Option("clip_val", 1.0, POSITIVE, "largest |feedback weight|, dimensionless"),
@@ -28,6 +43,45 @@ OPTIONS = (
 )
 
 FeedbackWeights = tuple[Float[Array, "batch out _neurons"], ...]
+KeptWeights = tuple[Float[Array, "out _neurons"], ...]  # from batch to batch
+
+
+def initial_weights(architecture: Architecture, key: PRNGKeyArray) -> KeptWeights:
+    """Random weights of each hidden layer: normal, with a Frobenius norm of about 1."""
+    outputs = architecture.sizes[-1]
+    return tuple(
+        jax.random.normal(jax.random.fold_in(key, layer), (outputs, size)) / (outputs * size) ** 0.5
+        for layer, size in enumerate(architecture.sizes[1:-1])
+    )
+
+
+def backward_jacobian(
+    circuit: Microcircuit, parameters: Parameters, hyper: Hyperparameters, state: NetworkState
+) -> FeedbackWeights:
+    """`jacobian_weights`, on the sign-symmetric path those of the weights' signs."""
+    symmetric = hyper.rule["feedback"] == SIGN_SYMMETRIC
+    backward = {
+        name: jnp.where(symmetric, signs(value), value)
+        for name, value in parameters.items()
+        if name.startswith("kernel") and name != "kernel_0"
+    }
+    return jacobian_weights(circuit, backward, state)
+
+
+def tracked(hyper: Hyperparameters, kept: KeptWeights, jacobian: FeedbackWeights) -> KeptWeights:
+    """The kept weights after a batch: learnt ones move towards its mean Jacobian."""
+    rate = jnp.where(hyper.rule["feedback"] == LEARNT, hyper.rule["feedback_rate"], 0)
+    return tuple(
+        (1 - rate) * q + rate * jnp.mean(j, axis=0) for q, j in zip(kept, jacobian, strict=True)
+    )
+
+
+def on_path(
+    hyper: Hyperparameters, kept: KeptWeights, jacobian: FeedbackWeights
+) -> FeedbackWeights:
+    """Q before it is modified. Chosen by value: all paths are one compiled program."""
+    own = hyper.rule["feedback"] >= RANDOM
+    return tuple(jnp.where(own, q[None], j) for q, j in zip(kept, jacobian, strict=True))
 
 
 def jacobian_weights(
@@ -55,6 +109,12 @@ def modified(hyper: Hyperparameters, weights: FeedbackWeights) -> FeedbackWeight
         q = jnp.clip(q, -limit, limit)
         changed.append(q * jnp.where(flag["norm"], hyper.rule["norm_val"] / _frobenius(q), 1))
     return tuple(changed)
+
+
+def signs(kernel: Float[Array, "pre post"]) -> Float[Array, "pre post"]:
+    """The signs of weights, times the mean of their magnitudes: of all matrices that know no more
+    of single weights, the one that is nearest to them in least squares."""
+    return jnp.sign(kernel) * jnp.mean(jnp.abs(kernel))
 
 
 def disinhibition(

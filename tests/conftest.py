@@ -190,15 +190,14 @@ def drawing() -> Callable[..., Any]:
 def hyperparameters() -> Any:
     """The published defaults of the default structure, with the options of every rule beside: a
     function takes those that it knows."""
-    from disinhib.checks import defaults
+    from disinhib.checks import defaults, traced
     from disinhib.config import published
     from disinhib.hyperparameters import Architecture
     from disinhib.rules import RULES
 
     rule: dict[str, Any] = {}
     for entry in RULES.values():
-        rule |= {**defaults(entry.options), **entry.chosen}
-    rule = {name: float(value) for name, value in rule.items()}
+        rule |= {**traced(entry.options, defaults(entry.options)), **entry.chosen}
     return published(Architecture("bp", "dale", (1, 1)), "bp")._replace(rule=rule)
 
 

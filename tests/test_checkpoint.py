@@ -20,6 +20,7 @@ def config():
         "train",
         [
             *("model/vf=dale", "trainer=lin-thresh", "trainer.avg_inh_lambda=0.3", "epochs=4"),
+            "trainer.feedback=learnt",  # so that the rule has weights of its own
             *("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[8]", "batchsize=100"),
         ],
     )

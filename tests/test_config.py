@@ -13,6 +13,7 @@ from disinhib.config import parse, published
 from disinhib.controller import CONTROLLERS
 from disinhib.data import DATASETS
 from disinhib.errors import ConfigError
+from disinhib.feedback import PATHS
 from disinhib.hyperparameters import Architecture, Newton, Ode
 from disinhib.losses import LOSSES
 from disinhib.rules import RULES
@@ -51,6 +52,7 @@ def test_published_defaults():
         **{"avg_inh_lambda": 1.0, "avg_inh_init": 0.8, "norm_val": 1.0, "clip_val": 1.0},
         **{"strong_fb": 1.0, "target_nudge": 0.015, "y0": 1.0, "estimate": TANGENT_AT_MEAN},
         **{"average_fb_weights": 0.0, "clip_fb_weights": 0.0, "norm_fb_weights": 1.0},
+        **{"feedback": 0.0, "feedback_rate": 0.01},
     }
     assert hyper.optimizer["learning_rate"] == 1e-3
     assert structure.fb_to_readout
@@ -85,12 +87,15 @@ def test_a_scalar_that_is_not_there_is_not_updated():
 
 
 def test_all_rules_of_dis_inhibition_and_their_feedback_are_one_structure(dale):
-    runs = [parse(dale), *(parse(options("model/vf=dale", f"trainer={rule}")) for rule in RULES)]
-    feedback = [run for run in runs if run.rule != "bp"]
+    rules = [name for name, rule in RULES.items() if rule.family.has_feedback]
+    feedback = [parse(options("model/vf=dale", f"trainer={rule}")) for rule in rules]
     for flag in ("strong_fb", "average_fb_weights", "clip_fb_weights", "norm_fb_weights"):
         on, off = (parse(with_value(dale, f"trainer.{flag}", value)) for value in (True, False))
         assert (on.hyperparameters.rule[flag], off.hyperparameters.rule[flag]) == (1, 0)
         feedback += [on, off]
+    paths = [parse(with_value(dale, "trainer.feedback", path)) for path in PATHS]
+    assert [run.hyperparameters.rule["feedback"] for run in paths] == [0, 1, 2, 3]
+    feedback += paths
     assert {run.rule for run in feedback} == {"exact-inv", "lin-thresh", "taylor"}
     (_,) = {run.architecture for run in feedback}
     (_,) = {jax.tree.structure(run.hyperparameters) for run in feedback}
@@ -136,6 +141,8 @@ def test_hard_targets_are_one_hot():
         ("trainer.norm_val", 0.0, "a number above 0"),
         ("trainer.strong_fb", "yes", "true or false"),
         ("trainer.avg_inh_lambda", 1.5, "a number from 0 to 1"),
+        ("trainer.feedback", "learned", "sign-symmetric, random, learnt; did you mean learnt?"),
+        ("trainer.feedback", 2, "one of jacobian"),
         ("model.vf.g_EI", -1.0, "a number above 0"),
         ("model.vf.g_IE", 0.0, "a number above 0"),
         ("model.vf.tauE", 0.0, "a number above 0"),

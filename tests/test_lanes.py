@@ -19,7 +19,9 @@ def configured(*overrides):
 # One structure; the last diverges.
 CONFIGS = {
     "exact": configured("trainer=exact-inv"),
-    "threshold": configured("trainer=lin-thresh", "optimizer.learning_rate=0.01"),
+    "threshold": configured(
+        "trainer=lin-thresh", "optimizer.learning_rate=0.01", "trainer.feedback=learnt"
+    ),
     "averaged": configured(
         "trainer=exact-inv", "trainer.average_fb_weights=true", "model.vf.g_EI=0.7"
     ),

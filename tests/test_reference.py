@@ -204,7 +204,7 @@ def test_a_static_case(file, solver, monkeypatch):
             for name, gradient in update.gradients.items():
                 found[f"grad_{short}_{name}"] = gradient
             if rule == "lin-thresh":
-                found |= {f"avg_rI_{layer}": y0 for layer, y0 in enumerate(update.rule_state)}
+                found |= {f"avg_rI_{layer}": y0 for layer, y0 in enumerate(update.rule_state.means)}
         *_, nudged_target, weights, _ = closed.arguments
         state = opened.result.state
         jacobians = jacobian_weights(microcircuit(architecture, hyper), parameters, state)

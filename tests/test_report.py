@@ -320,7 +320,7 @@ def test_seeds_without_a_partner_are_compared_unpaired():
     def row(rule, seed, test):
         return {
             "of_run": None, "configuration": rule, "rule": rule, "dataset": "digits", "depth": 1,
-            "averaged": False, "feedback": rule != "bp", "trial": math.nan, "budget": 2,
+            "feedback": "none" if rule == "bp" else "per sample", "trial": math.nan, "budget": 2,
             "seed": seed, "state": "complete", "flag": "", "test_accuracy": test,
             "valid_accuracy": test,
         }  # fmt: skip

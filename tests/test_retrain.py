@@ -272,15 +272,37 @@ def test_a_grid_is_every_combination_that_is_asked_for():
     )
     assert rest == ["experiment=table1"]
     planned = configurations.of_grid(settings, rest, axes)
-    assert [(one.depth, one.rule, one.averaged) for one in planned] == [
-        (1, "bp", "none"), (1, "lin-thresh", "true"), (3, "bp", "none"), (3, "lin-thresh", "true")
-    ]  # fmt: skip
+    assert [(one.depth, one.rule, one.feedback) for one in planned] == [
+        (depth, rule, feedback)
+        for depth in (1, 3)
+        for rule, feedback in (("bp", "none"), ("lin-thresh", "averaged"))
+    ]
     assert len({one.id for one in planned}) == 4
     assert planned[1].command == (
         "python -m disinhib trainer=lin-thresh dataset=fmnist model/vf=dale"
         " model.vf.nb_hidden=1 trainer.average_fb_weights=true"
     )
     assert all(one.options["epochs"] == 50 for one in planned)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "per sample"),
+        (["trainer.feedback=random"], "random"),
+        (["trainer.feedback=learnt", "trainer.average_fb_weights=true"], "learnt"),
+        (["trainer.feedback=sign-symmetric"], "sign-symmetric"),
+        (
+            ["trainer.feedback=sign-symmetric", "trainer.average_fb_weights=true"],
+            "sign-symmetric, averaged",
+        ),
+    ],
+)
+def test_a_feedback_path_is_told_from_others(overrides, words):
+    options, _ = hydra_config.compose("train", ["model/vf=dale", "trainer=exact-inv", *overrides])
+    one = configurations.Configuration(options, "", "exact-inv", {})
+    named = "" if words == "per sample" else f", {words} feedback"
+    assert (one.feedback, one.words) == (words, f"exact-inv{named}, 3 hidden layers, digits")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 from conftest import hyperparameters
 from scipy.special import expit, softmax
 
-from disinhib.feedback import modified
+from disinhib.feedback import LEARNT, RANDOM, modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.rules import FAMILIES, RULES
+from disinhib.rules.disinhibition import Memory
 from disinhib.solvers import open_loop
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -43,10 +45,11 @@ def update(problem, rule, hyper, **changes):
     return updated(small, rule, hyper), small
 
 
-def updated(small, rule, hyper):
+def updated(small, rule, hyper, state=None):
     hyper = jax.tree.map(jnp.asarray, hyper.updated(rule=RULES[rule].chosen))
     family = RULES[rule].family
-    state = family.initial_state(small.architecture, hyper, jax.random.key(0))
+    if state is None:
+        state = family.initial_state(small.architecture, hyper, jax.random.key(0))
     step = jax.jit(family.update, static_argnums=0)
     found = step(small.architecture, small.parameters, state, hyper, small.x, small.target)
     return jax.tree.map(np.asarray, found)
@@ -104,7 +107,8 @@ def test_bp_through_the_steady_state_is_what_finite_differences_say(problem):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_gradients_are_like_the_parameters(problem, rule, use_bias):
-    result, small = update(problem, rule, HYPER, use_bias=use_bias)
+    circuit = next(iter(RULES[rule].circuits))
+    result, small = update(problem, rule, HYPER, circuit=circuit, use_bias=use_bias)
     shapes = partial(jax.tree.map, jnp.shape)
     assert shapes(result.gradients) == shapes(small.parameters)
     assert ("bias_0" in result.gradients) == use_bias
@@ -161,7 +165,7 @@ def test_taylor_is_linear_threshold_at_a_fixed_rate(problem):
 
 def test_linear_threshold_remembers_the_open_loop_rates(problem):
     result, small = update(problem, "lin-thresh", HYPER.updated(rule={"avg_inh_lambda": 0.25}))
-    for y0, u_i in zip(result.rule_state, opened(small, HYPER).u_i, strict=True):
+    for y0, u_i in zip(result.rule_state.means, opened(small, HYPER).u_i, strict=True):
         mean = np.mean(0.8 * np.logaddexp(0, 1.3 * (u_i + 0.2)), axis=0)
         np.testing.assert_allclose(y0, 0.75 * 0.8 + 0.25 * mean, rtol=1e-9)
 
@@ -243,3 +247,42 @@ def test_weak_feedback_controls_towards_the_nudge(problem):
         expected = (0.2 + 0.4) * (aim - softmax(result.solution.state.u_y, axis=-1))
         np.testing.assert_allclose(result.solution.control, expected, rtol=1e-8, atol=1e-11)
         assert (np.max(np.abs(expected)) > 1e-3) == (nudge > 0)
+
+
+# --- Feedback paths of the E-I network -----------------------------------------------------------
+
+
+def on_path(path, **rule):
+    return HYPER.updated(rule={"feedback": float(path), **rule})
+
+
+def test_random_feedback_weights_are_as_given(problem):
+    """And stay: s = g_EI r_E - u_I of each neuron is the control through them, normalised."""
+    small, draw = problem(solver=TIGHT), np.random.default_rng(0)
+    given: Any = tuple(draw.normal(size=(4, size)) for size in (8, 7))
+    means: Any = tuple(np.ones(size) for size in (8, 7))
+    state = Memory(means, given)
+    result = updated(small, "exact-inv", on_path(RANDOM, norm_val=2.0), state)
+    found = result.solution.state
+    for q, u_e, u_i in zip(given, found.u_e, found.u_i, strict=True):
+        rate = 1.2 * np.logaddexp(0, 0.9 * (u_e - 0.1))
+        expected = result.solution.control @ q * 2.0 / np.linalg.norm(q)
+        np.testing.assert_allclose(1.3 * rate - u_i, expected, rtol=1e-8, atol=1e-11)
+    for q, kept in zip(given, result.rule_state.feedback, strict=True):
+        np.testing.assert_array_equal(q, kept)
+
+
+def test_learnt_feedback_weights_move_to_the_mean_jacobian(problem):
+    """Each batch closes the given share of the distance; all of it, and they are the averaged
+    Jacobian path."""
+    averaged, small = update(problem, "exact-inv", HYPER.updated(rule={"average_fb_weights": 1.0}))
+    whole = updated(small, "exact-inv", on_path(LEARNT, feedback_rate=1.0))
+    for name, gradient in averaged.gradients.items():
+        np.testing.assert_allclose(whole.gradients[name], gradient, rtol=1e-9, atol=1e-14)
+    start = updated(small, "exact-inv", on_path(RANDOM)).rule_state
+    first = updated(small, "exact-inv", on_path(LEARNT, feedback_rate=0.25), start)
+    second = updated(small, "exact-inv", on_path(LEARNT, feedback_rate=0.25), first.rule_state)
+    aims = whole.rule_state.feedback
+    for steps, result in ((1, first), (2, second)):
+        for aim, q, begun in zip(aims, result.rule_state.feedback, start.feedback, strict=True):
+            np.testing.assert_allclose(q - aim, 0.75**steps * (begun - aim), rtol=1e-10)

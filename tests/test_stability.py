@@ -49,10 +49,16 @@ def drawn(architecture, soft_target):
     )
 
 
+def begun(config) -> Any:
+    """The rule's state before it has learnt."""
+    state = training.initial_state(config, [0])
+    return jax.tree.map(lambda lanes: lanes[0], state.rule)
+
+
 def probed(config, *batch: Any) -> probes.Probe:
     """The probe of a network that has dynamics, of `batch` or of a random one."""
     parameters, x, target = batch or batch_for(config)
-    found = probes.probe(config, parameters, x, target)
+    found = probes.probe(config, parameters, x, target, begun(config))
     assert found is not None
     return found
 
@@ -156,7 +162,8 @@ def test_weak_feedback_is_controlled_towards_its_nudge():
 
 def test_the_plain_network_has_none():
     config = configured("model/vf=non-dale", "trainer=bp")
-    assert probes.probe(config, *batch_for(config)) is None
+    parameters, x, target = batch_for(config)
+    assert probes.probe(config, parameters, x, target, ()) is None
 
 
 def test_back_propagation_runs_open_loop_only():
@@ -203,11 +210,12 @@ def test_a_slow_controller_is_given_its_time():
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def depart(architecture, solver, parameters, hyper, x, target, times):
+def depart(architecture, solver, parameters, rule_state, hyper, x, target, times):
     """Distance `[time]` from the closed-loop equilibrium of one sample that starts a little off."""
     network = architecture, parameters, hyper, x
     opened = solvers.open_loop(*network).state
-    weights, aim = rules.feedback_and_aim(architecture, parameters, hyper, opened, target)
+    loop = parameters, rule_state, hyper, opened, target
+    weights, aim = rules.feedback_and_aim(architecture, *loop)
     closed = solvers.closed_loop(*network, aim, weights, opened).state
     error = LOSSES[architecture.loss].error(closed.u_y, aim)
     rest = ode.DynamicState(closed, error / hyper.controller["leak"])
@@ -235,7 +243,7 @@ def test_growth_is_how_fast_a_small_departure_changes(overrides, stable):
     with jax.enable_x64(True):
         arrays = jax.tree.map(
             lambda value: jnp.asarray(value, jnp.float64),
-            (parameters, config.hyperparameters, *one, times),
+            (parameters, begun(config), config.hyperparameters, *one, times),
         )
         distance = np.asarray(depart(architecture, Ode(rtol=1e-8, atol=1e-15), *arrays))
     slope, _ = np.polyfit(times[1:], np.log(distance[1:]), 1)

@@ -24,15 +24,16 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
-from disinhib import checkpoint, cli, export, training
+from disinhib import checkpoint, cli, export, feedback, training
 from disinhib.checks import INDEX, TEXT, Option
 from disinhib.config import RunConfig, parse
 from disinhib.errors import InputError, one_line
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
 from disinhib.network import NetworkState, Parameters
-from disinhib.rules import RULES, feedback_and_aim
+from disinhib.rules import RULES, RuleState, feedback_and_aim
 from disinhib.solvers import ode, stability
+from disinhib.training import TrainingState
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
 LOOPS = ("open", "closed")
@@ -47,15 +48,17 @@ SAMPLE = Option("sample", 0, INDEX, "number of a sample in the validation set")
 COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone=("run",))
 
 
-def trained(path: Path) -> tuple[RunConfig, Parameters]:
-    """The configuration of a training run and one lane's parameters, from its folder or a model's
-    file. Raises InputError unless a trained network with dynamics is there."""
+def trained(path: Path) -> tuple[RunConfig, Parameters, RuleState]:
+    """The configuration of a training run, and one lane's parameters and rule state, from its
+    folder or a model's file. Raises InputError unless a trained network with dynamics is there."""
     try:
         if path.is_dir():
-            config, parameters = _from_folder(path)
+            config, state = _from_folder(path)
+            parameters = state.parameters
         else:
             network, parameters = export.load(path)
             config = parse(network.options)
+            state = _first_lane(training.initial_state(config, [0]))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error) if isinstance(error, InputError) else one_line(error)
         raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({reason})") from error
@@ -68,19 +71,30 @@ def trained(path: Path) -> tuple[RunConfig, Parameters]:
             f"run: given {path}, trained by {config.rule}, which has no closed loop;"
             f" needed is one of {rules}"
         )
-    return config, parameters
+    name = feedback.PATHS[int(config.hyperparameters.rule["feedback"])]
+    if not path.is_dir() and name in ("random", "learnt"):
+        raise InputError(
+            f"run: given {path}, which lacks the feedback weights of trainer.feedback={name};"
+            " needed is the folder of its training run"
+        )
+    return config, parameters, state.rule
 
 
-def _from_folder(folder: Path) -> tuple[RunConfig, Parameters]:
+def _from_folder(folder: Path) -> tuple[RunConfig, TrainingState]:
     options = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     if not isinstance(options, dict):
         raise InputError("config.yaml has no options")
     config = parse(options)
-    state = checkpoint.load(folder / "checkpoint.msgpack", config).state
-    return config, jax.tree.map(lambda lanes: lanes[0], state.parameters)
+    return config, _first_lane(checkpoint.load(folder / "checkpoint.msgpack", config).state)
 
 
-def numbers(config: RunConfig, parameters: Parameters, sample: int, quick: bool) -> Tables:
+def _first_lane(state: TrainingState) -> TrainingState:
+    return jax.tree.map(lambda lanes: lanes[0], state)
+
+
+def numbers(
+    config: RunConfig, parameters: Parameters, rule_state: RuleState, sample: int, quick: bool
+) -> Tables:
     """Of the validation set's `sample`: `loop` (open, closed), `seconds`, then a column for each
     neuron and output (u_E_1_17 is neuron 17 of the first hidden layer; neurons count from 0, layers
     from 1). Of the equilibria: `loop`, whether Newton's method `converged`, the sample's `label`,
@@ -92,8 +106,8 @@ def numbers(config: RunConfig, parameters: Parameters, sample: int, quick: bool)
     chosen = slice(sample, sample + 1)
     with jax.enable_x64(True):
         wide = lambda value: jnp.asarray(value, jnp.float64)
-        parameters, hyper, scale = jax.tree.map(
-            wide, (parameters, config.hyperparameters, images.scale)
+        parameters, rule_state, hyper, scale = jax.tree.map(
+            wide, (parameters, rule_state, config.hyperparameters, images.scale)
         )
         x = wide(images.validation.images[chosen]) * scale
         classes = config.architecture.sizes[-1]
@@ -101,10 +115,11 @@ def numbers(config: RunConfig, parameters: Parameters, sample: int, quick: bool)
         by_newton = replace(config.architecture, solver=NEWTON)
         by_ode = replace(config.architecture, solver=INTEGRATION)
         (_, opened), (control, closed) = stability.equilibria(
-            by_newton, parameters, hyper, x, target
+            by_newton, parameters, hyper, x, target, rule_state
         )
         assert control is not None  # because the rule has feedback
-        weights_at = lambda state: feedback_and_aim(by_newton, parameters, hyper, state, target)[0]
+        network = by_newton, parameters, rule_state, hyper
+        weights_at = lambda state: feedback_and_aim(*network, state, target)[0]
         times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)
         states, signal = jax.jit(
             partial(ode.open_then_closed_trajectory, by_ode, weights_at=weights_at)

@@ -113,7 +113,7 @@ def _warnings(data: PlotData) -> list[str]:
 
 def _label(row: Mapping[Any, Any]) -> str:
     """A configuration in words; of a row of `runs.retrained`."""
-    return runs.called(row["rule"], row["averaged"], row["depth"], row["dataset"], row["trial"])
+    return runs.called(row["rule"], row["feedback"], row["depth"], row["dataset"], row["trial"])
 
 
 def sections(report: Report) -> list[Section]:
@@ -173,7 +173,7 @@ def summary(report: Report) -> list[str]:
     lines = []
     rows = report.results.to_dict("records")
     for row in sorted(rows, key=lambda row: row["test_mean"] if row["n"] else 0, reverse=True):
-        label = _label({**row, "averaged": row["feedback"] == tables.FEEDBACK[True]})
+        label = _label(row)
         if row["n"] == 0:
             lines.append(f"{label}: no seed completed its training.")
             continue

@@ -27,7 +27,6 @@ from disinhib.tuning.space_tree import RULE
 
 REFERENCE = "bp"  # what every rule is compared with
 TEST, VALID = "test_accuracy", "valid_accuracy"
-FEEDBACK = {False: "per sample", True: "averaged"}
 NOTHING = "–"
 
 
@@ -62,7 +61,7 @@ def results(
                 "dataset": first["dataset"],
                 "rule": first["rule"],
                 "depth": first["depth"],
-                "feedback": FEEDBACK[first["averaged"]] if first["feedback"] else "none",
+                "feedback": first["feedback"],
                 "trial": first["trial"],
                 "epochs": first["budget"],
                 "n": test.n,

@@ -11,13 +11,15 @@ Published: `src/models/dale/trainer.py`, `src/core/trainer.py`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from disinhib import feedback
 from disinhib.activations import RATE, tangent_of_inverse
 from disinhib.checks import UNIT, Option
-from disinhib.feedback import FeedbackWeights, jacobian_weights, modified
+from disinhib.feedback import FeedbackWeights, KeptWeights, modified
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.losses import bind
 from disinhib.microcircuit import Microcircuit, microcircuit
@@ -31,13 +33,21 @@ from disinhib.solvers import closed_loop, open_loop
 INVERSE, TANGENT_AT_MEAN, TANGENT_AT_RATE = 0.0, 1.0, 2.0
 
 
+class Memory(NamedTuple):
+    """Of each hidden layer: the running mean over batches of the open-loop r_I, and the feedback
+    weights of the paths that keep them."""
+
+    means: tuple[Float[Array, " _neurons"], ...]
+    feedback: KeptWeights
+
+
 def _estimates(
-    hyper: Hyperparameters, circuit: Microcircuit, means: RuleState, closed: NetworkState
+    hyper: Hyperparameters, circuit: Microcircuit, memory: Memory, closed: NetworkState
 ) -> list[Array]:
     """v_l of each hidden layer: phi_I^-1(r_I) = u_I, or its tangent at the mean or the fixed rate.
     Chosen by value, so that all rules are one compiled program."""
     estimate, estimates = hyper.rule["estimate"], []
-    for u_i, mean in zip(closed.u_i, means, strict=True):
+    for u_i, mean in zip(closed.u_i, memory.means, strict=True):
         rate = jnp.where(estimate == TANGENT_AT_MEAN, mean, hyper.rule["y0"])
         intercept, slope = tangent_of_inverse(circuit.phi_i, rate)
         tangent = intercept + slope * circuit.phi_i.value(u_i)
@@ -45,15 +55,20 @@ def _estimates(
     return estimates
 
 
-def _updated_means(
-    hyper: Hyperparameters, circuit: Microcircuit, means: RuleState, opened: NetworkState
-) -> RuleState:
-    """The running means over batches of the open-loop r_I `[neurons]`, of each hidden layer."""
-    memory = hyper.rule["avg_inh_lambda"]
-    return tuple(
-        (1 - memory) * mean + memory * jnp.mean(circuit.phi_i.value(u_i), axis=0)
-        for mean, u_i in zip(means, opened.u_i, strict=True)
+def _updated(
+    hyper: Hyperparameters,
+    circuit: Microcircuit,
+    memory: Memory,
+    opened: NetworkState,
+    jacobian: FeedbackWeights,
+) -> Memory:
+    """The memory after a batch, by which that batch is learnt already."""
+    newest = hyper.rule["avg_inh_lambda"]
+    means = tuple(
+        (1 - newest) * mean + newest * jnp.mean(circuit.phi_i.value(u_i), axis=0)
+        for mean, u_i in zip(memory.means, opened.u_i, strict=True)
     )
+    return Memory(means, feedback.tracked(hyper, memory.feedback, jacobian))
 
 
 def disinhibitory_control(
@@ -64,14 +79,16 @@ def disinhibitory_control(
     x: Float[Array, "batch in"],
     target: Float[Array, "batch out"],
 ) -> Update:
-    """Learns from the difference that feedback makes; `rule_state` has the mean rates."""
+    """Learns from the difference that feedback makes; `rule_state` is a Memory."""
     loss = bind(architecture.loss, hyper.loss)
     circuit = microcircuit(architecture, hyper)
     opened = open_loop(architecture, parameters, hyper, x)
-    weights, aim = feedback_and_aim(architecture, parameters, hyper, opened.state, target)
+    jacobian = feedback.backward_jacobian(circuit, parameters, hyper, opened.state)
+    memory = _updated(hyper, circuit, rule_state, opened.state, jacobian)
+    weights = modified(hyper, feedback.on_path(hyper, memory.feedback, jacobian))
+    aim = _aim(architecture, hyper, opened.state, target)
     closed = closed_loop(architecture, parameters, hyper, x, aim, weights, opened.state)
-    means = _updated_means(hyper, circuit, rule_state, opened.state)
-    estimates = _estimates(hyper, circuit, means, closed.state)
+    estimates = _estimates(hyper, circuit, memory, closed.state)
 
     gradients, rate = {}, x
     for layer, (v, u_e) in enumerate(zip(estimates, closed.state.u_e, strict=True)):
@@ -86,30 +103,44 @@ def disinhibitory_control(
     else:
         delta = -loss.error(opened.state.u_y, target)
     gradients["kernel_out"] = rate.T @ (delta / len(x))
-    return Update(gradients, means, closed)
+    return Update(gradients, memory, closed)
 
 
 def feedback_and_aim(
     architecture: Architecture,
     parameters: Parameters,
+    rule_state: RuleState,
     hyper: Hyperparameters,
     opened: NetworkState,
     target: Float[Array, "batch out"],
 ) -> tuple[FeedbackWeights, Float[Array, "batch out"]]:
-    """What closes the loop, from the open-loop state: feedback weights, and what the controller
-    aims at (the target itself, or with weak feedback a nudge towards it)."""
+    """What closes the loop, from the open-loop state: feedback weights (those that are kept as
+    they are in the Memory `rule_state`), and what the controller aims at."""
     circuit = microcircuit(architecture, hyper)
-    weights = modified(hyper, jacobian_weights(circuit, parameters, opened))
+    jacobian = feedback.backward_jacobian(circuit, parameters, hyper, opened)
+    weights = modified(hyper, feedback.on_path(hyper, rule_state.feedback, jacobian))
+    return weights, _aim(architecture, hyper, opened, target)
+
+
+def _aim(
+    architecture: Architecture,
+    hyper: Hyperparameters,
+    opened: NetworkState,
+    target: Float[Array, "batch out"],
+) -> Float[Array, "batch out"]:
+    """The target itself, or with weak feedback a nudge towards it."""
     loss = bind(architecture.loss, hyper.loss)
     # Chosen by value: strong and weak feedback are one compiled program.
     nudge = loss.nudged_target(opened.u_y, target, hyper.rule["target_nudge"])
-    return weights, jnp.where(jnp.asarray(hyper.rule["strong_fb"], bool), target, nudge)
+    return jnp.where(jnp.asarray(hyper.rule["strong_fb"], bool), target, nudge)
 
 
-def _initial_mean_rates(
+def _initial_memory(
     architecture: Architecture, hyper: Hyperparameters, key: PRNGKeyArray
-) -> RuleState:
-    return tuple(jnp.full(size, hyper.rule["avg_inh_init"]) for size in architecture.sizes[1:-1])
+) -> Memory:
+    start, hidden = hyper.rule["avg_inh_init"], architecture.sizes[1:-1]
+    means = tuple(jnp.full(size, start) for size in hidden)
+    return Memory(means, feedback.initial_weights(architecture, key))
 
 
 def _common_branch(trial, name):
@@ -145,7 +176,7 @@ DISINHIBITION = Family(
     disinhibitory_control,
     has_feedback=True,
     options=(*feedback.OPTIONS, *_MEAN_OPTIONS, *_RATE_OPTIONS),
-    initial_state=_initial_mean_rates,
+    initial_state=_initial_memory,
 )
 EXACT_INVERSE = Rule(
     "exact-inv",

@@ -169,9 +169,10 @@ class Server:
         for lane, seed in enumerate(config["seeds"]):
             if str(seed) in diverged:
                 continue
-            parameters = jax.tree.map(lambda leaf, lane=lane: leaf[lane], state.parameters)
+            own = (state.parameters, state.rule)
+            parameters, rule = jax.tree.map(lambda leaf, lane=lane: leaf[lane], own)
             images_of_floats = images.astype(float) * data.scale
-            measured, flag = stability.check(run, parameters, images_of_floats, labels)
+            measured, flag = stability.check(run, parameters, images_of_floats, labels, rule)
             for name, value in measured.items():
                 metrics.setdefault(name, [math.nan] * len(config["seeds"]))[lane] = value
             if flag:
