@@ -48,7 +48,7 @@ class Row(NamedTuple):
 def architecture(rule: str, hidden: int, solver: Newton | Ode) -> Architecture:
     return Architecture(
         RULES[rule].family.name,
-        "non-dale" if rule == "bp" else "dale",
+        next(iter(RULES[rule].circuits)),
         (784, *[256] * hidden, 10),
         batch_size=BATCH,
         solver=solver,

@@ -208,8 +208,9 @@ def epoch(
         x = data.train.images[batch].astype(data.scale.dtype) * data.scale
         target = soft_targets(labels, architecture.sizes[-1], hyper.soft_target)
         update = family.update(architecture, parameters, rule_state, hyper, x, target)
+        changes: Any
         changes, optimizer_state = optimizer.update(update.gradients, optimizer_state, parameters)
-        parameters = jax.tree.map(jnp.add, parameters, changes)
+        parameters, rule_state = family.step(hyper, parameters, changes, update.rule_state)
         solution = update.solution
         batch_metrics = {
             "loss": jnp.mean(loss(solution.state.u_y, target)),
@@ -221,7 +222,7 @@ def epoch(
         if taken := RESERVED & update.metrics.keys():
             raise ValueError(f"metrics of {family.name}: {', '.join(taken)} is training's own")
         batch_metrics |= update.metrics
-        return (parameters, optimizer_state, update.rule_state), batch_metrics
+        return (parameters, optimizer_state, rule_state), batch_metrics
 
     samples, size = len(data.train.labels), architecture.batch_size
     order_key = jax.random.fold_in(_keys(state.seed).order, state.epoch)

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 Overrides = Mapping[str, str | float | bool]
 Space = Callable[["optuna.Trial"], Overrides]
 
-SPACES: dict[str, Space] = {"rules": rules.space}
+SPACES: dict[str, Space] = {
+    "rules": rules.paper,
+    "all_rules": rules.every,
+    "feedback_paths": rules.feedback_paths,
+}
 
 
 def offer(branches: Mapping[str, Branch]) -> None:

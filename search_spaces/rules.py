@@ -6,7 +6,10 @@ each one gets when it is tuned equally carefully, not which one wins.
 
 from __future__ import annotations
 
+from disinhib import feedback
 from disinhib.rules import RULES, Branch
+
+PAPER = ("bp", "exact-inv", "lin-thresh")  # the rules that the paper compares
 
 
 def branches() -> dict[str, Branch]:
@@ -18,6 +21,25 @@ def branches() -> dict[str, Branch]:
     }
 
 
-def space(trial):
+def paper(trial):
+    """The rules that the paper compares."""
+    return branches()[trial.suggest_categorical("trainer", PAPER)](trial)
+
+
+def every(trial):
+    """All rules, those of plugins too."""
     offered = branches()
     return offered[trial.suggest_categorical("trainer", tuple(offered))](trial)
+
+
+def feedback_paths(trial):
+    """How feedback reaches the interneurons, under each rule that has some."""
+    offered = {name: of for name, of in branches().items() if RULES[name].family.has_feedback}
+    rule = trial.suggest_categorical("trainer", tuple(offered))
+    overrides = dict(offered[rule](trial))
+    path = trial.suggest_categorical(f"{rule}.trainer.feedback", feedback.PATHS)
+    overrides["trainer.feedback"] = path
+    if path == "learnt":
+        name = "trainer.feedback_rate"
+        overrides[name] = trial.suggest_float(f"{rule}.{name}", 1e-3, 1.0, log=True)
+    return overrides

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib import image
 
 from analysis.figures import fig3, fig4, figS1, figS2, trajectory
-from disinhib import checkpoint
+from disinhib import checkpoint, export
 from disinhib.config import parse
 from disinhib.errors import InputError
 from disinhib.training import initial_state
@@ -68,8 +69,6 @@ def test_a_refusal_is_one_line_and_exit_code_2():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run on digits that has just begun."""
-    import yaml
-
     from disinhib import hydra_config
 
     options, _ = hydra_config.compose(
@@ -122,6 +121,19 @@ def test_a_configuration_that_cannot_be_read_is_refused(line, run_folder, tmp_pa
     (tmp_path / "config.yaml").write_bytes(b"" if line is None else content + line)
     with pytest.raises(InputError, match=r"run: given .*, allowed is the folder") as no:
         trajectory.trained(tmp_path)
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("path", ["random", "learnt"])
+def test_a_model_without_its_feedback_weights_is_refused(path, run_folder, tmp_path):
+    options = yaml.safe_load((run_folder / "config.yaml").read_text())
+    options["trainer"]["feedback"] = path
+    state = initial_state(parse(options), [0])
+    file = tmp_path / "model.msgpack"
+    file.write_bytes(export.dump(options, {k: v[0] for k, v in state.parameters.items()}))
+    needed = f"lacks the feedback weights of trainer.feedback={path}; needed is the folder"
+    with pytest.raises(InputError, match=needed) as no:
+        trajectory.trained(file)
     assert "\n" not in str(no.value)
 
 

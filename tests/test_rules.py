@@ -11,11 +11,12 @@ import pytest
 from conftest import hyperparameters
 from scipy.special import expit, softmax
 
-from disinhib.feedback import LEARNT, RANDOM, modified
+from disinhib.feedback import LEARNT, RANDOM, SIGN_SYMMETRIC, modified
 from disinhib.hyperparameters import Newton
 from disinhib.losses import LOSSES
 from disinhib.rules import FAMILIES, RULES
 from disinhib.rules.disinhibition import Memory
+from disinhib.rules.feedback_alignment import FeedbackKernels
 from disinhib.solvers import open_loop
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -286,3 +287,62 @@ def test_learnt_feedback_weights_move_to_the_mean_jacobian(problem):
     for steps, result in ((1, first), (2, second)):
         for aim, q, begun in zip(aims, result.rule_state.feedback, start.feedback, strict=True):
             np.testing.assert_allclose(q - aim, 0.75**steps * (begun - aim), rtol=1e-10)
+
+
+# --- Plain networks without the forward weights --------------------------------------------------
+
+
+def signs_alone(parameters):
+    """With kernels of one magnitude each."""
+    return {
+        name: np.where(value > 0, 0.7, -0.7) if name.startswith("kernel") else value
+        for name, value in parameters.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference", "hyper"),
+    [
+        ("sign-symmetric", "bp", HYPER),
+        ("exact-inv", "exact-inv", on_path(SIGN_SYMMETRIC, norm_fb_weights=0.0)),
+    ],
+)
+def test_signs_of_weights_of_one_magnitude_are_the_weights(problem, rule, reference, hyper):
+    circuit = next(iter(RULES[rule].circuits))
+    small = problem(family=RULES[rule].family.name, circuit=circuit, solver=TIGHT)
+    small = small._replace(parameters=signs_alone(small.parameters))
+    result, exact = updated(small, rule, hyper), updated(small, reference, hyper.updated(
+        rule={"feedback": 0.0}
+    ))  # fmt: skip
+    for name, gradient in result.gradients.items():
+        np.testing.assert_allclose(gradient, exact.gradients[name], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("rule", ["fa", "kolen-pollack"])
+def test_errors_that_come_back_on_the_forward_weights_are_those_of_bp(problem, rule, loss):
+    bp, small = update(problem, "bp", HYPER, circuit="non-dale", loss=loss)
+    kernels = {name: small.parameters[name] for name in ("kernel_1", "kernel_out")}
+    direct: Any = tuple(np.ones((size, 4)) for size in (8, 7))
+    state = FeedbackKernels(kernels, direct)
+    result = updated(small, rule, HYPER, state)
+    assert result.gradients.keys() == bp.gradients.keys()
+    for name, gradient in bp.gradients.items():
+        np.testing.assert_allclose(result.gradients[name], gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_direct_errors_skip_the_layers(problem):
+    """With W_out in their place the last hidden layer learns as by bp; the first knows nothing of
+    the second."""
+    bp, small = update(problem, "bp", HYPER, circuit="non-dale")
+    first: Any = np.random.default_rng(0).normal(size=(8, 4))
+    kernels = {name: np.ones_like(small.parameters[name]) for name in ("kernel_1", "kernel_out")}
+    state = FeedbackKernels(kernels, (first, small.parameters["kernel_out"]))
+    result = updated(small, "dfa", HYPER, state)
+    for name in ("kernel_1", "bias_1", "kernel_out"):
+        np.testing.assert_allclose(result.gradients[name], bp.gradients[name], rtol=1e-10)
+    u = small.x @ small.parameters["kernel_0"] + small.parameters["bias_0"]
+    error = softmax(result.solution.state.u_y, axis=-1) - small.target
+    delta = error @ first.T * 1.2 * 0.9 * expit(0.9 * (u - 0.1))
+    expected = small.x.T @ delta / len(small.x)
+    np.testing.assert_allclose(result.gradients["kernel_0"], expected, rtol=1e-9, atol=1e-14)

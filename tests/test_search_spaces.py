@@ -4,6 +4,7 @@ import optuna
 import pytest
 
 from disinhib.errors import ConfigError
+from disinhib.rules import RULES
 from disinhib.tuning import options, space_tree
 from search_spaces import SPACES, rules
 
@@ -55,10 +56,10 @@ def test_no_two_parameters_of_a_trial_move_the_same_option(name):
 
 
 def test_rules_has_the_single_rule_spaces_as_its_branches():
-    assert space_tree.rules_of(SPACES["rules"]) == list(rules.branches())
-    assert rules.branches()["exact-inv"] is SPACES["exact_inv"]
-    assert rules.branches()["lin-thresh"] is SPACES["lin_thresh"]
-    assert rules.branches()["bp"] is SPACES["bp"]
+    assert space_tree.rules_of(SPACES["rules"]) == ["bp", "exact-inv", "lin-thresh"]
+    assert space_tree.rules_of(SPACES["all_rules"]) == [*RULES]
+    for name, branch in rules.branches().items():
+        assert branch is SPACES[name.replace("-", "_")]
 
 
 def test_branches_of_dependent_choices_are_walked_in_their_context():

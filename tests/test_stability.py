@@ -157,6 +157,19 @@ def test_weak_feedback_is_controlled_towards_its_nudge():
     assert found != pytest.approx(probed(strong, parameters, x, target).growth, rel=1e-2)
 
 
+def test_kept_feedback_weights_are_those_of_training():
+    """The probe is given them: with others it is of another network."""
+    config = configured(*MSE, "trainer.feedback=random", "trainer.norm_val=30")
+    parameters, x, target = batch_for(config)
+    own, other = begun(config), jax.tree.map(lambda q: -q, begun(config))
+    growth = [
+        found.growth
+        for state in (own, other)
+        if (found := probes.probe(config, parameters, x, target, state)) is not None
+    ]
+    assert growth[0] == probed(config, parameters, x, target).growth != growth[1]
+
+
 # --- Which dynamics there are ----------------------------------------------------------------
 
 

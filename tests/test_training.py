@@ -358,6 +358,30 @@ def test_training_learns(rule):
     assert metrics[-1]["valid_accuracy"][0] > 50
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kolen_pollack_brings_its_two_weights_together(optimizer):
+    """By the decay's share a batch, whatever the optimizer adds to both: float32 leaves 1e-6."""
+    config = configured(
+        *("trainer=kolen-pollack", "trainer.feedback_decay=0.05"),
+        *(f"optimizer={optimizer}", "optimizer.learning_rate=0.01"),
+    )
+    begun = training.initial_state(config, [0])
+    ended, _ = training.run_epoch(config, training.prepare(config), begun)
+    apart = lambda state: state.rule.layered["kernel_out"] - state.parameters["kernel_out"]
+    np.testing.assert_allclose(apart(ended), 0.95**11 * apart(begun), atol=1e-6)
+    assert np.max(np.abs(ended.parameters["kernel_out"] - begun.parameters["kernel_out"])) > 0.05
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_feedback_alignment_keeps_its_weights(rule):
+    config = configured(f"trainer={rule}")
+    begun = training.initial_state(config, [0, 1])
+    ended, _ = training.run_epoch(config, training.prepare(config), begun)
+    for before, after in zip(jax.tree.leaves(begun.rule), jax.tree.leaves(ended.rule), strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert not np.array_equal(before[0], before[1])  # every seed has its own
+
+
 # --- What an entry may bring ---------------------------------------------------------------------
 
 

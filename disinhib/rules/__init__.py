@@ -18,6 +18,7 @@ from disinhib.rules.disinhibition import (
     TAYLOR,
     feedback_and_aim,
 )
+from disinhib.rules.feedback_alignment import DFA, FA, KOLEN_POLLACK, SIGN_SYMMETRIC
 
 __all__ = [
     "BRANCHES",
@@ -66,6 +67,10 @@ for rule in (
     EXACT_INVERSE,
     LINEAR_THRESHOLD,
     TAYLOR,
+    FA,
+    DFA,
+    SIGN_SYMMETRIC,
+    KOLEN_POLLACK,
 ):
     add(rule)
 

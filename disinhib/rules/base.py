@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from disinhib.checks import Option
@@ -43,6 +45,14 @@ class Competitor(NamedTuple):
 
 
 InitialState = Callable[[Architecture, Hyperparameters, PRNGKeyArray], RuleState]
+Step = Callable[[Hyperparameters, Parameters, Parameters, RuleState], tuple[Parameters, RuleState]]
+
+
+def added(
+    hyper: Hyperparameters, parameters: Parameters, changes: Parameters, rule_state: RuleState
+) -> tuple[Parameters, RuleState]:
+    """The optimizer's step as it is."""
+    return jax.tree.map(jnp.add, parameters, changes), rule_state
 
 
 class Family(NamedTuple):
@@ -51,7 +61,8 @@ class Family(NamedTuple):
     `update(architecture, parameters, rule_state, hyper, x, target)` learns from a batch;
     `has_feedback` says that it runs closed loop; `options` are its scalars in `hyper.rule`;
     `initial_state(architecture, hyper, key)` is what it remembers between batches, which may be
-    random.
+    random; `step(hyper, parameters, changes, rule_state)` takes the optimizer's changes, for a rule
+    whose own weights change with them.
     """
 
     name: str
@@ -59,6 +70,7 @@ class Family(NamedTuple):
     has_feedback: bool = False
     options: tuple[Option, ...] = ()
     initial_state: InitialState = lambda architecture, hyper, key: ()
+    step: Step = added
 
 
 class Rule(NamedTuple):

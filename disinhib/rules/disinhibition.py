@@ -165,6 +165,13 @@ def _linear_threshold_branch(trial):
     }
 
 
+def _taylor_branch(trial):
+    return {
+        **_common_branch(trial, "taylor"),
+        **log_uniform(trial, "taylor", "trainer.y0", 0.2, 5.0),
+    }
+
+
 _MEAN_OPTIONS = (
     Option("avg_inh_lambda", 1.0, UNIT, "weight of the newest batch in the running mean"),
     Option("avg_inh_init", 0.8, RATE, "the mean before the first batch, dimensionless"),
@@ -209,7 +216,7 @@ LINEAR_THRESHOLD = Rule(
 TAYLOR = Rule(
     "taylor",
     DISINHIBITION,
-    {"dale": Competitor("the same with that line at a fixed rate", "#009E73")},
+    {"dale": Competitor("the same with that line at a fixed rate", "#009E73", _taylor_branch)},
     (*feedback.OPTIONS, *_RATE_OPTIONS),
     chosen={"estimate": TANGENT_AT_RATE},
 )
