@@ -47,6 +47,7 @@ PLACES = (
 )
 
 PLAIN = r"[A-Za-z_/.~][A-Za-z0-9_/.:@+-]*"  # texts that need no quotes
+WORD = r"(?!(true|false|null|nan|inf)$)[a-z]+(-[a-z]+)*"  # nor does one of a choice
 
 Options = dict[str, Any]
 Choices = dict[str, str]
@@ -300,6 +301,8 @@ def _written(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "[" + ",".join(_written(item) for item in value) + "]"
+    if isinstance(value, str) and re.fullmatch(WORD, value):
+        return value
     if isinstance(value, str):
         # Hydra reads a backslash as itself, except before a quote.
         text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + "\\'" * bool(m[2]), value)

@@ -47,6 +47,7 @@ def test_published_commands_compose(arguments):
         ["model/vf=dale", "trainer=taylor", "model/vf/activation@model.vf.actI=tanh"],
         ["model/vf=dale", "trainer=exact-inv", "model/vf/controller=proportional", "solver=ode"],
         ["dataset/loss=mse", "model.vf.sizes_hidden=[3,4,5]", "dataset.path='/tmp/a b'"],
+        ["model/vf=dale", "trainer=exact-inv", "trainer.feedback=sign-symmetric", "out_dir='null'"],
         ["optimizer=sgd", "optimizer.momentum=0.9", "dataset=fmnist", "seed=null"],
     ],
     ids=" ".join,
