@@ -7,7 +7,7 @@
 
 `sign-symmetric`: the same with sign(W) times the layer's mean |W| in the place of every W (as Liao
 et al. 2016 and Xiao et al. 2019 have it in plain networks). The other two know no forward weights;
-Q_l is one matrix for all samples: `random` is fixed (as in direct feedback alignment, Nokland
+Q_l is one matrix for all samples: `random` is fixed (as in direct feedback alignment, Nøkland
 2016), and `learnt` starts there, leaks and tracks the Jacobian, Q <- Q + rate (mean_b J - Q), as
 tau_Q dQ/dt = -Q + J does in the paper's Figure 4.
 

@@ -33,7 +33,8 @@ def every(trial):
 
 
 def feedback_paths(trial):
-    """How feedback reaches the interneurons, under each rule that has some."""
+    """How feedback reaches the interneurons, under each rule that has some. (Averaging over the
+    batch changes nothing where one matrix serves all samples, on the paths random and learnt.)"""
     offered = {name: of for name, of in branches().items() if RULES[name].family.has_feedback}
     rule = trial.suggest_categorical("trainer", tuple(offered))
     overrides = dict(offered[rule](trial))

@@ -5,7 +5,7 @@ and dW_l = r_{l-1}^T delta_l. The rules differ in B_{l+1}, which has the shape o
 
     fa              fixed and random (Lillicrap et al. 2016, feedback alignment)
     dfa             the same from the output straight to every layer: delta_l = (e B_l^T) phi'(u_l)
-                    (Nokland 2016, direct feedback alignment)
+                    (Nøkland 2016, direct feedback alignment)
     sign-symmetric  sign(W_{l+1}) (Liao et al. 2016; Xiao et al. 2019), times the mean of |W_{l+1}|:
                     single weights lend it their signs alone, the layer its magnitude, without which
                     errors would grow from layer to layer where no normalisation holds them
