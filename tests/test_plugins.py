@@ -91,9 +91,9 @@ def test_a_rule_of_a_plugin_is_one_of_ours(write):
     assert rules.words("fast-bp") and rules.colour("fast-bp") == "#123456"
     command = hydra_config.command(composed, choices)
     assert "fast-bp" in command and "mine.py" in command
-    own, all_rules = SPACES["fast_bp"], SPACES["rules"]
+    own, all_rules = SPACES["fast_bp"], SPACES["all_rules"]
     assert own is rules.BRANCHES["fast-bp"]
-    study = options.compose([given[0], "search.trainer=[bp,fast-bp]", "space=rules"])
+    study = options.compose([given[0], "search.trainer=[bp,fast-bp]", "space=all_rules"])
     trials = options.check_space(study)
     assert {trial["rule"] for trial in trials} == {"bp", "fast-bp"} and all_rules is not own
     assert all(write(RULE) in trial["command"] for trial in trials)
