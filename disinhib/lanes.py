@@ -2,8 +2,8 @@
 
 A fixed number of slots, each of which may hold a lane: a configuration and a seed, with an age, a
 data order and a fate of its own. A lane's result does not depend on its neighbours: it is what it
-would be alone, on a CPU bit for bit. A slot that holds none trains on in vain, which costs a CPU
-as much as a lane.
+would be alone, on a CPU bit for bit. A slot that holds none trains a copy of a lane in vain, which
+costs a CPU as much as a lane.
 
 On a GPU a step of these networks costs its launches and not its multiplications, so many lanes take
 little longer than one; on a CPU they take turns.
@@ -66,8 +66,16 @@ def join(
 
 
 def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
-    """Frees the slots of `names`."""
-    return lanes._replace(names=tuple(None if n in names else n for n in lanes.names))
+    """Frees the slots of `names`. All free slots then hold a copy of a lane that stays: a loop over
+    lanes at once goes on until the last one is done, and what has left, or diverged, could take
+    longer than all that stay."""
+    left = tuple(None if name in names else name for name in lanes.names)
+    held = [slot for slot, name in enumerate(left) if name is not None]
+    if left == lanes.names or not held:
+        return lanes._replace(names=left)
+    index = [held[0] if name is None else slot for slot, name in enumerate(left)]
+    states, scalars = _take((lanes.state, lanes.hyper), np.asarray(index))
+    return Lanes(states, scalars, left)
 
 
 def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:

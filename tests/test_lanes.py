@@ -87,6 +87,21 @@ def test_a_lane_is_what_it_would_be_alone():
     assert [len(told[name]) for name in CONFIGS] == [2, 2, 2, 1]
 
 
+def test_what_has_left_does_not_go_on_in_its_slot():
+    """Where it could hold up the others: a copy of one of them does."""
+    slots = join(join(lanes.empty(EXACT, 3), "diverging"), "exact")
+    slots, _ = lanes.advance(EXACT, training.prepare(EXACT), slots)
+    slots = lanes.leave(slots, ["diverging"])
+    assert slots.names == (None, "exact", None)
+    for slot in (0, 2):
+        of_slot = jax.tree.map(lambda leaf, slot=slot: leaf[slot : slot + 1], slots.state)
+        same(of_slot, lanes.state_of(slots, ["exact"]))
+    assert np.all(
+        slots.hyper.optimizer["learning_rate"] == slots.hyper.optimizer["learning_rate"][1]
+    )
+    assert lanes.leave(slots, ["exact"]).free == 3
+
+
 def test_a_lane_goes_on_from_a_checkpoint_among_others(tmp_path):
     data, file = training.prepare(EXACT), tmp_path / "lane"
     slots = join(join(lanes.empty(EXACT, 2), "exact"), "averaged")
