@@ -14,8 +14,8 @@ from analysis.report.panels.plot_data import PlotData, Row, records
 from disinhib import rules
 from disinhib.metrics import Metric
 
-# For other rules. As theirs, of the palettes of Okabe and Ito and of Tol, which colour-blind readers
-# can tell apart.
+# For other rules; of the palettes of Okabe and Ito and of Tol, as those of our rules, which
+# colour-blind readers can tell apart.
 MORE_COLOURS = ("#332288", "#BBBBBB")
 LIGHT, PALE, GREY, INK = "#E6E9ED", "#C3C9D0", "#7F7F7F", "#1C1E21"
 SMALL = 270  # pixels: height of a small multiple
