@@ -28,7 +28,6 @@ from disinhib.tuning.worker import GPU_MB, LANES, Policy
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
 QUIET_EPOCHS = 20  # for which fewer slots would have done, before there are fewer
-GATHER_SECONDS = 2.0  # without another trial, before the first slots of a GPU are compiled
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
 
@@ -148,7 +147,7 @@ class Group:
         self.trials: list[Trial] = []
         self.lanes: Lanes | None = None
         self.most: int | None = process.most.get(key)  # slots that fit into the device's memory
-        self.slots = 0  # on a GPU
+        self.slots = self.most or 0  # on a GPU
         self.quiet = 0  # epochs for which fewer would have done
         self.taken = False  # whether a thread has the turn, and with it `lanes` and all states
         self.news = threading.Condition()  # the turn is free again
@@ -192,8 +191,6 @@ class Group:
     def _epoch(self) -> None:
         """Trains the trials that wait by an epoch, as many as there is room for, and in the room
         that is left those that may run ahead: a slot of a GPU costs as much without a lane."""
-        if self.most is None and self.given > 1 and jax.default_backend() != "cpu":
-            self._gather()
         trials = list(self.trials)
         waiting = [trial for trial in trials if trial.waits]
         if not waiting:  # the last one has just been released
@@ -231,13 +228,6 @@ class Group:
                 except Exception as of_device:
                     trial.fail(of_device)
         self.lanes = None
-
-    def _gather(self) -> None:
-        """Waits for the trials that begin at the same time."""
-        known = 0
-        while len(self.trials) > known:
-            known = len(self.trials)
-            time.sleep(GATHER_SECONDS)
 
     def _place(self, training: list[Trial]) -> None:
         """Takes out the lanes of other trials, and puts in those of these."""
