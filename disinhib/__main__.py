@@ -31,12 +31,13 @@ from rich.table import Column
 from rich.text import Text
 
 from disinhib import checkpoint, cli, data, hydra_config, numerics, plugins, training
+from disinhib.checkpoint import CHECKPOINT, CONFIG
 from disinhib.checks import flatten, refusal
 from disinhib.config import RunConfig, parse, with_sizes
 from disinhib.errors import FULL_DISK, ConfigError, masked, one_line, printable
 from disinhib.rules import RULES
 
-CONFIG, RESULTS, CHECKPOINT = "config.yaml", "results.json", "checkpoint.msgpack"
+RESULTS = "results.json"
 PLUGINS = "plugins"  # a folder, in the run's
 # Options that may differ from those of the run that is resumed.
 RESUMED_WITH = {

@@ -26,6 +26,9 @@ from disinhib.config import RunConfig
 from disinhib.errors import ConfigError
 from disinhib.training import TrainingState, initial_state
 
+# In the folder of a single run: its options, and its state after the last epoch.
+CONFIG, CHECKPOINT = "config.yaml", "checkpoint.msgpack"
+
 
 class Checkpoint(NamedTuple):
     """A run's training state, and the report of each epoch that it has done."""
@@ -64,8 +67,8 @@ def save(
     return True
 
 
-def load(path: Path, config: RunConfig) -> Checkpoint:
-    """The state in `path`, with its lanes, and the results.
+def load(path: Path, config: RunConfig, option: str = "resume") -> Checkpoint:
+    """The state in `path`, given by `option`, with its lanes, and the results.
 
     Raises ConfigError: no such file, not a checkpoint, or one of another architecture (the
     differences are named).
@@ -76,22 +79,23 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
         seeds = state["seed"].tolist()
         results = json.loads(content["results"])
     except FileNotFoundError as error:
-        raise ConfigError(f"resume: given {path}, which does not exist") from error
+        raise ConfigError(f"{option}: given {path}, which does not exist") from error
     except Exception as error:  # msgpack names its errors freely
-        raise _no_checkpoint(path, error) from error
+        raise _no_checkpoint(path, option, error) from error
     wanted = _described(config)
+    # A plugin that only this process has loaded makes no difference.
     differences = [
         f"{name} {saved.get(name, 'none')} (checkpoint) and {wanted.get(name, 'none')} (this run)"
-        for name in sorted({*saved, *wanted})
+        for name in sorted({*saved, *(wanted.keys() - plugins.hashes().keys())})
         if saved.get(name) != wanted.get(name)
     ]
     if differences:
-        raise ConfigError(f"resume: {path} is of another architecture: {', '.join(differences)}")
+        raise ConfigError(f"{option}: {path} is of another architecture: {', '.join(differences)}")
     template = initial_state(config, seeds)
     try:
         restored = serialization.from_state_dict(_plain(template), state)
     except ValueError as error:  # parts that are missing or unknown
-        raise _no_checkpoint(path, error) from error
+        raise _no_checkpoint(path, option, error) from error
     return Checkpoint(_with_rule_of(template, jax.tree.map(jnp.asarray, restored)), results)
 
 
@@ -118,8 +122,8 @@ def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"resume: given {path}, which is no checkpoint ({type(error).__name__})")
+def _no_checkpoint(path: Path, option: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{option}: given {path}, which is no checkpoint ({type(error).__name__})")
 
 
 def _described(config: RunConfig) -> dict[str, str]:

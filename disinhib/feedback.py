@@ -76,6 +76,12 @@ def tracked(hyper: Hyperparameters, kept: KeptWeights, jacobian: FeedbackWeights
     )
 
 
+def is_kept(hyper: Hyperparameters) -> bool:
+    """Whether the path's weights are its own, kept from batch to batch. (Other rules have no
+    path.)"""
+    return bool(hyper.rule.get("feedback", JACOBIAN) >= RANDOM)
+
+
 def on_path(
     hyper: Hyperparameters, kept: KeptWeights, jacobian: FeedbackWeights
 ) -> FeedbackWeights:

@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from disinhib.checks import refusal
 
@@ -61,6 +62,21 @@ def set_jax() -> None:
     for name, value in SETTINGS.items():
         if name in jax.config.values and jax.config.values[name] != value:
             jax.config.update(name, value)
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Within it, jax is set as by `set_jax`: for a process that has settings of its own."""
+    import jax
+
+    before = {name: jax.config.values[name] for name in SETTINGS if name in jax.config.values}
+    try:
+        set_jax()
+        yield
+    finally:
+        for name, value in before.items():
+            if jax.config.values[name] != value:
+                jax.config.update(name, value)
 
 
 def check() -> None:

@@ -24,7 +24,7 @@ from jaxtyping import install_import_hook
 # Every module of the core checks its annotations with beartype, at trace time: nothing of it
 # reaches a subprocess, a Ray worker or a user. Must stand before the first import of disinhib.
 PACKAGE = Path(__file__).resolve().parents[1] / "disinhib"
-BORDERS = {"tuning", "__main__", "hydra_config"}  # the rooms that know Ray, MLflow, Optuna or Hydra
+BORDERS = {"tuning", "__main__", "hydra_config", "interactive"}  # know Ray, MLflow, Optuna or Hydra
 MODULES = (file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py"))
 CORE = sorted(
     ".".join(module.parts).removesuffix(".__init__")

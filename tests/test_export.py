@@ -110,12 +110,12 @@ def test_the_file_is_no_pickle_and_its_options_are_json(plain):
     assert all(isinstance(leaf, np.ndarray) for leaf in restored["parameters"].values())
 
 
-def refused(path):
-    """The one line with which loading `path` ends, without its beginning."""
+def refused(path, named=None):
+    """The one line with which loading `path` ends, without its beginning, which names it."""
     with pytest.raises(ConfigError) as error:
         disinhib.load(path)
     message = str(error.value)
-    begin = f"model: given {path}, "
+    begin = f"model: given {named or path}, "
     assert message.startswith(begin) and "\n" not in message
     return message.removeprefix(begin)
 
@@ -124,7 +124,8 @@ def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path):
     missing = tmp_path / "model.msgpack"
     assert refused(missing) == "cannot be read (No such file or directory)"
     assert refused(str(missing)) == "cannot be read (No such file or directory)"
-    assert refused(tmp_path) == "cannot be read (Is a directory)"
+    message = refused(tmp_path, tmp_path / "checkpoint.msgpack")
+    assert message == "cannot be read (No such file or directory)"
 
 
 NO_MODELS = {

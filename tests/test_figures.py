@@ -102,7 +102,7 @@ def test_a_trajectory_ends_where_newton_says(run_folder, tmp_path):
     ("given", "message"),
     [
         (["nowhere"], r"run: given nowhere, allowed is .* cannot be read"),
-        (["a" * 300], r"run: given a+, allowed is .* File name too long"),
+        (["a" * 300], r"run: given a+, allowed is .*File name too long"),
         (["."], r"run: given \., allowed is the folder of a training run, or a model.msgpack"),
         ([], "run: missing, needed is the folder of a training run, or a model.msgpack"),
         (["RUN", "sample=x"], "sample: given x, allowed is a whole number of at least 0"),
@@ -131,7 +131,7 @@ def test_a_model_without_its_feedback_weights_is_refused(path, run_folder, tmp_p
     state = initial_state(parse(options), [0])
     file = tmp_path / "model.msgpack"
     file.write_bytes(export.dump(options, {k: v[0] for k, v in state.parameters.items()}))
-    needed = f"lacks the feedback weights of trainer.feedback={path}; needed is the folder"
+    needed = f"lacking feedback_0, feedback_1, the feedback weights of trainer.feedback={path}"
     with pytest.raises(InputError, match=needed) as no:
         trajectory.trained(file)
     assert "\n" not in str(no.value)

@@ -18,22 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
-from disinhib import checkpoint, cli, export, feedback, training
+from disinhib import cli, export, training
 from disinhib.checks import INDEX, TEXT, Option
 from disinhib.config import RunConfig, parse
-from disinhib.errors import InputError, one_line
+from disinhib.errors import InputError
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
 from disinhib.network import NetworkState, Parameters
 from disinhib.rules import RULES, RuleState, feedback_and_aim
 from disinhib.solvers import ode, stability
-from disinhib.training import TrainingState
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
 LOOPS = ("open", "closed")
@@ -49,21 +47,15 @@ COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone=("run",))
 
 
 def trained(path: Path) -> tuple[RunConfig, Parameters, RuleState]:
-    """The configuration of a training run, and one lane's parameters and rule state, from its
-    folder or a model's file. Raises InputError unless a trained network with dynamics is there."""
+    """The configuration of a training run, its parameters, and what its closed loop needs of the
+    rule's state, from its folder or a model's file. Raises InputError unless a trained network with
+    dynamics is there."""
     try:
-        if path.is_dir():
-            config, state = _from_folder(path)
-            parameters = state.parameters
-        else:
-            network, parameters = export.load(path)
-            config = parse(network.options)
-            state = _first_lane(training.initial_state(config, [0]))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error) if isinstance(error, InputError) else one_line(error)
-        raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({reason})") from error
-    architecture = config.architecture
-    if architecture.circuit == "non-dale":
+        network, parameters = export.load(path)
+        config = parse(network.options)
+    except InputError as error:
+        raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({error})") from error
+    if config.architecture.circuit == "non-dale":
         raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")
     if not RULES[config.rule].family.has_feedback:
         rules = ", ".join(name for name, rule in RULES.items() if rule.family.has_feedback)
@@ -71,25 +63,10 @@ def trained(path: Path) -> tuple[RunConfig, Parameters, RuleState]:
             f"run: given {path}, trained by {config.rule}, which has no closed loop;"
             f" needed is one of {rules}"
         )
-    name = feedback.PATHS[int(config.hyperparameters.rule["feedback"])]
-    if not path.is_dir() and name in ("random", "learnt"):
-        raise InputError(
-            f"run: given {path}, which lacks the feedback weights of trainer.feedback={name};"
-            " needed is the folder of its training run"
-        )
-    return config, parameters, state.rule
-
-
-def _from_folder(folder: Path) -> tuple[RunConfig, TrainingState]:
-    options = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    if not isinstance(options, dict):
-        raise InputError("config.yaml has no options")
-    config = parse(options)
-    return config, _first_lane(checkpoint.load(folder / "checkpoint.msgpack", config).state)
-
-
-def _first_lane(state: TrainingState) -> TrainingState:
-    return jax.tree.map(lambda lanes: lanes[0], state)
+    try:
+        return config, parameters, network.memory(parameters)
+    except InputError as error:
+        raise InputError(f"run: given {path}: {error}") from error
 
 
 def numbers(

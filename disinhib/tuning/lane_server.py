@@ -178,7 +178,8 @@ class Server:
             if flag:
                 flags[str(seed)] = flag
             file = model_file(trial.policy["folder"], config["number"], seed)
-            file.write_bytes(export.dump({**config["options"], "seed": seed}, parameters))
+            kept = export.with_feedback(run, parameters, rule)
+            file.write_bytes(export.dump({**config["options"], "seed": seed}, kept))
         return {**report, "metrics": metrics, "flags": flags}
 
 
