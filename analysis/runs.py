@@ -1,7 +1,8 @@
-"""`python -m analysis.runs [study=NAME] [out=FILE.csv]`: a study as one table.
+"""`python -m analysis.runs [study=NAME] [out=FILE.csv] [curves=FILE.parquet]`: a study as tables.
 
-A row is a trial, read from MLflow: its searched parameters, state and score. Runs that are left out
-are counted, with the reason.
+A row of `out` is a trial, read from MLflow: its searched parameters, state and score. A row of
+`curves` is a metric of a trial, or of a retrained seed, in one epoch. Runs that are left out of
+`out` are counted, with the reason.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ import pandas as pd
 from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
 from disinhib import cli
-from disinhib.checks import OPTIONAL_TEXT, Option
+from disinhib.checks import Check, Option, or_null
 from disinhib.tuning import mlflow_settings
-from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED
-from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL
+from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, OF_STUDY
+from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL, SEED
 
 if TYPE_CHECKING:  # MLflow is imported after its settings
     from mlflow.entities import Run
 
-OUT = Option("out", None, OPTIONAL_TEXT, "CSV file to write; null: print the table")
-COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT))
+FORMS = (".csv", ".parquet")
+TABLE: Check = or_null(
+    (lambda v: isinstance(v, str) and v.endswith(FORMS), f"a file named *{' or *'.join(FORMS)}")
+)
+OUT = Option("out", None, TABLE, "file to write; null: print the table")
+CURVES = Option("curves", None, TABLE, "file to write every metric of every epoch to")
+COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT, CURVES))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
 NO_FEEDBACK = "none"
@@ -175,6 +181,31 @@ def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.D
     )
 
 
+def all_curves(store: Store, study: StudyRun) -> pd.DataFrame:
+    """Every metric of every trial and retrained seed, by epoch; also of trials that have not ended.
+
+    Columns: run_id, trial (number; of a retrained seed, that of its trial, NaN if it has none),
+    rule, retrained (whether it is a retrained seed), seed (NaN of a trial that has several, whose
+    curves are their mean), metric, epoch, value.
+    """
+    tables = []
+    searched = stores.trials(store, study.run.info.experiment_id, study.id)
+    for run in [*searched, *stores.retrained(store, study)]:
+        tags, again = run.data.tags, OF_STUDY in run.data.tags
+        seeds = [int(tags[SEED])] if again else stores.seeds_of(run)
+        number = tags.get(OF_TRIAL) if again else tags["trial"]
+        table = curves(store, [run.info.run_id], sorted(run.data.metrics))
+        if table.empty:
+            continue
+        table.insert(1, "trial", math.nan if number is None else int(number))
+        table.insert(2, "rule", tags["rule"])
+        table.insert(3, "retrained", again)
+        table.insert(4, "seed", seeds[0] if len(seeds) == 1 else math.nan)
+        tables.append(table)
+    columns = ["run_id", "trial", "rule", "retrained", "seed", "metric", "epoch", "value"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
 def called(rule: str, feedback: str, depth: int, dataset: str, trial: float | None) -> str:
     """A configuration in words; `trial` is None or NaN if no trial was selected."""
     usual = feedback in (NO_FEEDBACK, JACOBIAN_FEEDBACK["false"])
@@ -231,16 +262,26 @@ def main(arguments: list[str]) -> int:
         shown = shown.rename(columns=lambda name: name.removeprefix(SEARCHED))
         print(shown.to_string(index=False, max_colwidth=24))
     else:
-        write(Path(options["out"]), rows.to_csv(index=False))
-        print(f"written: {options['out']}")
+        write_table(Path(options["out"]), rows, "out")
+    if options["curves"] is not None:
+        write_table(Path(options["curves"]), all_curves(store, study), "curves")
     return 0
 
 
-def write(file: Path, content: str, option: str = "out") -> None:
+def write_table(file: Path, table: pd.DataFrame, option: str) -> None:
+    """Writes the file given by `option`, in the form that its name says, as `write`."""
+    if file.suffix == ".parquet":
+        write(file, table.to_parquet(index=False), option)
+    else:
+        write(file, table.to_csv(index=False), option)
+    print(f"written: {file}")
+
+
+def write(file: Path, content: str | bytes, option: str = "out") -> None:
     """Writes the file given by `option`, whole or not at all. Raises Refused if that fails."""
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(content, encoding="utf-8")
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
         part.replace(file)
     except OSError as error:
         with suppress(OSError):

@@ -81,6 +81,16 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -
     return chosen
 
 
+def metric_of(study: StudyRun, given: str | None = None) -> Metric:
+    """The metric `given`, else the study's. Raises Refused unless it is one of validation data."""
+    name = given or study.options["metric"]
+    if name not in SELECTION:
+        who = "given" if given else f"study {study.name} was tuned by"
+        allowed = f"one of {', '.join(SELECTION)} (validation data only)"
+        raise Refused(f"metric: {who} {name}, allowed is {allowed}")
+    return SELECTION[name]
+
+
 def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], list[Row]]]:
     """The trials by the values of `per`, in the order in which they were first tried."""
     parameters = [name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)]
@@ -258,15 +268,11 @@ def main(arguments: list[str]) -> int:
     print(stores.said(store, study), flush=True)
     stores.load_plugins(study.provenance)
     runs.refuse_missing(store, study)
-    metric = options["metric"] or study.options["metric"]
-    if metric not in SELECTION:
-        who = "given" if options["metric"] else f"study {study.name} was tuned by"
-        allowed = f"one of {', '.join(SELECTION)} (validation data only)"
-        raise Refused(f"metric: {who} {metric}, allowed is {allowed}")
-    study.options["metric"] = metric
+    direction = metric_of(study, options["metric"])
+    metric = study.options["metric"] = options["metric"] or study.options["metric"]
     per = options["per"]
     trials, dropped = runs.trials(store, study)
-    choices = select(trials, per, options["top"], SELECTION[metric])
+    choices = select(trials, per, options["top"], direction)
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)

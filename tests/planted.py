@@ -6,7 +6,7 @@ went is planted, among it what must not be selected.
 
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from analysis import configurations, retrain as retraining, runs, store as stores
 from disinhib.tuning import manifest, mlflow_store, options, retention
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -25,6 +26,7 @@ from disinhib.tuning.event_log import (
     Event,
     Logged,
     Point,
+    Record,
     TrialConfig,
 )
 from disinhib.tuning.initial_points import read_points
@@ -103,6 +105,33 @@ def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIA
     deliver(store, events)
     assert store.study_run is not None
     return Store(store.address, folder, study, store.study_run, seeds)
+
+
+def retrain(
+    written: Store,
+    numbers: Iterable[int],
+    seeds: Iterable[int],
+    trained: Callable[[Record], Iterable[Event]],
+) -> None:
+    """A retraining of the trials `numbers` over `seeds`, in the study's store; `trained` gives the
+    events of one."""
+    store = stores.connect(written.uri)
+    study = stores.find_study(store, written.study)
+    rows = runs.trials(store, study).rows.to_dict("records")
+    settings = configurations.checked_settings([f"out_dir={written.folder}", "study=again"])
+    chosen = [
+        configurations._of_trial(store, study, rows[number]["run_id"], settings)
+        for number in numbers
+    ]
+    settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
+    job = retraining.job(settings, study, chosen, list(seeds), "python -m analysis.retrain")
+    events, records = [], {}
+    while asked := [*job.source(records)]:
+        for one in asked:
+            records[one.trial] = Record(one.config, one.point, tags=one.tags)
+            events += [one, *trained(records[one.trial])]
+    again = mlflow(written.folder, job.name, job.manifest, settings, job.tags)
+    deliver(again, events, BEGAN + 1e6)
 
 
 # Hydra takes seconds for what all planted studies have in common.

@@ -15,11 +15,10 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import configurations, retrain, runs, store as stores
 from analysis.report import __main__ as program, forms, tables
 from analysis.store import Refused
 from disinhib.errors import InputError
-from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone, Record
+from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
@@ -27,7 +26,6 @@ RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` th
 SEEDS = range(4)
 WON = 1 + 9 + 10  # searched options of the rules
 METHOD = 13  # lines of how the study was done
-BEGAN = planted.BEGAN + 1e6
 
 
 def score(trial, seed):
@@ -40,23 +38,7 @@ def study(tmp_path_factory):
     """A planted study, its selected trials retrained over four seeds: one diverged, one flagged."""
     folder = tmp_path_factory.mktemp("planted")
     written = planted.write(folder, study="under_score")
-    store = stores.connect(written.uri)
-    study = stores.find_study(store, written.study)
-    trials = runs.trials(store, study).rows.to_dict("records")
-    settings = configurations.checked_settings([f"out_dir={folder}", "study=again"])
-    chosen = [
-        configurations._of_trial(store, study, trials[number]["run_id"], settings)
-        for number in RULES.values()
-    ]
-    settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
-    job = retrain.job(settings, study, chosen, list(SEEDS), "python -m analysis.retrain")
-    events, records = [], {}
-    while asked := [*job.source(records)]:
-        for one in asked:
-            records[one.trial] = Record(one.config, one.point, tags=one.tags)
-            events += [one, *trained(records[one.trial])]
-    store = planted.mlflow(folder, job.name, job.manifest, settings, job.tags)
-    planted.deliver(store, events, BEGAN)
+    planted.retrain(written, RULES.values(), SEEDS, trained)
     return written
 
 

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from mlflow_server import Outage, Server, wait
 from ray import tune
 
-import disinhib
+import analysis
 from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
@@ -143,12 +143,10 @@ def test_a_seed_is_what_its_command_trains(study, rows):
     assert {**kept, "out_dir": composed["out_dir"]} == composed
 
 
-def test_a_model_loads_and_is_as_good_as_was_said(study, rows, tmp_path):
+def test_a_model_loads_and_is_as_good_as_was_said(study, rows):
     test = data.load("digits", None, 0.2).test
     for row in (row for row in rows if row["seed"] == 0):
-        client = MlflowClient(tracking_uri=study.uri)
-        file = client.download_artifacts(row["run_id"], mlflow_store.MODEL, str(tmp_path))
-        network, parameters = disinhib.load(file)
+        network, parameters = analysis.study(study.run_id, study.uri).load(row["run_id"])
         output = network(parameters, jnp.asarray(test.images / 16, jnp.float32))
         right = np.mean(np.argmax(np.asarray(output), axis=1) == test.labels)
         assert 100 * right == pytest.approx(row["test_accuracy"], abs=1e-4)
