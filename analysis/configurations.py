@@ -74,7 +74,7 @@ class Configuration(NamedTuple):
         averaged = trainer.get("average_fb_weights")
         if averaged is None:
             return runs.NO_FEEDBACK
-        path = trainer["feedback"]
+        path = trainer.get("feedback", "jacobian")  # a plugin's rule may have only one
         words = runs.JACOBIAN_FEEDBACK[str(averaged).lower()]
         if path == "jacobian":
             return words

@@ -304,7 +304,7 @@ def _log_to(stream: TextIO) -> None:
 def _line(config: RunConfig, epoch: int, metrics: training.Metrics) -> str:
     parts = [f"epoch {epoch}/{config.epochs}"]
     # With the target fed back, the training accuracy shows how well the controller works.
-    learning = "closed loop" if RULES[config.rule].family.has_feedback else "train"
+    learning = "train" if RULES[config.rule].family.feedback_and_aim is None else "closed loop"
     splits = {"train_CL": learning, "train_OL": "open loop", "valid": "valid", "test": "test"}
     for split, name in splits.items():
         if f"{split}_loss" in metrics:

@@ -29,10 +29,13 @@ from disinhib.network import NetworkState, Parameters
 PATHS = ("jacobian", "sign-symmetric", "random", "learnt")
 JACOBIAN, SIGN_SYMMETRIC, RANDOM, LEARNT = range(len(PATHS))  # in `hyper.rule["feedback"]`
 
-# Of every rule that runs closed loop. Weights are averaged, clipped, normalised, in this order.
-OPTIONS = (
+PATH_OPTIONS = (
     Option("feedback", "jacobian", one_of(PATHS), "how feedback weights come about", PATHS),
     Option("feedback_rate", 0.01, UNIT, "of learnt ones: share of the way to the Jacobian a batch"),
+)
+# Of every rule of dis-inhibition. Weights are averaged, clipped, normalised, in this order.
+OPTIONS = (
+    *PATH_OPTIONS,
     Option("average_fb_weights", False, FLAG, "one matrix, the batch's mean, for all samples"),
     Option("clip_fb_weights", False, FLAG, "clip them to +-clip_val"),
     Option("clip_val", 1.0, POSITIVE, "largest |feedback weight|, dimensionless"),

@@ -6,7 +6,7 @@ each one gets when it is tuned equally carefully, not which one wins.
 
 from __future__ import annotations
 
-from disinhib import feedback
+from disinhib.feedback import PATH_OPTIONS, PATHS
 from disinhib.rules import RULES, Branch
 
 PAPER = ("bp", "exact-inv", "lin-thresh")  # the rules that the paper compares
@@ -33,12 +33,14 @@ def every(trial):
 
 
 def feedback_paths(trial):
-    """How feedback reaches the interneurons, under each rule that has some. (Averaging over the
-    batch changes nothing where one matrix serves all samples, on the paths random and learnt.)"""
-    offered = {name: of for name, of in branches().items() if RULES[name].family.has_feedback}
+    """How feedback reaches the interneurons, under each rule that has these paths. (Averaging over
+    the batch changes nothing where one matrix serves all samples, on the paths random and learnt.)
+    """
+    have_paths = {name for name, rule in RULES.items() if {*PATH_OPTIONS} <= {*rule.options}}
+    offered = {name: branch for name, branch in branches().items() if name in have_paths}
     rule = trial.suggest_categorical("trainer", tuple(offered))
     overrides = dict(offered[rule](trial))
-    path = trial.suggest_categorical(f"{rule}.trainer.feedback", feedback.PATHS)
+    path = trial.suggest_categorical(f"{rule}.trainer.feedback", PATHS)
     overrides["trainer.feedback"] = path
     if path == "learnt":
         name = "trainer.feedback_rate"

@@ -87,7 +87,7 @@ def test_a_scalar_that_is_not_there_is_not_updated():
 
 
 def test_all_rules_of_dis_inhibition_and_their_feedback_are_one_structure(dale):
-    rules = [name for name, rule in RULES.items() if rule.family.has_feedback]
+    rules = [name for name, rule in RULES.items() if rule.family.feedback_and_aim]
     feedback = [parse(options("model/vf=dale", f"trainer={rule}")) for rule in rules]
     for flag in ("strong_fb", "average_fb_weights", "clip_fb_weights", "norm_fb_weights"):
         on, off = (parse(with_value(dale, f"trainer.{flag}", value)) for value in (True, False))

@@ -13,9 +13,11 @@ import jax
 import pytest
 
 import disinhib
+from analysis.configurations import Configuration
 from disinhib import config, export, hydra_config, plugins, rules, training
 from disinhib.errors import ConfigError
 from disinhib.metrics import SELECTION
+from disinhib.solvers import stability
 from disinhib.tuning import options, provenance, space_tree
 from search_spaces import SPACES
 
@@ -44,6 +46,27 @@ RULE = """
     words = Competitor("bp with larger steps", "#123456", branch)
     family = Family("fast", update, options=SPEED)
     RULES = {"fast-bp": Rule("fast-bp", family, {"non-dale": words}, SPEED)}
+"""
+CLOSED_LOOP = """
+    import jax.numpy as jnp
+    from disinhib.checks import FLAG, Option
+    from disinhib.feedback import jacobian_weights
+    from disinhib.microcircuit import microcircuit
+    from disinhib.rules import BRANCHES, RULES as THEIRS, Competitor, Family, Rule
+
+    def update(architecture, parameters, rule_state, hyper, x, target):
+        own = THEIRS["bp"].family.update(architecture, parameters, (), hyper, x, target)
+        return own._replace(rule_state=rule_state + 1)
+
+    def feedback_and_aim(architecture, parameters, rule_state, hyper, opened, target):
+        circuit = microcircuit(architecture, hyper)
+        return jacobian_weights(circuit, parameters, opened), target
+
+    words = Competitor("counts its batches", "#123456", BRANCHES["bp-ei"])
+    flags = (Option("average_fb_weights", False, FLAG, ""),)
+    start = lambda architecture, hyper, key: jnp.zeros((), int)
+    family = Family("counting", update, feedback_and_aim, flags, start)
+    RULES = {"counting": Rule("counting", family, {"dale": words}, flags)}
 """
 METRIC = """
     from disinhib.metrics import Metric
@@ -97,6 +120,23 @@ def test_a_rule_of_a_plugin_is_one_of_ours(write):
     trials = options.check_space(study)
     assert {trial["rule"] for trial in trials} == {"bp", "fast-bp"} and all_rules is not own
     assert all(write(RULE) in trial["command"] for trial in trials)
+
+
+def test_a_closed_loop_of_a_plugin_is_checked_and_named_as_ours(write):
+    """Without our options, and with a whole number to remember."""
+    small = ["model/vf=dale", "model.vf.nb_hidden=1", "model.vf.sizes_hidden=[4]", "batchsize=500"]
+    given = [f"plugins={write(CLOSED_LOOP)}", "trainer=counting", *small, "epochs=1"]
+    composed, _ = hydra_config.compose("train", given)
+    run = config.parse(composed)
+    state = training.train(run, [0], lambda state, metrics: None)
+    parameters, memory = jax.tree.map(lambda leaf: leaf[0], (state.parameters, state.rule))
+    assert memory == 2
+    x, labels = training.prepare(run).validation
+    metrics, why = stability.check(run, parameters, x[:4] / 16, labels[:4], memory)
+    assert metrics["ode_reached"] == 1 and not why
+    assert Configuration(composed, "", "counting", {}).feedback == "per sample"
+    paths = space_tree.branches(SPACES["feedback_paths"])
+    assert {p.overrides["trainer"] for p in paths} == {"exact-inv", "lin-thresh", "taylor"}
 
 
 def test_a_study_goes_on_when_the_file_of_a_plugin_is_gone(write):

@@ -28,7 +28,7 @@ HYPER = hyperparameters().updated(
     g_ei=1.3,
     g_ie=0.7,
 )
-FEEDBACK = [name for name, rule in RULES.items() if rule.family.has_feedback]
+FEEDBACK = [name for name, rule in RULES.items() if rule.family.feedback_and_aim]
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -228,7 +228,9 @@ def depart(architecture, solver, parameters, rule_state, hyper, x, target, times
     network = architecture, parameters, hyper, x
     opened = solvers.open_loop(*network).state
     loop = parameters, rule_state, hyper, opened, target
-    weights, aim = rules.feedback_and_aim(architecture, *loop)
+    feedback_and_aim = rules.FAMILIES[architecture.family].feedback_and_aim
+    assert feedback_and_aim is not None
+    weights, aim = feedback_and_aim(architecture, *loop)
     closed = solvers.closed_loop(*network, aim, weights, opened).state
     error = LOSSES[architecture.loss].error(closed.u_y, aim)
     rest = ode.DynamicState(closed, error / hyper.controller["leak"])

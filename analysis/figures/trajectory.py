@@ -30,7 +30,7 @@ from disinhib.errors import InputError
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
 from disinhib.network import NetworkState, Parameters
-from disinhib.rules import RULES, RuleState, feedback_and_aim
+from disinhib.rules import RULES, RuleState
 from disinhib.solvers import ode, stability
 
 SECONDS, POINTS, QUICK_POINTS = 1.0, 501, 51  # of each loop
@@ -57,8 +57,8 @@ def trained(path: Path) -> tuple[RunConfig, Parameters, RuleState]:
         raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({error})") from error
     if config.architecture.circuit == "non-dale":
         raise InputError(f"run: given {path}, a plain MLP, which has no dynamics; needed is dale")
-    if not RULES[config.rule].family.has_feedback:
-        rules = ", ".join(name for name, rule in RULES.items() if rule.family.has_feedback)
+    if RULES[config.rule].family.feedback_and_aim is None:
+        rules = ", ".join(name for name, rule in RULES.items() if rule.family.feedback_and_aim)
         raise InputError(
             f"run: given {path}, trained by {config.rule}, which has no closed loop;"
             f" needed is one of {rules}"
@@ -83,9 +83,10 @@ def numbers(
     chosen = slice(sample, sample + 1)
     with jax.enable_x64(True):
         wide = lambda value: jnp.asarray(value, jnp.float64)
-        parameters, rule_state, hyper, scale = jax.tree.map(
-            wide, (parameters, rule_state, config.hyperparameters, images.scale)
+        parameters, hyper, scale = jax.tree.map(
+            wide, (parameters, config.hyperparameters, images.scale)
         )
+        rule_state = stability.widened(rule_state)
         x = wide(images.validation.images[chosen]) * scale
         classes = config.architecture.sizes[-1]
         target = soft_targets(images.validation.labels[chosen], classes, hyper.soft_target)
@@ -94,7 +95,8 @@ def numbers(
         (_, opened), (control, closed) = stability.equilibria(
             by_newton, parameters, hyper, x, target, rule_state
         )
-        assert control is not None  # because the rule has feedback
+        feedback_and_aim = RULES[config.rule].family.feedback_and_aim
+        assert control is not None and feedback_and_aim is not None  # `trained` sees to that
         network = by_newton, parameters, rule_state, hyper
         weights_at = lambda state: feedback_and_aim(*network, state, target)[0]
         times = jnp.linspace(0, SECONDS, QUICK_POINTS if quick else POINTS)

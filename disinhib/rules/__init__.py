@@ -12,12 +12,7 @@ from __future__ import annotations
 
 from disinhib.rules.backprop import BP
 from disinhib.rules.base import Branch, Competitor, Family, Rule, RuleState, Update
-from disinhib.rules.disinhibition import (
-    EXACT_INVERSE,
-    LINEAR_THRESHOLD,
-    TAYLOR,
-    feedback_and_aim,
-)
+from disinhib.rules.disinhibition import EXACT_INVERSE, LINEAR_THRESHOLD, TAYLOR
 from disinhib.rules.feedback_alignment import DFA, FA, KOLEN_POLLACK, SIGN_SYMMETRIC
 
 __all__ = [
@@ -33,7 +28,6 @@ __all__ = [
     "Update",
     "add",
     "colour",
-    "feedback_and_aim",
     "reported_name",
     "words",
 ]

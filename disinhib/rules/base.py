@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from disinhib.checks import Option
+from disinhib.feedback import FeedbackWeights
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.network import Parameters
 from disinhib.solvers import Solution
@@ -45,6 +46,7 @@ class Competitor(NamedTuple):
 
 
 InitialState = Callable[[Architecture, Hyperparameters, PRNGKeyArray], RuleState]
+ClosedLoop = Callable[..., tuple[FeedbackWeights, Float[Array, "batch out"]]]
 Step = Callable[[Hyperparameters, Parameters, Parameters, RuleState], tuple[Parameters, RuleState]]
 
 
@@ -59,7 +61,9 @@ class Family(NamedTuple):
     """What its rules have in common; an entry of FAMILIES.
 
     `update(architecture, parameters, rule_state, hyper, x, target)` learns from a batch;
-    `has_feedback` says that it runs closed loop; `options` are its scalars in `hyper.rule`;
+    `feedback_and_aim(architecture, parameters, rule_state, hyper, opened, target)` is what closes
+    the loop in which it learns, from the open-loop state `opened`: feedback weights, and what the
+    controller aims at (None if it runs open loop only); `options` are its scalars in `hyper.rule`;
     `initial_state(architecture, hyper, key)` is what it remembers between batches, which may be
     random; `step(hyper, parameters, changes, rule_state)` takes the optimizer's changes, for a rule
     whose own weights change with them.
@@ -67,7 +71,7 @@ class Family(NamedTuple):
 
     name: str
     update: Callable[..., Update]
-    has_feedback: bool = False
+    feedback_and_aim: ClosedLoop | None = None
     options: tuple[Option, ...] = ()
     initial_state: InitialState = lambda architecture, hyper, key: ()
     step: Step = added

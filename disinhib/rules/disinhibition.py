@@ -181,7 +181,7 @@ _RATE_OPTIONS = (Option("y0", 1.0, RATE, "where the tangent touches the inverse,
 DISINHIBITION = Family(
     "disinhibition",
     disinhibitory_control,
-    has_feedback=True,
+    feedback_and_aim,
     options=(*feedback.OPTIONS, *_MEAN_OPTIONS, *_RATE_OPTIONS),
     initial_state=_initial_memory,
 )

@@ -23,7 +23,7 @@ from disinhib.controller import CONTROLLERS
 from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Ode
 from disinhib.losses import bind, soft_targets
 from disinhib.network import Parameters, feedforward_input
-from disinhib.rules import FAMILIES, RuleState, feedback_and_aim
+from disinhib.rules import FAMILIES, RuleState
 from disinhib.solvers import newton, ode
 from disinhib.solvers.newton import Solution, relative_norm
 from disinhib.solvers.ode import Control, DynamicState
@@ -85,10 +85,8 @@ def probe(
     with jax.enable_x64(True):
         wide = lambda value: jnp.asarray(value, jnp.float64)
         network = jax.tree.map(wide, (parameters, config.hyperparameters, x))
-        has_feedback = FAMILIES[architecture.family].has_feedback
-        remembered = jax.tree.map(wide, rule_state) if has_feedback else ()
         by_newton = replace(architecture, solver=NEWTON)
-        loops = equilibria(by_newton, *network, wide(target), remembered)
+        loops = equilibria(by_newton, *network, wide(target), widened(rule_state))
         start, gaps, converged = ode.resting_state(architecture, len(x)), [], []
         for control, found in loops:
             by_ode = replace(
@@ -149,15 +147,23 @@ def _integration(
     return Ode(first_step, float(seconds), rtol=1e-6, atol=1e-9, early_termination=False)
 
 
+def widened(rule_state: RuleState) -> RuleState:
+    """With its real numbers in float64; a rule may also remember whole numbers, or a key."""
+    is_real = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+    wide = lambda leaf: jnp.asarray(leaf, jnp.float64) if is_real(leaf) else leaf
+    return jax.tree.map(wide, rule_state)
+
+
 @partial(jax.jit, static_argnums=0)
 def equilibria(
     architecture, parameters, hyper, x, target, rule_state
 ) -> list[tuple[Control | None, Solution]]:
-    """What closes the loop, and Newton's solution: of the open loop and, for a feedback rule, of
-    the closed one."""
+    """What closes the loop, and Newton's solution: of the open loop and, of a rule that learns in
+    one, of the closed loop."""
     network = architecture, parameters, hyper, x
     opened = newton.open_loop(*network)
-    if not FAMILIES[architecture.family].has_feedback:
+    feedback_and_aim = FAMILIES[architecture.family].feedback_and_aim
+    if feedback_and_aim is None:
         return [(None, opened)]
     loop = parameters, rule_state, hyper, opened.state, target
     weights, aim = feedback_and_aim(architecture, *loop)
