@@ -22,7 +22,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from disinhib import plugins
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store
@@ -214,9 +213,7 @@ def load_plugins(provenance: Mapping[str, Any]) -> None:
     Raises ConfigError if one cannot be loaded."""
     from disinhib import hydra_config  # with jax
 
-    for line in plugins.load_kept(provenance.get("plugins", [])):
-        print(f"warning: {line}", flush=True)
-    hydra_config.register_tables()
+    hydra_config.load_kept_plugins(provenance)
 
 
 def trials(store: Store, experiment: str, study_id: str | None = None) -> list[Run]:

@@ -100,16 +100,32 @@ def load_plugins(overrides: Sequence[str]) -> list[str]:
     """
     known = []
     for override in overrides:
-        if option_of(override) == "plugins" and not override.startswith("~"):
-            given = value_of(override)
-            given = [given] if isinstance(given, str) else given
-            names = [*map(plugins.resolved, check("plugins", given, PLUGINS))]
+        if names := plugins_in([override]):
             for name in names:
                 plugins.load(plugins.read(name))
             register_tables()
             override = f"plugins={_written(names)}"
         known.append(override)
     return known
+
+
+def plugins_in(overrides: Sequence[str]) -> list[str]:
+    """The plugins that `overrides` name, as they are called in any folder. Raises ConfigError."""
+    names: list[str] = []
+    for override in overrides:
+        if option_of(override) == "plugins" and not override.startswith("~"):
+            given = value_of(override)
+            given = [given] if isinstance(given, str) else given
+            names += map(plugins.resolved, check("plugins", given, PLUGINS))
+    return names
+
+
+def load_kept_plugins(provenance: Mapping[str, Any]) -> None:
+    """Loads the plugins that a study, or a trial, was made with, and says which have changed since.
+    Raises ConfigError if one cannot be loaded."""
+    for line in plugins.load_kept(provenance.get("plugins", [])):
+        print(f"warning: {line}", flush=True)
+    register_tables()
 
 
 def is_group(name: str) -> bool:

@@ -18,7 +18,7 @@ from disinhib import config, export, hydra_config, plugins, rules, training
 from disinhib.errors import ConfigError
 from disinhib.metrics import SELECTION
 from disinhib.solvers import stability
-from disinhib.tuning import options, provenance, space_tree
+from disinhib.tuning import manifest, options, provenance, space_tree, study as studies
 from search_spaces import SPACES
 
 RULE = """
@@ -82,12 +82,16 @@ def unloaded(recompiled):
         *(rules.FAMILIES, rules.COMPETITORS, rules.BRANCHES, SELECTION, plugins.LOADED),
     ]
     before = [dict(table) for table in tables]
-    yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
-    hydra_config._base.cache_clear()
-    options._cached.cache_clear()
+
+    def unload():
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+        hydra_config._base.cache_clear()
+        options._cached.cache_clear()
+
+    yield unload
+    unload()
 
 
 @pytest.fixture
@@ -147,6 +151,27 @@ def test_a_study_goes_on_when_the_file_of_a_plugin_is_gone(write):
         assert file in options.configure(study, 0, branch.overrides)["command"]
     with pytest.raises(ConfigError, match="No such file"):
         options.compose([f"plugins=[{file}]", "space=fast_bp"])
+
+
+def test_a_study_is_resumed_with_the_text_that_it_has_kept(write, tmp_path, unloaded, capsys):
+    """As where it was imported, too: there the file is another or none, and is not run."""
+    file, place = write(RULE), f"out_dir={tmp_path}"
+    begun = options.compose([place, "study=mine", f"plugins=[{file}]", "space=fast_bp"])
+    manifest.write(begun.folder, studies.job(begun).manifest, options.kept(begun))
+    write("raise SystemExit(3)")
+    for state in ("has changed since", f"is gone from {file}"):
+        unloaded()
+        again = options.compose([place, "study=mine", "resume=true"])
+        assert state in capsys.readouterr().out
+        assert studies.job(again).manifest.provenance["plugins"][0]["text"] == dedent(RULE)
+        (branch, *_) = space_tree.branches(again.search_space)
+        assert options.configure(again, 0, branch.overrides)["rule"] == "fast-bp"
+        with pytest.raises(ConfigError, match=r"mine began with another text of the plugin mine"):
+            options.compose([place, "study=mine", "resume=auto", f"plugins=[{write('1 / 0')}]"])
+        os.unlink(file)
+    unloaded()
+    with pytest.raises(ConfigError, match="No such file"):
+        options.compose([place, "study=mine", "extend=true"])
 
 
 def test_a_study_keeps_the_text_of_its_plugins(write):

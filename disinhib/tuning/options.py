@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from disinhib import config, hydra_config, rules, training
+from disinhib import config, hydra_config, plugins, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked, nearest, one_line
 from disinhib.hydra_config import option_of
@@ -91,11 +91,13 @@ class Study:
 def compose(overrides: Sequence[str]) -> Study:
     """The study that `overrides` (as on the command line) describe, with its own options checked.
 
-    With `resume=true` or `extend=true` they come on top of the overrides of the study named.
+    With `resume=true` or `extend=true` they come on top of the overrides of the study named; one
+    that is resumed has its plugins as it has kept them.
 
     Raises ConfigError: an unknown option, space, scheduler or searcher; a value not allowed; with
     `resume`, no such study, or options that differ from its own.
     """
+    _load_kept_plugins(overrides)
     given = overrides = [*map(_anchored, hydra_config.load_plugins(overrides))]
     settings, earlier = _settings(overrides), None
     if settings["resume"] == "auto" and not resume.begun(settings):
@@ -103,7 +105,9 @@ def compose(overrides: Sequence[str]) -> Study:
         settings["resume"] = False
     if settings["resume"] or settings["extend"]:
         earlier = resume.read_kept(settings)
-        overrides = hydra_config.load_plugins(resume.on_top_of(earlier, overrides, settings))
+        overrides = resume.on_top_of(earlier, overrides, settings)
+        if settings["extend"]:
+            overrides = hydra_config.load_plugins(overrides)
         settings = _settings(overrides)
     fixed, ranges, common = _narrowing(settings["space"], overrides)
     space = space_tree.narrowed(SPACES[settings["space"]], fixed, ranges)
@@ -135,6 +139,35 @@ def compose(overrides: Sequence[str]) -> Study:
     narrowing = {"common": tuple(common), "fixed": fixed, "ranges": ranges}
     tracking = {"tracking": {**options["tracking"], "uri": uri}}
     return Study(**{**plain, **own, **narrowing, **tracking})
+
+
+def _load_kept_plugins(overrides: Sequence[str]) -> None:
+    """Loads the plugins of the study that `overrides` resume, if they do, from the study's folder:
+    their files may have changed, or lie on another machine.
+
+    Raises ConfigError if there is no such study, or if a plugin is given with another text, which
+    is not run.
+    """
+    from disinhib.tuning import manifest  # which imports this module
+
+    which = [o for o in overrides if option_of(o) in ("resume", "study", "out_dir")]
+    if not any(option_of(o) == "resume" for o in which):
+        return
+    settings = _settings(which)
+    if not settings["resume"] or (settings["resume"] == "auto" and not resume.begun(settings)):
+        return
+    resume.read_kept(settings)  # it is there
+    name = settings["study"]
+    provenance = manifest.read(Path(settings["out_dir"]).absolute() / name, name).provenance
+    kept = {plugin["name"]: plugin["sha256"] for plugin in provenance.get("plugins", [])}
+    for plugin in map(plugins.read, hydra_config.plugins_in(overrides)):
+        if kept.get(plugin.name, plugin.sha256) != plugin.sha256:
+            raise ConfigError(
+                f"resume: {name} began with another text of the plugin {plugin.name} than"
+                f" {plugin.file} has; leave plugins out, or start another study from it:"
+                f" study={name} extend=true"
+            )
+    hydra_config.load_kept_plugins(provenance)
 
 
 def _narrowing(
