@@ -22,6 +22,7 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -219,8 +220,9 @@ def _run(plugin: Plugin) -> Any:
     name = plugin.name if plugin.installed else f"disinhib plugin {plugin.name}"
     spec = importlib.util.spec_from_loader(name, loader := _Text(plugin))
     assert spec is not None
-    module, before = importlib.util.module_from_spec(spec), {*sys.modules}
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there
+    before = {*sys.modules}
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -232,18 +234,42 @@ def _run(plugin: Plugin) -> Any:
 
 
 def _refuse_neighbours(plugin: Plugin, imported: set[str]) -> None:
-    """Raises ConfigError if modules beside the plugin have been `imported`: they would be neither
-    kept nor sent."""
-    folder = Path(plugin.file).parent
-    for name in sorted(imported):
-        file = getattr(sys.modules[name], "__file__", None)
-        root = name.partition(".")[0]
-        if file is None or root in OURS:
-            continue
-        if Path(file) in (folder / f"{name}.py", folder / name / "__init__.py"):
-            line = _line_where(plugin, lambda node, name=name: name in _imports(node))
+    """Raises ConfigError if the plugin's text imports, be it in a function, what lies beside it, or
+    if such modules have been `imported`: they would be neither kept nor sent."""
+    lines: dict[str, int] = {}
+    for node in ast.walk(ast.parse(plugin.text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in _imported(node):
+                lines.setdefault(_root(name), node.lineno)
+    folder = Path(os.path.realpath(plugin.file)).parent
+    for name in sorted({*lines, *map(_root, imported)} - {*OURS}):
+        if any(path.is_relative_to(folder) for path in _places(name) if not _is_installed(path)):
             words = f"imports {name}, which lies beside it and would not be kept with it: move what"
-            raise _blamed(plugin, line, f"{words} it needs into the plugin, or install {name}")
+            words += f" it needs into the plugin, or install {name}"
+            raise _blamed(plugin, lines.get(name), words)
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _places(name: str) -> list[Path]:
+    """Where a module lies that can be imported: its file, or the folders of a package."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # one that was not imported, such as __main__
+        spec = None
+    if spec is None:
+        return []
+    files = [spec.origin] if spec.has_location and spec.origin else []
+    return [Path(os.path.realpath(f)) for f in (*files, *(spec.submodule_search_locations or ()))]
+
+
+def _is_installed(path: Path) -> bool:
+    of_python = (os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
+    return bool({"site-packages", "dist-packages"} & {*path.parts}) or any(
+        path.is_relative_to(folder) for folder in of_python
+    )
 
 
 def _checked(plugin: Plugin, name: str, own: Any, table: Table) -> list[tuple[str, Any]]:
@@ -267,7 +293,8 @@ def _checked(plugin: Plugin, name: str, own: Any, table: Table) -> list[tuple[st
         if not right:
             kind = type(entry).__name__
             raise _blamed(plugin, line, f"{where} is a {kind}, needed is {needed}")
-        if name == "RULES" and (why := _wrong_with(key, entry)):
+        why = _wrong_with_options(getattr(entry, "options", ()))
+        if why := why or (_wrong_with(key, entry) if name == "RULES" else None):
             raise _blamed(plugin, line, f"{where}: {why}")
     if name == "RULES":
         reported = [c.name or key for key, rule in own.items() for c in rule.circuits.values()]
@@ -278,34 +305,53 @@ def _checked(plugin: Plugin, name: str, own: Any, table: Table) -> list[tuple[st
     return [*own.items()]
 
 
+def _wrong_with_options(options: Any) -> str | None:
+    """What is wrong with the options of an entry."""
+    from disinhib.checks import Option
+
+    if not isinstance(options, tuple | list):
+        return f"options are a {type(options).__name__}, needed is a tuple"
+    for option in options:
+        if not isinstance(option, Option):
+            return f"an option is a {type(option).__name__}, needed is a disinhib.checks.Option"
+        if option.name == "name" or not re.fullmatch(r"[A-Za-z_]\w*", option.name):
+            return f"option {option.name}: not a name of an option"
+    return None
+
+
 def _wrong_with(name: str, rule: Any) -> str | None:
-    """What is wrong with a rule, beside its kind."""
+    """What is wrong with a rule, beside its kind and its own options."""
     from disinhib import rules
     from disinhib.config import CIRCUITS
     from search_spaces import SPACES
 
     if rule.name != name:
         return f"its own name is {rule.name}"
+    if not isinstance(rule.family, rules.Family):
+        return f"family is a {type(rule.family).__name__}, needed is a disinhib.rules.Family"
+    if why := _wrong_with_options(rule.family.options):
+        return f"family {rule.family.name}: {why}"
     if rules.FAMILIES.get(rule.family.name, rule.family) is not rule.family:
         return f"the family {rule.family.name} is another's: rename it"
+    if not isinstance(rule.circuits, Mapping):
+        return f"circuits is a {type(rule.circuits).__name__}, needed is a dict by circuit"
     if not rule.circuits or {*rule.circuits} - {*CIRCUITS}:
-        given, allowed = ", ".join(rule.circuits), ", ".join(CIRCUITS)
+        given, allowed = ", ".join(map(str, rule.circuits)), ", ".join(CIRCUITS)
         return f"circuits are {given or 'none'}, allowed is {allowed}"
     if strange := {o.name for o in rule.options} - {o.name for o in rule.family.options}:
         return f"options that its family has not: {', '.join(sorted(strange))}"
     for circuit, competitor in rule.circuits.items():
-        reported = competitor.name or name
         if not isinstance(competitor, rules.Competitor):
             return f"circuits[{circuit!r}] is a {type(competitor).__name__}, needed is a Competitor"
+        reported = competitor.name or name
+        if not re.fullmatch(NAME, str(reported)):
+            return f"{reported}: a name has letters, digits, _ and -"
         if reported in rules.COMPETITORS:
             return f"a rule is reported as {reported} already"
         if competitor.branch is not None and reported.replace("-", "_") in SPACES:
             return f"its branch would be the space {reported.replace('-', '_')}, which there is"
-        if not re.fullmatch("#[0-9A-Fa-f]{6}", competitor.colour):
+        if not re.fullmatch("#[0-9A-Fa-f]{6}", str(competitor.colour)):
             return f"colour {competitor.colour}, allowed is #RRGGBB"
-    for option in rule.family.options:
-        if option.name == "name" or not re.fullmatch(r"[A-Za-z_]\w*", option.name):
-            return f"option {option.name}: not a name of an option"
     return None
 
 
@@ -333,7 +379,7 @@ def _assigned(node: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def _imports(node: ast.stmt) -> set[str]:
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
     if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names}
-    return {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+        return [alias.name for alias in node.names]
+    return [node.module] if node.module else []

@@ -235,17 +235,33 @@ def test_a_plugin_is_loaded_once(write, tmp_path):
         ("SPACES = {'a b': print}", 1, "SPACES['a b']: a name has letters"),
         ("SPACES = {'rules': print}", 1, "SPACES['rules']: the name is taken"),
         ("import beside\nSPACES = {'s': print}", 1, "imports beside, which lies beside it"),
+        ("def f():\n  import beside\nSPACES = {'s': f}", 2, "imports beside, which lies beside it"),
+        ("from plain import own\nSPACES = {'s': own.f}", 1, "imports plain, which lies beside it"),
         (RULE.replace('Rule("fast-bp"', 'Rule("bp"'), 25, "its own name is bp"),
         (RULE.replace('Family("fast"', 'Family("bp"'), 25, "the family bp is another's"),
         (RULE.replace("#123456", "red"), 25, "colour red, allowed is #RRGGBB"),
+        (RULE.replace('{"non-dale": words}', "words"), 25, "circuits is a Competitor, needed is"),
+        (RULE.replace('": words}', '": ""}'), 25, "circuits['non-dale'] is a str, needed is a"),
+        (RULE.replace('"fast-bp", family', '"fast-bp", 1'), 25, "family is a int, needed is a"),
+        (RULE.replace(", branch)", ", None, 'a b')"), 25, "a b: a name has letters"),
+        (
+            RULE.replace("SPEED)}", "(1,))}"),
+            25,
+            "an option is a int, needed is a disinhib.checks.Option",
+        ),
         (RULE.replace('{"non-dale"', '{"dales"'), 25, "circuits are dales, allowed is dale"),
         (RULE.replace(", options=SPEED)", ")"), 25, "options that its family has not: speed"),
     ],
     ids=lambda value: value.split("\n")[0][:20] if isinstance(value, str) else "",
 )
-def test_what_is_wrong_with_a_plugin_is_said_in_one_line(write, monkeypatch, text, line, why):
+def test_what_is_wrong_with_a_plugin_is_said_in_one_line(
+    write, tmp_path, monkeypatch, text, line, why
+):
+    (tmp_path / "plain").mkdir()  # a package without __init__.py
+    write("f = print", "plain/own.py")
     monkeypatch.syspath_prepend(os.path.dirname(write("y = 1", "beside.py")))
-    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    for name in ("beside", "plain", "plain.own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = {*rules.RULES}, {*SPACES}
     file = write(text)
     message = refusal(file)
@@ -295,7 +311,7 @@ def test_a_model_names_the_plugins_that_it_needs(write, tmp_path):
     model = tmp_path / "model.msgpack"
     model.write_bytes(export.dump(options, parameters))
     plugins.LOADED.clear()  # as in another process, but for the tables
-    with pytest.raises(ConfigError, match=r"needs plugin mine \(SHA-256 \w{64}\): load\(path, pl"):
+    with pytest.raises(ConfigError, match=r"needs plugin mine \(SHA-256 \w{64}\): give pl"):
         disinhib.load(model)
     write("\nSPACES = {'another': print}", "mine.py")
     with pytest.raises(ConfigError, match="needs plugin mine"):
