@@ -1,5 +1,7 @@
 """A user's own arrays and tables: how they are read, and what is refused."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -148,9 +150,26 @@ def test_what_is_wrong_with_arrays_is_said_in_one_line(save, arrays, why):
     assert why in refusal(save(**arrays))
 
 
+def saved(how, *arrays, **named):
+    how(content := io.BytesIO(), *arrays, **named)
+    return content.getvalue()
+
+
+def damaged():
+    """Cut, with compressed bytes that are none, and compressed in an unknown way: each is found out
+    by another part of Python."""
+    whole = saved(np.savez_compressed, X=numbered(), y=Y)
+    data = 30 + len("X.npy") + int.from_bytes(whole[28:30], "little")  # after the first header
+    unknown = bytearray(whole)
+    unknown[8] = unknown[whole.index(b"PK\1\2") + 10] = 99  # the method, here and in the directory
+    return whole[:-30], whole[:data] + b"\xff" * 8 + whole[data + 8 :], bytes(unknown)
+
+
 def test_what_is_no_file_of_arrays_is_refused(tmp_path, table):
-    (tmp_path / "no.npz").write_bytes(b"nothing")
-    assert "is no .npz" in refusal(str(tmp_path / "no.npz"))
+    file = tmp_path / "no.npz"
+    for content in (b"nothing", *damaged(), saved(np.save, numbered())):
+        file.write_bytes(content)
+        assert "is no .npz" in refusal(str(file))
     assert "No such file" in refusal(str(tmp_path / "gone.npz"))
     (tmp_path / "mine.txt").write_text("1")
     assert "allowed is a file .npz or .csv" in refusal(str(tmp_path / "mine.txt"))

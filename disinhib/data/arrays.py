@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,8 @@ SPLITS = {
     "validation": ("valid", "val", "validation", "dev"),
     "test": ("test",),
 }
+# RuntimeError: a file within is encrypted, or compressed in a way that Python does not know.
+BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 FORMS = (
     "X and y (or x_train and y_train, train_images and train_labels, ...), and those of valid and"
     " test, if there are any"
@@ -68,10 +71,13 @@ def _of_npz(file: Path) -> dict[str, np.ndarray]:
     """Every array in a file, by name."""
     arrays, name = {}, ""
     try:
-        with np.load(file, allow_pickle=False) as content:
+        content = np.load(file, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise ValueError("it holds one array, as an .npy does")
+        with content:
             for name in content.files:
                 arrays[name] = content[name]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except BROKEN as error:
         if name and "allow_pickle" in str(error):
             raise DataError(
                 f"dataset.path: {file}: {name} holds Python objects, which are not read (unpickling"
