@@ -426,6 +426,18 @@ def test_a_paused_study_begins_no_trial_until_it_goes_on(log):
     assert play.started == [0, 1, 2, 3]
 
 
+def test_while_paused_the_source_is_asked_once_whether_it_has_more(log):
+    """It may take a whole proposal to say so."""
+    asked, source = [], from_search(lambda number, records: propose(number, records), 4)
+    ask = lambda records: asked.append(len(records)) or source(records)
+    play = Play(log, at_once=1, source=ask)
+    play.steer("pause")
+    play.tell(Failed(0, "why"))
+    for id in range(2, 6):
+        play.steer("pause", id)
+    assert asked == [0, 1] and not play.over
+
+
 def test_it_is_still_paused_when_it_is_resumed_and_ends_if_nothing_is_left(log, tmp_path):
     Play(log, trials=2, at_once=2).steer("pause")
     log.close()

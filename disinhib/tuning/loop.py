@@ -14,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from disinhib.tuning.event_log import (
     COMPLETE,
@@ -138,6 +139,8 @@ def study_loop(
     def unstarted() -> deque[int]:
         return deque(n for n in sorted(records) if not records[n].ended and n not in running)
 
+    # Once for each number of trials, as it may take the source a whole proposal to say so.
+    has_more = cache(lambda asked: bool(list(source(records))))
     running: set[int] = set()
     waiting, paused = unstarted(), log.paused()
     ended = False  # the trial that reported last
@@ -152,7 +155,7 @@ def study_loop(
             number = waiting.popleft()
             running.add(number)
             start(records[number].config)
-        if not running and not (paused and (waiting or list(source(records)))):
+        if not running and not (paused and (waiting or has_more(len(records)))):
             return
         outcome = yield ended
         if isinstance(outcome, Steered):
