@@ -68,7 +68,8 @@ def curves(studies: Sequence[Entry]) -> pd.DataFrame:
             if isinstance(event, EpochDone):
                 seeds = entry.records[event.trial].config["seeds"]
                 for metric, values in event.metrics.items():
-                    of_seeds = zip(seeds if len(values) > 1 else ["all"], values, strict=True)
+                    shared = len(values) < len(seeds)  # one value for all seeds
+                    of_seeds = zip(["all"] if shared else seeds, values, strict=True)
                     head = entry.name, event.trial
                     rows += [(*head, seed, event.epoch, metric, value) for seed, value in of_seeds]
     return pd.DataFrame(rows, columns=["study", "trial", "seed", "epoch", "metric", "value"])

@@ -10,6 +10,7 @@ import zipfile
 from contextlib import closing, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import optuna
@@ -20,7 +21,16 @@ from mlflow import MlflowClient
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from analysis import configurations, replay, retrain, runs, selection, store as stores, studies
+from analysis import (
+    configurations,
+    replay,
+    retrain,
+    runs,
+    selection,
+    store as stores,
+    studies,
+    supplement,
+)
 from analysis.report import __main__ as report
 from disinhib.errors import InputError
 from disinhib.tuning import event_log, inventory, lease, manifest, options, steering, upkeep
@@ -429,6 +439,17 @@ def test_what_is_no_instruction_is_removed_and_said(tmp_path):
     steering.give(tmp_path, steering.STOP)
     steering.forget_stops(tmp_path)
     assert not [*steering.take(tmp_path, said.append)]
+
+
+def test_curves_name_the_seed_also_where_a_trial_has_one():
+    def curves(*seeds):
+        done = EpochDone(0, 1, 0.0, {"valid_loss": [0.5] * len(seeds), "hours": [0.1]}, {})
+        records = {0: SimpleNamespace(config={"seeds": [*seeds]})}
+        entry = SimpleNamespace(name="s", events=[(1, 0.0, done)], records=records)
+        return supplement.curves([entry])[["metric", "seed"]].to_numpy().tolist()
+
+    assert curves(7, 8) == [["valid_loss", 7], ["valid_loss", 8], ["hours", "all"]]
+    assert curves(7) == [["valid_loss", 7], ["hours", 7]]
 
 
 def test_a_study_that_runs_is_listed_by_its_lease_and_left_alone(shelf):
