@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
-from test_panels import FULL, LABELS, LOSSES, TRIALS, lin, trial
+from test_panels import FULL, LABELS, LOSSES, TRIALS, history, lin, trial
 
 from analysis.report.panels import (
     drawing,
@@ -20,6 +20,7 @@ from analysis.report.panels import (
 from disinhib.rules import COMPETITORS
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, PRUNED
+from disinhib.tuning.steering import BY_HAND
 
 
 def test_what_k_trials_give():
@@ -178,6 +179,13 @@ def test_early_scores_are_at_the_last_epoch_that_all_trials_reached():
     alone = FULL._replace(trials=FULL.trials[:1])
     assert importances.early_scores(alone, "bp") == (3, {0: 80})
     assert importances.early_scores(FULL, "taylor") == (0, {})
+
+
+def test_a_trial_that_was_ended_by_hand_sets_no_epoch_for_the_others():
+    rows = [lin(n, COMPLETE, [50.0, 60.0 + n], gain=n) for n in range(4)]
+    rows.append(lin(4, PRUNED, [50.0], gain=4) | {"reason": BY_HAND})
+    data = FULL._replace(trials=pd.DataFrame(rows), scores=history(rows))
+    assert importances.early_scores(data, "lin-thresh")[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis.report import __main__ as program, forms, tables
+from analysis import configurations, retrain, runs, store as stores
+from analysis.report import __main__ as program, contents, forms, tables
 from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone
@@ -230,6 +231,21 @@ def test_the_report_says_how_the_study_was_done(folder):
     assert how["to search"] == how["to retrain"] == "python tune_main.py"  # as planted
     html = (folder / "report.html").read_text()
     assert html.count("n_startup_trials=5") == 1
+
+
+def test_where_validation_comes_from_is_said_as_it_was_recorded():
+    options = {"dataset": {"valid_split": 0.1}}
+    drawn = {"name": "arrays", "words": "data my.npz: validation is drawn by seed 0"}
+    for data, words in ((drawn, f"arrays: {drawn['words']}"),
+                        ({"name": "digits", "words": ""},
+                         "digits: validation: the first 10 % of the training file")):  # fmt: skip
+        assert contents._data(options, data, set()) == words
+
+
+def test_seeds_that_not_every_configuration_has_are_not_called_the_same():
+    rows = [{"configuration": name, "seed": seed} for name in "ab" for seed in (3, 4)]
+    assert contents._seeds(rows) == "3, 4, the same for every configuration"
+    assert contents._seeds(rows[:3]) == "3, 4, not all for every configuration"
 
 
 def test_what_a_reader_must_know_is_in_the_report(folder):

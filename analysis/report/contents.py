@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -219,31 +219,41 @@ def method(report: Report) -> list[tuple[str, str]]:
         "sampler": "",
         "early stopping": "",
         "seeds": "",
-        "machines": f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; trained on"
-        f" {', '.join(ran_on)}",
+        "machines": f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
+        + (f"; trained on {', '.join(ran_on)}" if ran_on else ""),
     }
     if study.space is not None:
         lines |= _search(options, len(study.space["parameters"]))
-    fresh = sorted({row["seed"] for row in seeds})
     lines["seeds"] = "; ".join(
         [
             *([f"{options['replicates']} a trial, drawn from the study's seed, {options['seed']}"]
               if study.space is not None else []),
-            *([f"retraining: {', '.join(map(str, fresh))}, the same for every configuration"]
-              if fresh else []),
+            *([f"retraining: {_seeds(seeds)}"] if seeds else []),
         ]
     )  # fmt: skip
     lines |= _commands(report)
     return [(what, how) for what, how in lines.items() if how]
 
 
+def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
+    """Those of the configurations that were retrained."""
+    of_each: dict[Any, set[int]] = {}
+    for row in retrained:
+        of_each.setdefault(row["configuration"], set()).add(row["seed"])
+    listed = ", ".join(map(str, sorted({row["seed"] for row in retrained})))
+    shared = all(seeds == {row["seed"] for row in retrained} for seeds in of_each.values())
+    how = "the same for every configuration" if shared else "not all for every configuration"
+    return f"{listed}, {how}"
+
+
 def _data(options: Mapping[str, Any], data: Mapping[str, Any], retrained: set[str]) -> str:
-    """Sizes of the splits, as far as they were recorded, and further data sets of a grid."""
+    """The splits, as far as they were recorded: their sizes, and where validation comes from; and
+    further data sets of a grid."""
     share = 100 * options["dataset"]["valid_split"]
     samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
     parts = [
         *([f"{samples} samples"] if samples else []),
-        f"validation: the first {share:g} % of the training file",
+        data.get("words") or f"validation: the first {share:g} % of the training file",
         *([f"also {', '.join(sorted(others))}"] if (others := retrained - {data["name"]}) else []),
     ]
     return f"{data['name']}: {'; '.join(parts)}"

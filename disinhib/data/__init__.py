@@ -35,6 +35,7 @@ class Splits(NamedTuple):
     test: Split
     scale: float  # images * scale lies in [0, 1]
     classes: int
+    words: str  # what was done to the data, and where validation comes from, if a user must know
 
 
 DATASETS: dict[str, Dataset] = {
@@ -89,7 +90,8 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
     classes = dataset.classes if loaded.classes is None else loaded.classes
     assert classes is not None
     if own is not None:
-        return Splits(training, own, loaded.test, scale, classes)
+        words = loaded.words or "validation is the data set's own"
+        return Splits(training, own, loaded.test, scale, classes, words)
     held_out = int(valid_split * len(training.labels))
     if held_out == 0:  # the other side cannot be empty, valid_split being less than 1
         raise DataError(
@@ -102,4 +104,5 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
         test=loaded.test,
         scale=scale,
         classes=classes,
+        words=loaded.words,
     )

@@ -66,7 +66,7 @@ def decisive(source: DataSource) -> dict[str, Any]:
         "code": {"files": {**_hashes(ROOT), **plugins.hashes()}},
         "packages": {name: _version(name) for name in (*PACKAGES, *plugins.packages())},
         "python": platform.python_version(),
-        "data": {"name": source[0], **_data(*source), "words": data.words(*source[:2])},
+        "data": {"name": source[0], **_data(*source)},
         "numerics": numerics.recorded(),
     }
 
@@ -192,8 +192,8 @@ def _cpu() -> str:
 
 @lru_cache(maxsize=4)  # the trials of a study share their data
 def _data(name: str, path: str | None, valid_split: float) -> dict[str, Any]:
-    """How many samples each of the three splits has, and SHA-256 over what every array of them is:
-    dtype, shape, bytes."""
+    """How many samples each of the three splits has, SHA-256 over what every array of them is
+    (dtype, shape, bytes), and what was done to them, in words."""
     splits = data.load(name, path, valid_split)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     digest = hashlib.sha256()
@@ -202,4 +202,4 @@ def _data(name: str, path: str | None, valid_split: float) -> dict[str, Any]:
             digest.update(f"{array.dtype.str} {array.shape} ".encode())
             digest.update(array.tobytes())
     samples = {part: len(split.labels) for part, split in parts.items()}
-    return {"sha256": digest.hexdigest(), "samples": samples}
+    return {"sha256": digest.hexdigest(), "samples": samples, "words": splits.words}

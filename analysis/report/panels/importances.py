@@ -31,6 +31,7 @@ from analysis.report.panels.drawing import (
 from analysis.report.panels.plot_data import PlotData, trials_of
 from analysis.report.panels.studies import studies, study_of
 from disinhib.tuning.event_log import COMPLETE, FAILED
+from disinhib.tuning.steering import BY_HAND
 
 ENOUGH = 4  # trials of a rule, for importances
 # Of eight parameters, fANOVA put the one that mattered most first in 4 of 10 studies of 10 trials,
@@ -50,8 +51,13 @@ class Ranking(NamedTuple):
 
 def early_scores(data: PlotData, rule: str) -> tuple[int, dict[int, float]]:
     """The last epoch that each of the rule's trials reached which has a score, and their scores
-    there, by the trials' numbers; (0, {}) if there are none."""
-    rows = [row for row in trials_of(data).get(rule, ()) if row["state"] != FAILED]
+    there, by the trials' numbers; (0, {}) if there are none. A trial that a user ended does not
+    count: it could have had one epoch, after which scores say little of any trial."""
+    rows = [
+        row
+        for row in trials_of(data).get(rule, ())
+        if row["state"] != FAILED and row["reason"] != BY_HAND
+    ]
     epoch = min((row["epochs"] for row in rows), default=0)
     there = data.scores[data.scores["epoch"] == epoch]
     by_run = dict(zip(there["run_id"], there["value"], strict=True))
@@ -132,7 +138,7 @@ def draw_importances(data: PlotData) -> PanelFigures:
     notes = [
         f"With fewer than about {ROUGH} trials, this is a rough estimate. Where early stopping has"
         " ended the trials with a bad value, only the scores of all trials can show it. Failed"
-        " trials have no score and are not counted."
+        " trials have no score, and neither they nor trials that were ended by hand are counted."
     ]
     for rule, study in studies(data).items():
         found, why = rankings(data, rule, study)
