@@ -121,7 +121,7 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
     take = given.take
     for plugin in map(plugins.name_of, take("plugins", PLUGINS)):
         if plugin not in plugins.LOADED:
-            raise ConfigError(f"plugins: {plugin} is not loaded (disinhib.plugins)")
+            raise ConfigError(f"plugins: {plugin} is not loaded: give plugins=[FILE]")
     dataset = take("dataset.name", one_of(DATASETS))
     data = given.take_all("dataset", DATASETS[dataset].options, ANY_NUMBER)
     rule = RULES[take("trainer.name", one_of(RULES))]

@@ -30,8 +30,8 @@ from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.losses import soft_targets
 from disinhib.network import Layers, Parameters, initial_parameters
 from disinhib.plugins import LOADED, hashes, load as load_plugin, name_of, read as read_plugin
-from disinhib.rules import FAMILIES, RuleState, feedback_and_aim
-from disinhib.rules.disinhibition import Memory
+from disinhib.rules import FAMILIES, RuleState
+from disinhib.rules.disinhibition import Memory, feedback_and_aim
 from disinhib.solvers import Solution, closed_loop, open_loop
 
 FORMAT = 1  # of the file: raised when older readers cannot read newer files
@@ -83,7 +83,7 @@ class Network:
             raise refusal("x", f"{x.dtype} {list(x.shape)}", allowed)
         if target is None:
             return _open(self.architecture, parameters, self.hyperparameters, x)
-        if not FAMILIES[self.architecture.family].has_feedback:
+        if FAMILIES[self.architecture.family].feedback_and_aim is None:
             rule = self.options["trainer"]["name"]
             raise refusal("target", "one", f"none: {rule} has no closed loop")
         target = _targets(target, len(x), classes, self.hyperparameters)
@@ -92,7 +92,11 @@ class Network:
 
     def memory(self, parameters: Parameters) -> Memory:
         """What closing the loop needs of the rule's state: feedback weights, if its path keeps them
-        (zeros, which it ignores, if not). Raises ConfigError if they are not among `parameters`."""
+        (zeros, which it ignores, if not). Raises ConfigError if they are not among `parameters`, or
+        for a plugin's rule, of whose state only its checkpoints know."""
+        if FAMILIES[self.architecture.family].feedback_and_aim is not feedback_and_aim:
+            rule = self.options["trainer"]["name"]
+            raise ConfigError(f"parameters: lacking what {rule} remembers between batches")
         if feedback.is_kept(self.hyperparameters):
             names = _feedback_names(self.architecture)
             if lacking := [name for name in names if name not in parameters]:
@@ -223,7 +227,7 @@ def _of_model(file: Path, content: Any) -> tuple[Network, Parameters]:
     lacking = [name for name, sha256 in needed.items() if hashes().get(name) != sha256]
     if lacking:
         text = ", ".join(f"{name} (SHA-256 {needed[name]})" for name in lacking)
-        raise ConfigError(f"model: given {file}, needs {text}: load(path, plugins=[FILE])")
+        raise ConfigError(f"model: given {file}, needs {text}: give plugins=[FILE]")
     run = _parsed(file, options)
     _check_fit(file, run, parameters)
     return network_of(run, options), parameters
@@ -239,8 +243,13 @@ def _of_run(file: Path) -> tuple[Network, Parameters]:
         raise ConfigError(f"model: given {file}, {why}") from error
     given = [name for name in options.get("plugins", []) if name_of(name) not in LOADED]
     if given:
-        text = f"plugin {', '.join(given)}: load(path, plugins=[FILE])"
+        text = f"plugin {', '.join(given)}: give plugins=[FILE]"
         raise ConfigError(f"model: given {file}, needs {text}")
+    for plugin in LOADED.values():
+        kept = file.parent / "plugins" / f"{plugin.name}.py"
+        if kept.exists() and kept.read_text("utf-8") != plugin.text:
+            changed = f"{plugin.file} has changed since: give plugins={kept}"
+            raise ConfigError(f"model: given {file}: {changed}")
     run = _parsed(file, options)
     state = checkpoint.load(file, run, "model").state
     parameters, rule_state = jax.tree.map(lambda leaf: leaf[0], (state.parameters, state.rule))

@@ -11,11 +11,13 @@ from textwrap import dedent
 
 import jax
 import pytest
+import yaml
 
 import disinhib
 from analysis.configurations import Configuration
-from disinhib import config, export, hydra_config, plugins, rules, training
-from disinhib.errors import ConfigError
+from analysis.figures import trajectory
+from disinhib import checkpoint, config, export, hydra_config, plugins, rules, training
+from disinhib.errors import ConfigError, InputError
 from disinhib.metrics import SELECTION
 from disinhib.solvers import stability
 from disinhib.tuning import manifest, options, provenance, space_tree, study as studies
@@ -319,6 +321,35 @@ def test_a_model_names_the_plugins_that_it_needs(write, tmp_path):
     plugins.LOADED["mine"] = plugins.Plugin("mine", file, dedent(METRIC))
     network, _ = disinhib.load(model)
     assert network.dataset == "digits"
+
+
+def test_a_trajectory_is_drawn_with_the_plugins_of_its_training(write, unloaded, tmp_path):
+    file, folder = write(CLOSED_LOOP), tmp_path / "run"
+    small = ["model/vf=dale", "model.vf.nb_hidden=1", "model.vf.sizes_hidden=[4]"]
+    composed, _ = hydra_config.compose("train", [f"plugins={file}", "trainer=counting", *small])
+    run = config.parse(composed)
+    state = training.initial_state(run, [0])
+    (folder / "plugins").mkdir(parents=True)
+    write(CLOSED_LOOP, "run/plugins/mine.py")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(composed)))
+    checkpoint.save(folder / "checkpoint.msgpack", run, state)
+    model = tmp_path / "model.msgpack"
+    model.write_bytes(export.dump(composed, {k: v[0] for k, v in state.parameters.items()}))
+
+    def refused(*given):
+        unloaded()
+        with pytest.raises(InputError) as no:
+            trajectory.trained(*given)
+        return str(no.value)
+
+    assert "plugins: mine is not loaded: give plugins=[FILE]" in refused(folder)
+    assert "lacks what counting remembers; needed is the folder" in refused(model, [file])
+    write(dedent(CLOSED_LOOP) + "# another")
+    assert f"{file} has changed since: give plugins={folder}/plugins/mine.py" in refused(
+        folder, [file]
+    )
+    unloaded()
+    assert trajectory.trained(folder, [f"{folder}/plugins/mine.py"])[0].rule == "counting"
 
 
 def test_entries_of_every_table_are_choices(write):

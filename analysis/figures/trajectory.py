@@ -1,4 +1,5 @@
-"""`python -m analysis.figures.trajectory run=RUN [sample=N]`: a trained network in time.
+"""`python -m analysis.figures.trajectory run=RUN [sample=N] [plugins=FILE]`: a trained network in
+time.
 
 RUN is the folder of a training run (`python -m disinhib`) or a trained network's file
 (`model.msgpack`, an artifact of a retrained seed). The network sees one sample, in open loop from
@@ -25,7 +26,7 @@ from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
 from disinhib import cli, export, training
 from disinhib.checks import INDEX, TEXT, Option
-from disinhib.config import RunConfig, parse
+from disinhib.config import PLUGINS, RunConfig, parse
 from disinhib.errors import InputError
 from disinhib.hyperparameters import Newton, Ode
 from disinhib.losses import soft_targets
@@ -43,15 +44,16 @@ NEWTON = Newton(tolerance=1e-6, max_iterations=100)
 NETWORK = (TEXT[0], "the folder of a training run, or a model.msgpack")
 RUN = Option("run", cli.REQUIRED, NETWORK, "the trained network")
 SAMPLE = Option("sample", 0, INDEX, "number of a sample in the validation set")
-COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, alone=("run",))
+NEEDED = Option("plugins", [], PLUGINS, "those that it was trained with")
+COMMAND = command.command("trajectory", __doc__, RUN, SAMPLE, NEEDED, alone=("run",))
 
 
-def trained(path: Path) -> tuple[RunConfig, Parameters, RuleState]:
+def trained(path: Path, given: Sequence[str] = ()) -> tuple[RunConfig, Parameters, RuleState]:
     """The configuration of a training run, its parameters, and what its closed loop needs of the
-    rule's state, from its folder or a model's file. Raises InputError unless a trained network with
-    dynamics is there."""
+    rule's state, from its folder or a model's file, with the plugins `given`. Raises InputError
+    unless a trained network with dynamics is there."""
     try:
-        network, parameters = export.load(path)
+        network, parameters = export.load(path, given)
         config = parse(network.options)
     except InputError as error:
         raise InputError(f"run: given {path}, allowed is {NETWORK[1]} ({error})") from error
@@ -174,7 +176,7 @@ def _draw_group(axes: Axes, group: str, moving: pd.DataFrame, rest: pd.DataFrame
 
 def main(arguments: Sequence[str]) -> None:
     options = COMMAND.parse(arguments)
-    run = trained(Path(options["run"]))
+    run = trained(Path(options["run"]), options["plugins"])
     folder = command.check_folder(options["out"])
     command.set_jax()
     tables = numbers(*run, options["sample"], options["quick"])
