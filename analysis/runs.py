@@ -36,6 +36,7 @@ CURVES = Option("curves", None, TABLE, "file to write every metric of every epoc
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT, CURVES))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
+ALIGNMENT = "alignment_"  # prefix of what disinhib/alignment.py measures
 NO_FEEDBACK = "none"
 # In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).
 JACOBIAN_FEEDBACK = {"none": NO_FEEDBACK, "false": "per sample", "true": "averaged"}
@@ -54,7 +55,8 @@ def trials(store: Store, study: StudyRun) -> Table:
 
     Columns: trial, run_id, rule, state, reason, epochs (done), budget (epochs), score (the study's
     metric at its last epoch; NaN if it has none), seeds (a tuple), seconds, host, device, command,
-    saw_test (its run has a metric of the test set), and `searched.<parameter>`, by Optuna's names.
+    saw_test (its run has a metric of the test set), the alignment after the last epoch, where it
+    was measured, and `searched.<parameter>`, by Optuna's names.
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
@@ -90,6 +92,7 @@ def trials(store: Store, study: StudyRun) -> Table:
                 **{name: tags.get(name) for name in ("host", "device")},
                 "command": tags["command"],
                 "saw_test": any(name.startswith("test_") for name in run.data.metrics),
+                **{n: v for n, v in run.data.metrics.items() if n.startswith(ALIGNMENT)},
                 **{SEARCHED + name: value for name, value in run.data.params.items()},
             }
         )
@@ -258,6 +261,7 @@ def main(arguments: list[str]) -> int:
             print(f"left out: {why}")
     if options["out"] is None:
         hidden = ["command", "run_id", "reason", "saw_test", "seeds", "host", "device"]
+        hidden += [name for name in rows if name.startswith(ALIGNMENT)]
         shown = rows.drop(columns=hidden, errors="ignore")
         shown = shown.rename(columns=lambda name: name.removeprefix(SEARCHED))
         print(shown.to_string(index=False, max_colwidth=24))

@@ -23,7 +23,7 @@ from analysis.store import Refused, StudyRun
 from disinhib import cli
 from disinhib.checks import COUNT, OPTIONAL_TEXT, TEXT, Option
 from disinhib.errors import masked, nearest
-from disinhib.metrics import SELECTION, Metric
+from disinhib.metrics import SELECTION, Criterion, measures
 from disinhib.tuning import mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.space_tree import option_of, parameters_for
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
     runners_up: list[tuple[int, float]]  # trial, by how much it is worse; only with the last rank
 
 
-def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -> list[Choice]:
+def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Criterion) -> list[Choice]:
     """The `top` best complete trials of each group, by RULE. Leaves out a group without any.
 
     Raises Refused if a name in `per` was not searched.
@@ -82,12 +82,17 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Metric) -
 
 
 def metric_of(study: StudyRun, given: str | None = None) -> Metric:
-    """The metric `given`, else the study's. Raises Refused unless it is one of validation data."""
+    """The metric `given`, else the study's. Raises Refused unless it is one of validation data, which
+    the study has measured."""
     name = given or study.options["metric"]
     if name not in SELECTION:
         who = "given" if given else f"study {study.name} was tuned by"
         allowed = f"one of {', '.join(SELECTION)} (validation data only)"
         raise Refused(f"metric: {who} {name}, allowed is {allowed}")
+    if not measures(study.options, name):
+        raise Refused(
+            f"metric: given {name}, but study {study.name} ran without diagnostics.alignment=true"
+        )
     return SELECTION[name]
 
 

@@ -51,6 +51,17 @@ class Difference(NamedTuple):
 NO_INTERVAL = Interval(math.nan, math.nan)
 
 
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's, -1 to 1; NaN of fewer than 2 pairs, or if one of the two is always the same."""
+    for side in zip(*pairs, strict=True):
+        _sample(side)
+        if len({*side}) < 2:
+            return math.nan
+    return (
+        float(np.corrcoef(stats.rankdata(pairs, axis=0), rowvar=False)[0, 1]) if pairs else math.nan
+    )
+
+
 def summary(values: Sequence[float]) -> Summary:
     """Count, mean, standard deviation and interval."""
     sample = _sample(values)

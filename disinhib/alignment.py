@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from disinhib.hyperparameters import Architecture, Hyperparameters
+from disinhib.metrics import ANGLE, NORM_RATIO
 from disinhib.network import Parameters
 from disinhib.rules import FAMILIES, RuleState
 from disinhib.rules.backprop import backpropagation
-
-ANGLE, NORM_RATIO = "alignment_angle", "alignment_norm_ratio"
 
 
 def alignment(

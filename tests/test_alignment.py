@@ -17,7 +17,7 @@ LAYERS = ("", "_0", "_1", "_out")
 
 @pytest.fixture
 def measured(problem):
-    def measure(rule, change=lambda gradients: gradients, **fields):
+    def measure(rule, kept=lambda state, parameters: state, **fields):
         family = RULES[rule].family
         small = problem(family=family.name, solver=Newton(1e-12, 60), **fields)
         hyper = hyperparameters().updated(rule=RULES[rule].chosen)
@@ -25,6 +25,7 @@ def measured(problem):
         hyper = hyper.updated(rule={"norm_fb_weights": 0.0}, controller=weak, g_ei=1.3, g_ie=0.7)
         hyper = jax.tree.map(jnp.asarray, hyper)
         state = family.initial_state(small.architecture, hyper, jax.random.key(0))
+        state = kept(state, small.parameters)
         step = jax.jit(alignment, static_argnums=0)
         found = step(small.architecture, small.parameters, state, hyper, small.x, small.target)
         return {name: float(value) for name, value in found.items()}
@@ -58,6 +59,39 @@ def test_weak_control_of_a_linear_network_points_where_the_gradient_does(measure
     np.testing.assert_allclose(ratios[0] / ratios[1], damping, rtol=1e-3)
     # With soft rectifiers the damping is each neuron's own.
     assert 1 < measured("exact-inv")[f"{ANGLE}_0"] < 60
+
+
+@pytest.mark.usefixtures("float64")
+def test_feedback_alignment_on_the_forward_weights_is_back_propagation(measured):
+    forward = lambda state, parameters: state._replace(
+        layered={name: jnp.asarray(parameters[name]) for name in state.layered}
+    )
+    found = measured("fa", forward, circuit="non-dale")
+    for layer in LAYERS:
+        assert found[ANGLE + layer] < 1e-10
+        np.testing.assert_allclose(found[NORM_RATIO + layer], 1, rtol=1e-12)
+    other = measured("fa", circuit="non-dale")  # on random weights
+    assert other[f"{ANGLE}_0"] > 30 and other[f"{ANGLE}_out"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model/vf=non-dale", "trainer=sign-symmetric"],
+        ["model/vf=non-dale", "trainer=kolen-pollack"],
+        ["model/vf=dale", "trainer=lin-thresh", "trainer.feedback=sign-symmetric"],
+    ],
+    ids=" ".join,
+)
+def test_rules_whose_feedback_knows_the_weights_point_downhill_after_training(words):
+    small = ["model.vf.sizes_hidden=[6]", "model.vf.nb_hidden=2", "diagnostics.alignment=true"]
+    config = parse(hydra_config.compose("train", [*words, *small])[0])
+    state = training.initial_state(config, [0, 1])
+    for _ in range(2):
+        state, metrics = training.advance(config, training.prepare(config), state)
+    for layer in LAYERS:
+        assert np.all(metrics[ANGLE + layer] < 90), layer
+    assert np.all(metrics[ANGLE] > 0)  # but not where the gradient does
 
 
 def test_it_is_measured_of_each_lane_and_changes_nothing():

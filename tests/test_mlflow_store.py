@@ -391,6 +391,17 @@ def test_the_page_of_a_study_shows_its_trials_and_what_matters_of_them(new_store
     assert [run.data.tags["trial"] for run in shown] == ["0"]
 
 
+def test_the_page_shows_the_angle_to_the_gradient_if_it_is_measured(new_store):
+    store = new_store("aligned")
+    store.load({})
+    own = config(0)
+    own["options"] |= {"diagnostics": {"alignment": True}}
+    store.deliver(logged(Asked(0, own, point(PARAMS))))
+    tags = store.client.get_experiment(store.experiment.id).tags
+    columns = json.loads(tags[f"{mlflow_store.VIEW}{store.id}"])["selectedColumns"]
+    assert columns[1:3] == ["metrics.`valid_accuracy`", "metrics.`alignment_angle`"]
+
+
 # Deliveries.
 
 

@@ -68,6 +68,7 @@ REFUSED = {
     "study=a/b": ["study: given a/b", "a folder's name"],
     "cluster.cpus_per_trial=0.5": ["cluster.cpus_per_trial: given 0.5", "whole number"],
     "mode=min": ["mode: given min", "max for metric=valid_accuracy"],
+    "metric=alignment_angle": ["metric: given alignment_angle", "diagnostics.alignment=true"],
     "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
     "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
     "study=mlflow.db": ["study: given mlflow.db", "but not mlflow.db"],
@@ -358,6 +359,7 @@ def test_the_mode_follows_the_metric(tmp_path):
     sign = lambda *words: SELECTION[options.compose([out, *words]).metric].sign
     assert sign("metric=valid_loss") == -1 == sign("metric=valid_loss", "mode=min")
     assert sign() == 1
+    assert sign("metric=alignment_angle", "diagnostics.alignment=true", "mode=min") == -1
 
 
 def test_an_experiment_gives_a_study_its_name(tmp_path):

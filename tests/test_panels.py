@@ -13,7 +13,7 @@ from analysis import runs
 from analysis.report import forms, panels
 from analysis.report.panels.drawing import PALE, axis_title, wrapped
 from analysis.report.panels.plot_data import PlotData
-from disinhib.metrics import SELECTION
+from disinhib.metrics import ANGLE, NORM_RATIO, SELECTION
 from disinhib.rules import colour
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
@@ -49,6 +49,7 @@ def trial(number, rule, state, scores, rate, **searched):
         "epochs": len(scores),
         "budget": 3,
         "score": scores[-1] if scores else math.nan,
+        ANGLE: 90 - scores[-1] / 2 if scores else math.nan,
         **{runs.SEARCHED + name: str(value) for name, value in params.items()},
     }
 
@@ -100,6 +101,7 @@ RETRAINED = [
     retrained("a", "bp", 1),
     retrained("a", "bp", 2, state=FAILED),
     retrained("b", "lin-thresh", 1, ode_gap=1e-4, ode_growth=-8.0, ode_reached=1.0),
+    retrained("b", "lin-thresh", 2),
     retrained("c", "lin-thresh", 1, ode_gap=1e-2, ode_growth=3.0, ode_reached=0.5, flag=EVIL),
     retrained("d", "bp", 1, dataset="mnist"),
 ]
@@ -108,6 +110,13 @@ CURVES = [
     for run in ("a-1", "a-2", "b-1", "c-1", "d-1")
     for metric, value in (("valid_accuracy", 20.0), ("train_CL_loss", 0.1))
     for epoch in (2, 1, 3)
+]
+CURVES += [
+    (run, metric + layer, epoch, value / epoch)
+    for run, value in (("a-1", 60.0), ("a-2", 90.0), ("b-1", 60.0), ("b-2", 30.0), ("d-1", 60.0))
+    for metric in (ANGLE, NORM_RATIO)
+    for layer in ("_out", "", "_1", "_0", "_10")
+    for epoch in (2, 1)
 ]
 LABELS = {
     "a": "bp (trial 0)",
@@ -164,7 +173,7 @@ def test_every_panel_is_there(shown):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("score", SELECTION)
+@pytest.mark.parametrize("score", ["valid_accuracy", "valid_loss"])
 def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
     panel = (shown if score == "valid_accuracy" else of_losses)[name]
     assert panel.title and panel.sentence.endswith(".") and ". " not in panel.sentence
@@ -237,6 +246,42 @@ def test_history_is_the_best_of_complete_trials(shown, of_losses):
     assert line.line.color == dots.marker.color == colour("lin-thresh")
     _, _, lowest = traces(of_losses["history"].figures[1])
     assert list(lowest.y) == [None, 72, 72, 72, 72, 72]
+
+
+def test_alignment_over_all_trials_and_by_layer(shown):
+    figures = shown["alignment"].figures
+    assert [drawing.caption for drawing in figures] == [
+        *("bp", "lin-thresh"),
+        *(LABELS["a"], LABELS["b"], LABELS["d"]) * 2,
+    ]
+    others, pruned, complete = traces(figures[1])
+    assert list(complete.x) == [54, 51, 52, 51] and list(complete.y) == [72, 78, 76, 78]
+    assert (pruned.marker.symbol, list(pruned.x)) == ("circle-open", [60])
+    assert complete.marker.color == colour("lin-thresh") and others.marker.color == PALE
+    of_layers = figures[3].figure
+    labels = [(label.text, label.x) for label in of_layers.layout.annotations]
+    assert labels == [("0", 2), ("1", 2), ("10", 2), ("out", 2), ("all", 2)]
+    band, line, *_ = of_layers.data
+    assert list(line.x) == [1, 2] and list(line.y) == [45, 22.5]  # the mean of two seeds
+    assert list(band.y) == [60, 30, 15, 30]  # their range
+    assert list(traces(figures[2])[0].y) == [60, 30]  # without the seed that has diverged
+    assert of_layers.layout.yaxis.range == figures[2].figure.layout.yaxis.range
+
+
+def test_alignment_without_retraining_is_that_of_the_best_trials():
+    curves = FULL.curves.replace({"run_id": {"b-1": "run5"}})
+    drawn = DRAW["alignment"](NOT_RETRAINED._replace(curves=curves)).figures
+    assert [one.caption for one in drawn[2:]] == ["lin-thresh (trial 5)"] * 2
+    by_angle = NOT_RETRAINED._replace(metric=SELECTION[ANGLE], curves=curves)
+    assert len(DRAW["alignment"](by_angle).figures) == 2  # the score is the angle
+
+
+def test_correlation_of_score_and_angle_is_that_of_complete_trials():
+    rows = [lin(n, COMPLETE, [70.0 + n], gain=1 + n / 9) for n in range(5)]
+    caption = lambda: DRAW["alignment"](FULL._replace(trials=pd.DataFrame(rows))).figures[0].caption
+    assert caption() == "lin-thresh, rank correlation \N{MINUS SIGN}1.00"
+    rows[0]["state"] = PRUNED
+    assert caption() == "lin-thresh"  # too few
 
 
 def test_lines_of_the_budget_have_their_rules_names_at_their_ends(shown):

@@ -174,6 +174,10 @@ def test_a_choice_that_was_hardly_tried_is_a_warning():
             ["metric=test_accuracy"],
             "metric: given test_accuracy, allowed is one of valid_loss, valid_accuracy",
         ),
+        (
+            ["metric=alignment_angle"],
+            "metric: given alignment_angle, but study planted ran without diagnostics.alignment",
+        ),
         (["study=plantet"], "study: given plantet, allowed is one of planted .*did you mean"),
         (["top=0"], "top: given 0, allowed is a whole number of at least 1"),
         (["per=learning_rate"], "per: given learning_rate, allowed is one of"),

@@ -79,9 +79,18 @@ def test_values_that_are_not_finite_are_refused(bad):
         lambda: stats.unpaired_difference(values, bad_values),
         lambda: stats.unpaired_difference(bad_values, values),
         lambda: stats.expected_maximum([0.5, bad]),
+        lambda: stats.rank_correlation([(0.5, 0.5), (0.6, bad)]),
     ):
         with pytest.raises(ValueError, match=r"must be finite, got (nan|inf|-inf)"):
             refused()
+
+
+def test_rank_correlation_is_that_of_scipy():
+    pairs = list(np.random.default_rng(0).normal(size=(9, 2)).round(1))
+    expected = scipy.stats.spearmanr(pairs)[0]
+    assert stats.rank_correlation(pairs) == pytest.approx(expected)
+    assert math.isnan(stats.rank_correlation([(1.0, 2.0), (1.0, 3.0)]))
+    assert math.isnan(stats.rank_correlation([]))
 
 
 # Intervals

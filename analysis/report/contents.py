@@ -71,12 +71,21 @@ def read(store: Store, study: StudyRun) -> Report:
     retrained, unfinished = runs.retrained(store, study)
     if trials.empty and retrained.empty:
         raise Refused(f"study {study.name}: nothing has ended yet that could be reported")
+    # Where updates point, of the retrained seeds, or else of the trials that would be retrained.
+    won = tables.winners(trials, retrained, SELECTION[metric])
+    aligned = list(retrained["run_id"]) or [row["run_id"] for row in won]
+    alignment = {n for table in (trials, retrained) for n in table if n.startswith(runs.ALIGNMENT)}
     data = PlotData(
         metric=SELECTION[metric],
         space=study.space,
         trials=trials,
         retrained=retrained,
-        curves=runs.curves(store, list(retrained["run_id"]), tuple(CURVES)),
+        curves=pd.concat(
+            [
+                runs.curves(store, list(retrained["run_id"]), tuple(CURVES)),
+                runs.curves(store, aligned, sorted(alignment)),
+            ]
+        ),
         scores=runs.curves(store, [row["run_id"] for row in trials.to_dict("records")], (metric,)),
         labels={row["configuration"]: _label(row) for row in retrained.to_dict("records")},
     )

@@ -19,7 +19,7 @@ from analysis.runs import SEARCHED
 from analysis.selection import spent
 from disinhib import hydra_config
 from disinhib.checks import flatten
-from disinhib.metrics import Metric
+from disinhib.metrics import Criterion
 from disinhib.rules import RULES, reported_name
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
@@ -107,7 +107,7 @@ def _reference(groups: Mapping[str, Sequence[Row]], row: Row) -> Sequence[Row]:
     return max(candidates, key=mean, default=())
 
 
-def search(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+def search(trials: pd.DataFrame, metric: Criterion) -> pd.DataFrame:
     """The search budget of each rule. Columns: rule, trials, complete, pruned, failed, epochs (over
     all seeds), hours (of all trials), best (score of a complete trial; NaN if none is)."""
     rows = []
@@ -126,7 +126,7 @@ def search(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def winners(trials: pd.DataFrame, retrained: pd.DataFrame, metric: Metric) -> list[Row]:
+def winners(trials: pd.DataFrame, retrained: pd.DataFrame, metric: Criterion) -> list[Row]:
     """The trials that were retrained or, if none was, the best complete one of each rule; in the
     order of their numbers."""
     complete = [row for row in trials.to_dict("records") if row["state"] == COMPLETE]

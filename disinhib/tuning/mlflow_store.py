@@ -394,15 +394,18 @@ class MlflowStore:
         if self.params is not None and not new:
             return
         self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
-        from disinhib.metrics import SELECTION
+        from disinhib.metrics import ANGLE, SELECTION, measures
 
-        score = f"metrics.`{self.metric}`"
+        score, angle = (f"metrics.`{name}`" for name in (self.metric, ANGLE))
+        records = self.records.values()
+        aligned = any(measures(record.config["options"], ANGLE) for record in records)
         view = {
             "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
             "orderByKey": score,
             "orderByAsc": SELECTION[self.metric].sign < 0,
             "selectedColumns": [
-                *("tags.`rule`", score, "tags.`trial_state`", "tags.`epochs`"),
+                *dict.fromkeys(["tags.`rule`", score, *([angle] if aligned else [])]),
+                *("tags.`trial_state`", "tags.`epochs`"),
                 *(f"params.`{name}`" for name in self.params),
             ],
         }

@@ -242,7 +242,7 @@ def _anchored(override: str) -> str:
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     """The options that only a study has, and those that are checked with them."""
     root = lambda override: re.split("[.@]", hydra_config.option_of(override))[0]
-    also = {"out_dir", "epochs", "seed", "device", "test_at_end"}
+    also = {"out_dir", "epochs", "seed", "device", "test_at_end", "diagnostics"}
     own = [o for o in overrides if root(o) in {*STUDY_OPTIONS, *also}]
     settings, _ = hydra_config.compose_loaded("study", own)
     check(settings)

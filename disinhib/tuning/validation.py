@@ -21,7 +21,7 @@ from disinhib.checks import (
     refusal,
 )
 from disinhib.errors import ConfigError, nearest
-from disinhib.metrics import SELECTION
+from disinhib.metrics import SELECTION, measures
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
@@ -119,6 +119,8 @@ def check(options: Mapping[str, Any]) -> None:
         raise refusal("scheduler.grace_period", grace, f"1 to epochs ({options['epochs']})")
     check_device(options)
     mode = SELECTION[options["metric"]].mode
+    if not measures(options, options["metric"]):
+        raise refusal("metric", options["metric"], "another without diagnostics.alignment=true")
     if options["mode"] not in (None, mode):
         raise refusal("mode", options["mode"], f"{mode} for metric={options['metric']}")
     if options["test_at_end"]:

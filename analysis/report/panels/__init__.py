@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from analysis.report.panels.alignment import draw_alignment
 from analysis.report.panels.drawing import PanelFigures
 from analysis.report.panels.importances import draw_importances
 from analysis.report.panels.parameters import draw_failures, draw_parallel, draw_slices
@@ -68,6 +69,15 @@ PANELS: tuple[tuple[str, str, str, Callable[[PlotData], PanelFigures]], ...] = (
         "The expected best score of any k trials of a rule: compare rules at the same k, and see"
         " whether more trials would still have paid.",
         draw_budget,
+    ),
+    (
+        "alignment",
+        "Does the update point where the gradient does?",
+        "The angle between a rule's update and the gradient of the loss on a batch of validation"
+        " images (0 degrees is the gradient itself; from 90 on a step no longer lowers the loss):"
+        " first with the score of every trial of the search, then by layer and epoch for the best"
+        " configuration of each rule (mean and range of its seeds), with the ratio of their sizes.",
+        draw_alignment,
     ),
     (
         "importances",

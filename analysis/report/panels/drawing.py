@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as markup
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ import plotly.graph_objects as go
 
 from analysis.report.panels.plot_data import PlotData, Row, records
 from disinhib import rules
-from disinhib.metrics import Metric
+from disinhib.metrics import Criterion
 
 # For other rules; of the palettes of Okabe and Ito and of Tol, as those of our rules, which
 # colour-blind readers can tell apart.
@@ -44,7 +45,7 @@ def colours(data: PlotData) -> dict[str, str]:
     return own | {rule: MORE_COLOURS[i % len(MORE_COLOURS)] for i, rule in enumerate(others)}
 
 
-def axis_title(metric: Metric) -> str:
+def axis_title(metric: Criterion) -> str:
     return f"{metric.words} ({metric.unit})"
 
 
@@ -81,6 +82,18 @@ def numbered(figure: go.Figure, title: str) -> go.Figure:
     last = max(x for trace in traces for x in trace.x if x is not None)
     dtick = 1 if last <= 12 else None
     return figure.update_xaxes(title_text=title, range=[0, 1.02 * last], dtick=dtick)
+
+
+def limits(values: Iterable[float], kind: str = "linear") -> list[float] | None:
+    """The ends of an axis of that kind (linear, log) for all these values, as plotly wants them;
+    None if there is nothing that it could show."""
+    if kind == "log":
+        values = [math.log10(value) for value in values if value > 0]
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return None
+    pad = 0.05 * (max(values) - min(values)) or 1
+    return [min(values) - pad, max(values) + pad]
 
 
 def context(figure: go.Figure, lines: Iterable[tuple[Sequence[float], Sequence[float | None]]],

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import runs
-from disinhib.metrics import Metric
+from disinhib.metrics import Criterion
 from disinhib.tuning.space_tree import RULE, option_of
 
 FAR = 3.0  # see `fence`
@@ -21,11 +21,13 @@ T = TypeVar("T")
 class PlotData(NamedTuple):
     """All numbers that the figures of a report are drawn from."""
 
-    metric: Metric  # of metrics.SELECTION, the study's
+    metric: Criterion  # of metrics.SELECTION, the study's
     space: Mapping[str, Any] | None  # space_tree.definition; None if nothing was searched
     trials: pd.DataFrame  # runs.trials
     retrained: pd.DataFrame  # runs.retrained
-    curves: pd.DataFrame  # runs.curves of the retrained seeds, of the metrics retraining.CURVES
+    # runs.curves of the retrained seeds, of the metrics retraining.CURVES and of the alignment (if
+    # there are none, of the alignment of the best trials)
+    curves: pd.DataFrame
     labels: Mapping[str, str]  # of configurations, as in the tables
     scores: pd.DataFrame  # runs.curves of the trials, of the study's metric
 

@@ -92,7 +92,9 @@ def draw_learning(data: PlotData) -> PanelFigures:
             most = max(most, len(by_rule))
             for rule, own in by_rule.items():
                 figure = _learning(own, [c for c in together if c not in own], colour[rule])
-                figure.update_yaxes(title_text=axis, type=kind, range=_limits(together, kind))
+                values = [value for curve in together for value in curve.values]
+                limits = drawing.limits(values, kind)
+                figure.update_yaxes(title_text=axis, type=kind, range=limits)
                 figure.update_xaxes(range=[0, 1.02 * max(max(c.epochs) for c in together)])
                 if kind == "log":
                     figure.update_yaxes(tickformat=".2~g", dtick=_log_ticks(together))
@@ -103,19 +105,6 @@ def draw_learning(data: PlotData) -> PanelFigures:
                 figures.setdefault((dataset, depth), []).append(Captioned(caption, figure, heading))
     every = [*chain.from_iterable(figures.values())]
     return PanelFigures(every, beside=drawing.beside(most))
-
-
-def _limits(curves: Sequence[Curve], kind: str) -> list[float] | None:
-    """The ends of a vertical axis for all these curves, as plotly wants them; None if there is
-    nothing that it could show."""
-    values = [value for curve in curves for value in curve.values]
-    if kind == "log":
-        values = [math.log10(value) for value in values if value > 0]
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return None
-    pad = 0.05 * (max(values) - min(values)) or 1
-    return [min(values) - pad, max(values) + pad]
 
 
 def means(curves: Sequence[Curve]) -> list[tuple[tuple[int, ...], list[float]]]:
