@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as markup
 import math
+import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from analysis.report.panels import drawing
 from analysis.report.panels.drawing import Captioned, PanelFigures
 from analysis.report.panels.plot_data import PlotData, Row, grouped, records, trials_of
 from analysis.report.panels.retraining import seeds
-from disinhib.metrics import ANGLE, NORM_RATIO, SELECTION
+from disinhib.metrics import ANGLE, NORM_RATIO
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 
 MEASURED = {  # metrics: words, axis, its kind
@@ -62,13 +63,15 @@ def courses(data: PlotData, metric: str) -> list[Course]:
     by_run = dict(list(data.curves[of_metric].groupby("run_id")))
     found = [one for one in found if one[1]["run_id"] in by_run]
     key = lambda one: one[1].get("configuration", one[1]["run_id"])
-    return [
+    order = [*trials_of(data)]  # of rules
+    every = [
         Course(
             own[0][0], own[0][1]["rule"], own[0][2],
             _layers([by_run[row["run_id"]] for _, row, _ in own], metric),
         )
         for own in grouped(found, key).values()
     ]  # fmt: skip
+    return sorted(every, key=lambda one: order.index(one.rule) if one.rule in order else len(order))
 
 
 def _layers(runs: Sequence, metric: str) -> list[Layer]:
@@ -92,12 +95,16 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def aligned_trials(data: PlotData) -> dict[str, list[Row]]:
-    """The trials of each rule that have both a score and an angle, which is not the score."""
-    if ANGLE not in data.trials or data.metric == SELECTION[ANGLE]:
-        return {}
-    measured = lambda row: row["state"] != FAILED and math.isfinite(row[ANGLE])
-    by_rule = {rule: [*filter(measured, rows)] for rule, rows in trials_of(data).items()}
-    return {rule: rows for rule, rows in by_rule.items() if rows}
+    """The trials of each rule that have a score and an `angle`: the mean of their hidden layers',
+    because the readout's, which has a share of the angle of all, is near 0 with every rule."""
+    hidden = [name for name in data.trials if re.fullmatch(rf"{ANGLE}_\d+", str(name))]
+    by_rule: dict[str, list[Row]] = {}
+    for rule, rows in trials_of(data).items():
+        for row in rows:
+            angles = [row[name] for name in hidden if math.isfinite(row[name])]
+            if angles and row["state"] != FAILED:
+                by_rule.setdefault(rule, []).append({**row, "angle": mean(angles)})
+    return by_rule
 
 
 def correlation(rows: Sequence[Row]) -> float:
@@ -106,7 +113,7 @@ def correlation(rows: Sequence[Row]) -> float:
     complete = [row for row in rows if row["state"] == COMPLETE]
     if len(complete) < FEW:
         return math.nan
-    return stats.rank_correlation([(row[ANGLE], row["score"]) for row in complete])
+    return stats.rank_correlation([(row["angle"], row["score"]) for row in complete])
 
 
 def draw_alignment(data: PlotData) -> PanelFigures:
@@ -116,7 +123,7 @@ def draw_alignment(data: PlotData) -> PanelFigures:
     by_layer = {metric: courses(data, metric) for metric in MEASURED}
     for metric, every in by_layer.items():
         for place, together in grouped(every, lambda course: course.place).items():
-            heading = f"{', '.join((*place, 'best configurations'))}: {MEASURED[metric][0]}"
+            heading = f"{', '.join((*place, 'best of each rule'))}: {MEASURED[metric][0]}"
             for course in together:
                 # What the heading says is not said again.
                 known = f", {', '.join(reversed(place))}" if place else ""
@@ -124,10 +131,11 @@ def draw_alignment(data: PlotData) -> PanelFigures:
                 figures.append(Captioned(course.label.replace(known, ""), figure, heading))
     most = max(map(len, (trials, *by_layer.values())))
     note = (
-        "Layers are named as the metrics are: 0 is the first hidden one, “all” is all parameters"
-        " together. A pruned trial has the angle and the score of the epoch at which it was"
+        "Angles of trials are means over the hidden layers: the readout learns from its own error"
+        " with every rule. A pruned trial has the angle and the score of the epoch at which it was"
         " stopped, so the rank correlation (Spearman's, of score with angle) is that of the"
-        " complete trials; early stopping has chosen them by their scores."
+        " complete trials, which early stopping has chosen by their scores. Layers are named as"
+        " the metrics are: 0 is the first hidden one, “all” is all parameters together."
     )
     return PanelFigures(figures, note, beside=drawing.beside(most))
 
@@ -143,7 +151,7 @@ def _against(data: PlotData, rule: str, trials: dict[str, list[Row]]) -> Caption
     for rows, marker in marks:
         if rows:
             figure.add_scatter(
-                x=[row[ANGLE] for row in rows],
+                x=[row["angle"] for row in rows],
                 y=[row["score"] for row in rows],
                 mode="markers",
                 marker=marker,
@@ -155,8 +163,8 @@ def _against(data: PlotData, rule: str, trials: dict[str, list[Row]]) -> Caption
             )
     every = [row for rows in trials.values() for row in rows]
     drawing.small(figure).update_layout(showlegend=False)
-    angle, score = drawing.axis_title(SELECTION[ANGLE]), drawing.axis_title(data.metric)
-    figure.update_xaxes(title_text=angle, range=drawing.limits(row[ANGLE] for row in every))
+    angle, score = "angle, mean of hidden layers (degrees)", drawing.axis_title(data.metric)
+    figure.update_xaxes(title_text=angle, range=drawing.limits(row["angle"] for row in every))
     figure.update_yaxes(title_text=score, range=drawing.limits(row["score"] for row in every))
     rank = correlation(trials[rule])
     named = (
@@ -194,7 +202,7 @@ def _by_layer(course: Course, together: Sequence[Course], metric: str) -> go.Fig
             hovertemplate=f"layer {layer.name}, epoch %{{x}}: %{{y:.3g}}<extra></extra>",
         )
     drawing.numbered(drawing.small(figure), "epoch").update_layout(showlegend=False, margin_r=34)
-    figure.update_yaxes(title_text=axis, type=kind, range=limits)
+    figure.update_yaxes(title_text=axis, type=kind, range=limits, tickformat=".2~g")
     ends = [(layer, layer.mean[-1], colour)
             for layer, colour in zip(course.layers, colours, strict=True)
             if kind == "linear" or layer.mean[-1] > 0]  # fmt: skip
