@@ -5,6 +5,7 @@ renamed, exported, deleted and imported again."""
 import hashlib
 import io
 import json
+import platform
 import shutil
 import zipfile
 from contextlib import closing, redirect_stdout
@@ -291,8 +292,18 @@ def outside(files):
     return {**files, "../evil": b"evil", "archive.json": json.dumps(index)}
 
 
-def of_form(files):
-    return {**files, "archive.json": json.dumps({**json.loads(files["archive.json"]), "form": 2})}
+def indexed(**own):
+    return lambda files: {
+        **files, "archive.json": json.dumps({**json.loads(files["archive.json"]), **own})
+    }  # fmt: skip
+
+
+def of_id(files):
+    """Whose id would be a path, index and all."""
+    index, name = json.loads(files["archive.json"]), "second/manifest.json"
+    text = json.dumps({**json.loads(files[name]), "id": "../../x"}).encode()
+    index["files"][name] = hashlib.sha256(text).hexdigest()
+    return {**files, name: text, "archive.json": json.dumps(index)}
 
 
 REFUSED = {
@@ -300,7 +311,11 @@ REFUSED = {
     "x is not in its index": lambda files: {**files, "x": b""},
     "second/manifest.json has changed": lambda files: {**files, "second/manifest.json": b"{}"},
     "There is no item named 'runs.csv'": lambda f: {n: c for n, c in f.items() if n != "runs.csv"},
-    "allowed is an archive of form 1 (it has form 2": of_form,
+    "allowed is an archive of form 1 (it has form 2": indexed(form=2),
+    "study: given ../victim, allowed is a folder's name": indexed(study="../victim"),
+    "study: given 5, allowed is a folder's name": indexed(study=5),
+    "it has no third/study.yaml": indexed(study="third"),
+    "second has no id": of_id,
     "There is no item named 'archive.json'": lambda files: {},
 }
 
@@ -321,6 +336,52 @@ def test_half_a_file_and_no_file_are_refused(world, tmp_path):
 def test_what_is_there_is_not_imported_again(world):
     line = refused("import", world.archive, f"out_dir={world.elsewhere}")
     assert line.endswith(f"({world.elsewhere / 'second'} is)")
+
+
+def test_a_study_that_is_there_under_another_name_is_not_imported(world, tmp_path):
+    """Two folders would share its runs, and to delete one would delete those of both."""
+    out_dir = Path(shutil.copytree(world.elsewhere, tmp_path / "copy"))
+    for name in ("second", "second-retrained"):
+        (out_dir / name).rename(out_dir / name.replace("second", "mine"))
+    line = refused("import", world.archive, f"out_dir={out_dir}")
+    assert line.endswith(f"are not there yet ({out_dir / 'mine'} is)")
+    shutil.rmtree(out_dir / "mine")
+    assert f"({out_dir / 'mine-retrained'} is)" in refused(
+        "import", world.archive, f"out_dir={out_dir}"
+    )
+
+
+def test_a_store_that_has_the_study_does_not_get_it_again(world, tmp_path):
+    store = f"tracking.uri=sqlite:///{world.elsewhere}/mlflow.db"
+    line = refused("import", world.archive, f"out_dir={tmp_path}", store)
+    assert line.endswith("a store without the study (it has it as second)")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_interrupted_import_is_repeated_by_the_same_command(world, tmp_path, monkeypatch):
+    """Also into a store whose address depends on the folder of the command."""
+    monkeypatch.chdir(tmp_path)
+    words = ("import", world.archive, "out_dir=there", "tracking.uri=sqlite:///mine.db")
+    bring_up = upkeep.bring_up
+
+    def killed(*arguments):
+        bring_up(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upkeep, "bring_up", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(*words)
+    assert not [*(tmp_path / "there").iterdir()]
+    uri = f"sqlite:///{tmp_path}/mine.db"
+    other = refused("import", world.archive, "out_dir=another", f"tracking.uri={uri}")
+    assert f"from an import into {platform.node()}:{tmp_path}/there that has not ended" in other
+    assert "imported: second (finished" in call(*words)
+    entry = inventory.find(tmp_path / "there", "second")
+    assert entry.tracking_uri == uri
+    assert len(told(entry).mlflow) == len(world.known.mlflow)
+    again = refused("import", world.archive, "out_dir=another", f"tracking.uri={uri}")
+    assert again.endswith("(it has it as second)")
 
 
 def test_a_study_is_deleted_everywhere_and_others_are_left_alone(world, tmp_path):

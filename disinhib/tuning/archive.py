@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
-import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from disinhib.checks import check, refusal
+from disinhib import process
+from disinhib.checks import TEXT, check, refusal
 from disinhib.errors import ConfigError, masked, one_line
 from disinhib.hydra_config import check_folder, option_of
 from disinhib.tuning import (
@@ -53,6 +55,7 @@ REPORT = "report/"  # files of the study's report
 # Options that mean something only where the study was, and may hold a password.
 PLACES = ("out_dir", "tracking.uri", "searcher.storage", "cluster.address")
 _NAME = r"[\w.-]{0,99}\w"
+_ID = r"[0-9a-f]{32}"
 _OF_STUDY = re.compile(
     rf"({_NAME})/(?:{re.escape(FILE)}|{re.escape(MANIFEST)}|{re.escape(EVENTS)}"
     rf"|checkpoints/{_NAME}\.(?:msgpack|model))"
@@ -135,36 +138,60 @@ def read(file: Path, out_dir: Path, uri: str | None = None) -> list[Entry]:
 
     The folders appear when the stores have everything, so that an import that was interrupted can
     be repeated. Raises ConfigError if the file is no whole archive of this version, if a study of
-    that name is there, or if a store does not take it.
+    that name, or under another name one of them itself, is there or in the store, or if a store
+    does not take it.
     """
     check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    part = out_dir / f".{file.stem}.import"
-    shutil.rmtree(part, ignore_errors=True)
-    kept, address = (masked(uri), uri) if uri else store_of(None, out_dir)
-    address = mlflow_store.address(address, out_dir)
-    try:
+    kept, address = store_of(None, out_dir)
+    address = mlflow_store.address(uri or address, out_dir)
+    kept = masked(address) if uri else kept
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=f".{file.stem}.") as made:
+        part = Path(made)
         names, reports = _unpacked(file, part)
-        for taken in (name for name in names if (out_dir / name).exists()):
-            allowed = f"an archive of studies that are not there yet ({out_dir / taken} is)"
+        begun = {name: _begin(file, part / name, kept) for name in names}
+        there = inventory.folders_by_id(out_dir)
+        taken = [there[id] for id, _ in begun.values() if id in there]
+        if taken := [*taken, *(out_dir / name for name in names if (out_dir / name).exists())]:
+            allowed = f"an archive of studies that are not there yet ({taken[0]} is)"
             raise refusal("file", file, allowed)
+        artifacts = out_dir / mlflow_store.ARTIFACTS  # not in `part`, if it is a new experiment
+        claims = {
+            name: (mlflow_store.open_store(address, experiment, artifacts), id)
+            for name, (id, experiment) in begun.items()
+        }
+        place = f"{platform.node()}:{out_dir}"
+        for claim in claims.values():
+            mlflow_store.claim(*claim, place)
         runs: dict[str, str] = {}  # of the first study's trials
         for name in names:
-            folder, first = part / name, name == names[0]
-            _begin(file, folder, kept, runs)
-            job = upkeep.job_of(entry := inventory.look(folder), address)
-            named = entry.options["tracking"]["experiment"]
-            artifacts = out_dir / mlflow_store.ARTIFACTS  # not in `part`, if it is a new experiment
-            experiment = mlflow_store.open_store(address, named, artifacts)
+            first = name == names[0]
+            _write_log(file, part / name, runs)
+            job = upkeep.job_of(entry := inventory.look(part / name), address)
             upkeep.bring_up(job, entry.state == FINISHED, reports if first else {})
             if entry.state == FINISHED:  # MLflow has the models
                 retention.remove(job.checkpoint_folder, retention.MODELS)
-            runs = mlflow_store.runs_of_trials(experiment, entry.manifest.id) if first else runs
-        for name in names:
-            (part / name).rename(out_dir / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            runs = mlflow_store.runs_of_trials(*claims[name]) if first else runs
+        with process.finishing():
+            _move(file, part, out_dir, names)
+            for claim in claims.values():
+                mlflow_store.end_claim(*claim)
     return [inventory.look(out_dir / name) for name in names]
+
+
+def _move(file: Path, part: Path, out_dir: Path, names: Sequence[str]) -> None:
+    """Moves the studies into `out_dir`, all or none; the first, without which the others are
+    nothing, is the last."""
+    moved: list[str] = []
+    try:
+        for name in reversed(names):
+            (part / name).rename(out_dir / name)
+            moved.append(name)
+    except OSError as error:  # somebody has taken the name in the meantime
+        for name in moved:
+            (out_dir / name).rename(part / name)
+        allowed = f"an archive whose folders can be made in {out_dir} ({error.strerror})"
+        raise refusal("file", file, allowed) from error
 
 
 def _unpacked(file: Path, part: Path) -> tuple[list[str], dict[str, bytes]]:
@@ -179,7 +206,9 @@ def _unpacked(file: Path, part: Path) -> tuple[list[str], dict[str, bytes]]:
                 words = f"form {index['form']}, of disinhib {index['disinhib']}"
                 raise refusal("file", file, f"an archive of form {FORM} (it has {words})")
             hashes = index["files"]
-            names[index["study"]] = None
+            names[check("study", index["study"], NAME)] = None
+            if f"{index['study']}/{FILE}" not in hashes:
+                raise ValueError(f"it has no {index['study']}/{FILE}")
             if foreign := {*zipped.namelist()} - {*hashes, INDEX}:
                 raise ValueError(f"{min(foreign)} is not in its index")
             for path, wanted in hashes.items():
@@ -209,24 +238,39 @@ def _damaged(file: Path, error: Exception) -> ConfigError:
     return refusal("file", file, f"a whole archive of `export` ({one_line(error)})")
 
 
-def _begin(file: Path, folder: Path, uri: str | None, runs: Mapping[str, str]) -> None:
-    """Makes an unpacked study one that is recorded at `uri`, and that, as a retraining, has trained
-    again those trials whose runs there are `runs`."""
-    begun = manifest.read(folder, folder.name)
+def _begin(file: Path, folder: Path, uri: str | None) -> tuple[str, str]:
+    """Makes an unpacked study one that is recorded at `uri`. Returns its id, and the name of its
+    experiment."""
+    id = manifest.read(folder, folder.name).id
+    try:
+        if not re.fullmatch(_ID, id):  # it becomes part of paths and queries
+            raise ValueError(f"{folder.name} has no id")
+        # Whoever made the file may have named places all the same.
+        content = _without_places(yaml.safe_load((folder / FILE).read_text("utf-8")))
+        tracking = content["options"]["tracking"] = {**content["options"]["tracking"], "uri": uri}
+        experiment = check("tracking.experiment", tracking["experiment"], TEXT)
+    except ConfigError:
+        raise
+    except Exception as error:  # of another version
+        raise _damaged(file, error) from error
     if (flat := folder / "checkpoints").exists():
         flat.rename(folder / "unpacked")
         flat.mkdir()
-        (folder / "unpacked").rename(retention.folder(folder, begun.id))
+        (folder / "unpacked").rename(retention.folder(folder, id))
     else:
-        retention.folder(folder, begun.id).mkdir(parents=True)
+        retention.folder(folder, id).mkdir(parents=True)
+    resume.keep(folder, content)
+    return id, experiment
+
+
+def _write_log(file: Path, folder: Path, runs: Mapping[str, str]) -> None:
+    """Writes the log of an unpacked study. As a retraining, it has trained again those trials whose
+    runs are `runs`."""
     try:
         lines = (folder / EVENTS).read_text("utf-8").splitlines()
         event_log.write(folder, [_logged(json.loads(line), runs) for line in lines])
-        content = yaml.safe_load((folder / FILE).read_text("utf-8"))
-        content["options"]["tracking"]["uri"] = uri
     except Exception as error:  # of another version
         raise _damaged(file, error) from error
-    resume.keep(folder, content)
     (folder / EVENTS).unlink()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def find(out_dir: Path, name: str) -> Entry:
     if entry.state != RUNNING and (there := lease.elsewhere([folder]).get(folder)):
         return replace(entry, state=RUNNING, driver=there, outline=there.get("status", {}))
     return entry
+
+
+def folders_by_id(out_dir: Path) -> dict[str, Path]:
+    """The folders of the studies in `out_dir` whose manifest can be read, by the study's id."""
+    found = {}
+    for file in out_dir.glob(f"*/{FILE}"):
+        with suppress(ConfigError):
+            found[manifest.read(file.parent, file.parent.name).id] = file.parent
+    return found
 
 
 def retrainings(entry: Entry) -> list[Entry]:

@@ -63,6 +63,7 @@ ENDING = {"trial_state", "epochs", "reason"}  # tags of a run that has ended
 MODEL = "model.msgpack"  # its artifact, which `disinhib.load` reads
 DESCRIPTION = "mlflow.note.content"  # tag of a run: what its page says, in Markdown
 VIEW = "mlflow.sharedViewState."  # tag of an experiment, with a key: which runs its page shows, how
+CLAIM = "disinhib.import."  # tag of an experiment, with a study's id: who imports it at this time
 
 
 class Experiment(NamedTuple):
@@ -218,6 +219,26 @@ def runs_of_trials(experiment: Experiment, id: str) -> dict[str, str]:
     return {run.data.tags["trial"]: run.info.run_id for run in runs if "trial" in run.data.tags}
 
 
+def claim(experiment: Experiment, id: str, place: str) -> None:
+    """Says in the store that the study `id` is being imported into `place`, a folder.
+
+    Raises ConfigError if the store has that study already: two folders must not share its runs. (An
+    import into `place` that was interrupted has left some, and can be repeated.)
+    """
+    client = _client(experiment.uri)
+    by = client.get_experiment(experiment.id).tags.get(CLAIM + id)
+    runs = _all_runs(experiment, f"tags.study_id = '{id}'")
+    if runs and by != place:
+        there = f"it has it as {runs[0].data.tags['study']}"
+        there += "" if by is None else f", from an import into {by} that has not ended"
+        raise refusal("tracking.uri", experiment.uri, f"a store without the study ({there})")
+    client.set_experiment_tag(experiment.id, CLAIM + id, place)
+
+
+def end_claim(experiment: Experiment, id: str) -> None:
+    _client(experiment.uri).delete_experiment_tag(experiment.id, CLAIM + id)
+
+
 def delete_study(experiment: Experiment, id: str) -> list[str]:
     """Deletes all runs of a study: MLflow calls them deleted, and shows them no more. Returns their
     ids, also of those that were deleted earlier."""
@@ -226,8 +247,8 @@ def delete_study(experiment: Experiment, id: str) -> list[str]:
     for run in runs:
         if run.info.lifecycle_stage != "deleted":
             client.delete_run(run.info.run_id)
-    if VIEW + id in client.get_experiment(experiment.id).tags:
-        client.delete_experiment_tag(experiment.id, VIEW + id)
+    for tag in {VIEW + id, CLAIM + id} & client.get_experiment(experiment.id).tags.keys():
+        client.delete_experiment_tag(experiment.id, tag)
     return [run.info.run_id for run in runs]
 
 
