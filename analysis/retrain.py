@@ -38,6 +38,7 @@ from disinhib.tuning.event_log import (
     Asked,
     EpochDone,
     EventLog,
+    Objective,
     Point,
     Record,
     TrialConfig,
@@ -47,7 +48,7 @@ from disinhib.tuning.inventory import RETRAINED
 from disinhib.tuning.loop import from_list
 from disinhib.tuning.manifest import Manifest, read
 from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL
-from disinhib.tuning.resume import FILE
+from disinhib.tuning.resume import FILE, keep_trials
 
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
 
@@ -135,21 +136,24 @@ def job(
     tracking = {**settings["tracking"], "uri": None if default else masked(uri)}  # no password
     origin = {OF_STUDY: manifest.id if study is None else study.id}
     asked = lacking(planned, seeds, records, threads, origin)
+    trials = len(records) + len(asked)
+    shown = {"metric": runs.DEFAULT_METRIC, "mode": "max"}
     return Job(
         name=name,
         out_dir=out_dir,
         resume=resume,
         manifest=manifest,
         data=list(dict.fromkeys(provenance.source_of(one.options) for one in planned)),
-        kept={"options": {**settings, "tracking": tracking, "metric": runs.DEFAULT_METRIC}},
+        kept={"options": {**settings, "tracking": tracking, "trials": trials, **shown}},
         command=command,
-        metric=runs.DEFAULT_METRIC,
+        objective=Objective.of(**shown),
         source=from_list(asked),
-        trials=lambda _: len(records) + len(asked),
+        trials=lambda _: trials,
         cluster=settings["cluster"],
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
         tags={} if study is None else origin,
+        begin=lambda: keep_trials(folder, trials) if resume else None,
     )
 
 

@@ -114,7 +114,6 @@ def show(options: dict[str, Any]) -> int:
     console = Console(file=sys.stdout)
     say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)
     entry = inventory.find(options["out_dir"], options["study"])
-    its = entry.options
     kind = "search" if entry.search else "retraining"
     say(f"{kind} {entry.name}: {_state(entry)}, {_trials(entry)} trials ended")
     if entry.driver is not None:
@@ -123,7 +122,7 @@ def show(options: dict[str, Any]) -> int:
         say(f"  {name}: {value}")
     records = [entry.records[number] for number in sorted(entry.records)]
     if entry.search and records:
-        console.print(progress.leaderboard(records, its["metric"]))
+        console.print(progress.leaderboard(records, entry.objective))
         for line in progress.failures(records):
             say(line)
     elif entry.outline.get("best"):
@@ -186,7 +185,8 @@ def delete(options: dict[str, Any]) -> int:
     from disinhib.tuning import upkeep
 
     out_dir, name = options["out_dir"], options["study"]
-    if upkeep.sweep(out_dir / name) and not (out_dir / name).exists():
+    swept = [upkeep.sweep(out_dir / n) for n in (name, name + inventory.RETRAINED)]
+    if any(swept) and not (out_dir / name).exists():
         print(f"deleted: {name}: what an interrupted deletion had left of its folder")
         return 0
     entry = inventory.find(out_dir, name)
@@ -283,8 +283,8 @@ def _steer(
     trial: int | None = None,
     point: dict[str, Any] | None = None,
 ) -> int:
-    """Gives an instruction, and says whether it has been taken in. Raises ConfigError if it makes
-    no sense for the study as it stands."""
+    """Gives an instruction, and says what has come of it. Returns the exit code: 1 if the driver
+    does not do it. Raises ConfigError if it makes no sense for the study as it stands."""
     entry = inventory.find(options["out_dir"], options["study"])
     running, outline = entry.state == RUNNING, entry.outline
     if verb == steering.STOP and not running:
@@ -304,12 +304,16 @@ def _steer(
     deadline = time.monotonic() + TAKEN_IN_SECONDS
     while running and file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    if not file.exists():
-        print(f"{verb}: the driver of {entry.name} has taken it in")
-    else:
+    if file.exists():
         when = "takes it in when it can" if running else "takes it in when it is resumed"
         print(f"{verb}: waits in {file}; the study {when}")
-    return 0
+        return 0
+    words, done = steering.answered(file) or ("", True)
+    if words:
+        print(f"{entry.name}: {words}")
+    else:
+        print(f"{verb}: the driver of {entry.name} has taken it in")
+    return 0 if done else 1
 
 
 VERBS = {

@@ -61,7 +61,7 @@ def _models(store: Store, study: StudyRun, entry: Entry) -> dict[str, bytes]:
 
 def curves(studies: Sequence[Entry]) -> pd.DataFrame:
     """Every metric of every epoch and seed, from the logs: columns study, trial, seed, epoch,
-    metric, value."""
+    metric, value. The seed of a value that all seeds share is "all"."""
     rows = []
     for entry in studies:
         for _, _, event in entry.events:

@@ -25,6 +25,7 @@ from disinhib.tuning.event_log import (
     EpochDone,
     Event,
     Logged,
+    Objective,
     Point,
     Record,
     TrialConfig,
@@ -169,7 +170,9 @@ def mlflow(
     own = {"config.yaml": yaml.safe_dump(dict(of_study)), **files}
     models = lambda number, seed: retention.model_file(folder, number, seed)
     tags = {**begun.tags("python tune_main.py"), **(tags or {})}
-    return MlflowStore(experiment, study, begun.id, "valid_accuracy", tags, own, files, models)
+    return MlflowStore(
+        experiment, study, begun.id, Objective("valid_accuracy", 1), tags, own, files, models
+    )
 
 
 def deliver(store: MlflowStore, events: Iterable[Event], began: float = BEGAN) -> None:

@@ -438,6 +438,13 @@ def test_while_paused_the_source_is_asked_once_whether_it_has_more(log):
     assert asked == [0, 1] and not play.over
 
 
+def test_the_last_word_counts_whatever_the_clocks_say(log):
+    play = Play(log, trials=2, at_once=1)
+    play.steer("pause", 9)
+    play.steer("unpause", 5)  # from a machine whose clock is slow
+    assert not log.paused()
+
+
 def test_it_is_still_paused_when_it_is_resumed_and_ends_if_nothing_is_left(log, tmp_path):
     Play(log, trials=2, at_once=2).steer("pause")
     log.close()

@@ -29,6 +29,7 @@ from disinhib.tuning.event_log import (
     Event,
     EventLog,
     Logged,
+    Objective,
     replay,
 )
 from disinhib.tuning.mlflow_store import BEGUN, MlflowStore
@@ -36,6 +37,7 @@ from disinhib.tuning.outbox import Outbox
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
+ACCURACY = Objective("valid_accuracy", 1)
 ROOT = Path(__file__).parent.parent
 BEGAN = 1_700_000_000.0  # s since 1970
 DATA = {"data_sha256": "0123456789abcdef"}
@@ -64,7 +66,7 @@ def new_store(experiment, models):
         files = {"provenance.json": "{}"}
         own = {"config.yaml": "trials: 4\n"}
         model = lambda number, seed: models / f"{study}-{number}-{seed}"
-        return MlflowStore(experiment, study, study, "valid_accuracy", tags, own, files, model)
+        return MlflowStore(experiment, study, study, ACCURACY, tags, own, files, model)
 
     return make
 
@@ -706,7 +708,7 @@ def test_any_other_folder_holds_a_store(name, tmp_path):
     uri = mlflow_store.address(None, folder)
     experiment = mlflow_store.open_store(uri, "disinhib", folder)
     store = MlflowStore(
-        experiment, "s", "s", "valid_accuracy", DATA, {"config.yaml": "a: 1"}, {}, lambda *_: folder
+        experiment, "s", "s", ACCURACY, DATA, {"config.yaml": "a: 1"}, {}, lambda *_: folder
     )
     deliver(store, *trial(0, 3, COMPLETE))
     store.close({}, True)
@@ -737,7 +739,7 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     uri = mlflow_store.address(None, then)
     experiment = mlflow_store.open_store(uri, "disinhib", then)
     store = MlflowStore(
-        experiment, "s", "s", "valid_accuracy", DATA, {"config.yaml": "a: 1"}, {}, lambda *_: then
+        experiment, "s", "s", ACCURACY, DATA, {"config.yaml": "a: 1"}, {}, lambda *_: then
     )
     deliver(store, *trial(0, 3, COMPLETE))
     then.rename(now)
@@ -750,7 +752,7 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     run = MlflowClient(uri).get_run(store.study_run)
     assert (run.info.artifact_uri or "").startswith((now / "mlflow-artifacts").as_uri())
     another = MlflowStore(
-        experiment, "t", "t", "valid_accuracy", DATA, {"config.yaml": "a: 2"}, {}, lambda *_: now
+        experiment, "t", "t", ACCURACY, DATA, {"config.yaml": "a: 2"}, {}, lambda *_: now
     )
     deliver(another, *trial(0, 3, COMPLETE))
     assert not then.exists()

@@ -24,11 +24,13 @@ from disinhib.tuning.event_log import (
     Ended,
     EpochDone,
     EventLog,
+    Objective,
     replay,
 )
 from disinhib.tuning.optuna_store import OptunaStore
 from disinhib.tuning.outbox import Outbox
 
+ACCURACY, LOSS = Objective("valid_accuracy", 1), Objective("valid_loss", -1)
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
 
@@ -290,7 +292,7 @@ def study(log):
 
 
 def opened(folder):
-    store = OptunaStore("s", "id", "valid_accuracy", None, folder)
+    store = OptunaStore("s", "id", ACCURACY, None, folder)
     there = store.load({})
     return store, there
 
@@ -314,7 +316,7 @@ EXPECTED = [
 
 
 def test_optuna_shows_what_the_log_has(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "id", "valid_accuracy", None, tmp_path)) == 0
+    assert deliver(study, OptunaStore("s", "id", ACCURACY, None, tmp_path)) == 0
     shown = content(tmp_path)
     assert [trial[:5] for trial in shown] == EXPECTED
     attributes = [trial[5] for trial in shown]
@@ -387,9 +389,9 @@ def test_a_lock_that_nobody_holds_is_removed(study, tmp_path, link):
 
 
 def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
-    assert deliver(study, OptunaStore("s", "id", "valid_accuracy", None, tmp_path)) == 0
+    assert deliver(study, OptunaStore("s", "id", ACCURACY, None, tmp_path)) == 0
     (tmp_path / optuna_store.FILE).unlink()
-    box = Outbox(study, OptunaStore("s", "id", "valid_accuracy", None, tmp_path), silent)
+    box = Outbox(study, OptunaStore("s", "id", ACCURACY, None, tmp_path), silent)
     assert box.reconcile() == len(study.events())
     assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
 
@@ -397,7 +399,7 @@ def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
 def test_optunas_store_may_be_a_database(study, tmp_path):
     """Its scores are as they were measured: those of the log are signed, so that more is better."""
     url = f"sqlite:///{tmp_path / 'optuna.db'}"
-    Outbox(study, OptunaStore("s", "id", "valid_loss", url, tmp_path), print).reconcile()
+    Outbox(study, OptunaStore("s", "id", LOSS, url, tmp_path), print).reconcile()
     there = optuna.load_study(study_name="s", storage=url)
     assert [
         (t.number, t.state, t.value, t.params, t.intermediate_values) for t in there.get_trials()

@@ -17,8 +17,11 @@ from disinhib.tuning.event_log import (
     PRUNED,
     RUNNING,
     EpochDone,
+    Objective,
     Record,
 )
+
+ACCURACY, LOSS = Objective("valid_accuracy", 1), Objective("valid_loss", -1)
 
 
 def record(number, rule="bp", state=COMPLETE, score=50.0, reason=None, **searched):
@@ -50,9 +53,9 @@ def test_only_complete_trials_compete_and_the_first_of_equals_wins():
 
 
 def test_scores_are_shown_as_they_were_measured():
-    assert progress.in_words(-0.25, "valid_loss") == "0.25"
-    assert progress.in_words(75.5, "valid_accuracy") == "75.50"
-    assert progress.in_words(None, "valid_loss") == "none"
+    assert progress.in_words(-0.25, LOSS) == "0.25"
+    assert progress.in_words(75.5, ACCURACY) == "75.50"
+    assert progress.in_words(None, LOSS) == "none"
 
 
 def part(number, epochs, rule="bp", state=RUNNING, final=False, budget=10):
@@ -135,7 +138,7 @@ def test_the_line_of_a_study_counts_states_and_names_each_rules_best():
         record(0, score=60.0), record(1, "taylor", score=70.0), record(2, state=PRUNED),
         record(3, state=FAILED), record(4, state=RUNNING),
     ]  # fmt: skip
-    assert progress.line(records, 10, 8.0, "valid_accuracy", progress.Span(12, 14)) == (
+    assert progress.line(records, 10, 8.0, ACCURACY, progress.Span(12, 14)) == (
         "4/10 trials: 2 complete, 1 pruned, 1 failed, 1 running; best taylor 70.00, bp 60.00;"
         " 8 s, about 15 s left"
     )
@@ -178,7 +181,7 @@ def test_failures_are_named_by_the_number_that_separates_them():
 
 def test_progress_prints_lines_where_there_is_no_terminal():
     printed = io.StringIO()
-    with progress.Progress(Console(file=printed, width=80), 3, "valid_accuracy") as shown:
+    with progress.Progress(Console(file=printed, width=80), 3, ACCURACY) as shown:
         shown.update([record(0)])
         assert printed.getvalue() == ""  # too soon
         shown.shown -= progress.PLAIN_SECONDS
@@ -204,7 +207,7 @@ def screen(width, encoding="utf-8"):
     """What a terminal of this width shows of BOTH."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=printed, width=width, force_terminal=True)
-    with progress.Progress(console, 9, "valid_accuracy") as shown:
+    with progress.Progress(console, 9, ACCURACY) as shown:
         shown.shown -= progress.PLAIN_SECONDS
         shown.update(BOTH)
     printed.seek(0)
@@ -250,7 +253,7 @@ def test_lines_become_rarer(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     printed = io.StringIO()
-    with progress.Progress(Console(file=printed, width=80), 3, "valid_accuracy") as shown:
+    with progress.Progress(Console(file=printed, width=80), 3, ACCURACY) as shown:
         for clock[0] in range(0, 86_400, 5):
             shown.update([record(0)])
     assert 100 < len(printed.getvalue().splitlines()) < 300
@@ -260,7 +263,7 @@ def test_time_left_falls_between_two_epochs(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     printed = io.StringIO()
-    with progress.Progress(Console(file=printed, width=80), 1, "valid_accuracy") as shown:
+    with progress.Progress(Console(file=printed, width=80), 1, ACCURACY) as shown:
         clock[0] = 20.0
         shown.epoch(EpochDone(0, 1, 50.0, {"epoch_seconds": [20.0]}, {}), part(0, 1))
         shown.update([part(0, 1)])
@@ -271,7 +274,7 @@ def test_time_left_falls_between_two_epochs(monkeypatch):
 
 
 def test_progress_takes_note_of_the_durations_of_epochs():
-    shown = progress.Progress(Console(file=io.StringIO()), 3, "valid_accuracy")
+    shown = progress.Progress(Console(file=io.StringIO()), 3, ACCURACY)
     seconds = {"epoch_seconds": [2.0, math.nan], "compilation_seconds": [5.0]}
     shown.epoch(EpochDone(0, 1, 50.0, seconds, {}), part(0, 1))
     shown.epoch(EpochDone(0, 2, 50.0, {"epoch_seconds": [2.0]}, {}), part(0, 2))

@@ -29,7 +29,7 @@ from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
 from disinhib.tuning import engine, environment, mlflow_store, outbox
-from disinhib.tuning.event_log import OF_STUDY
+from disinhib.tuning.event_log import OF_STUDY, Objective
 
 source = tiny.source
 pytestmark = pytest.mark.usefixtures("source", "copied_stores", "one_ray")
@@ -176,8 +176,16 @@ def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, opened, row
     """They are no trials of it: `MlflowStore.load` deletes what is there twice."""
     experiment = mlflow_store.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
     none = lambda number, seed: study.folder / "none"
+    accuracy = Objective("valid_accuracy", 1)
     store = mlflow_store.MlflowStore(
-        experiment, study.study, opened[1].id, "valid_accuracy", {"data_sha256": "0"}, {}, {}, none
+        experiment,
+        study.study,
+        opened[1].id,
+        accuracy,
+        {"data_sha256": "0"},
+        {},
+        {},
+        none,
     )
     store.load({})
     assert {number for number, _ in store.runs} == set(range(len(planted.TRIALS)))

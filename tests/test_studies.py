@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import platform
+import re
 import shutil
+import threading
 import zipfile
 from contextlib import closing, redirect_stdout
 from functools import partial
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import optuna
+import pandas as pd
 import pytest
 import tiny
 import yaml
@@ -33,7 +36,7 @@ from analysis import (
     supplement,
 )
 from analysis.report import __main__ as report
-from disinhib.errors import InputError
+from disinhib.errors import ConfigError, InputError
 from disinhib.tuning import event_log, inventory, lease, manifest, options, steering, upkeep
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone, Logged
 from disinhib.tuning.mlflow_process import Service
@@ -264,9 +267,14 @@ def test_it_has_no_place_of_where_it_was(world):
     for name, text in zip(names, texts, strict=True):
         if name.endswith("study.yaml"):  # which has the command that was typed
             text = yaml.safe_dump({**yaml.safe_load(text), "command": None}).encode()
+        if name.startswith("report/"):  # as has the report
+            text = re.sub(rb"analysis\.retrain[^<\n]*", b"", text)
         assert str(world.out_dir).encode() not in text, name
     models = [name for name in names if name.endswith(".model")]
     assert models == [f"second-retrained/checkpoints/0000-{seed}.model" for seed in (0, 1)]
+    own = pd.read_csv(io.BytesIO(texts[names.index("curves.csv")]), dtype=str)
+    seeds = own[own["metric"] == "valid_accuracy"].groupby("study")["seed"].agg(set)
+    assert seeds["second-retrained"] == {"0", "1"} and "all" not in seeds["second"]
     assert {"runs.csv", "retrained.csv", "curves.csv", "report/report.html"} <= {*names}
 
 
@@ -397,7 +405,11 @@ def test_a_study_is_deleted_everywhere_and_others_are_left_alone(world, tmp_path
 
 
 def test_an_interrupted_deletion_is_finished_by_the_same_command(copy):
-    (copy / "first").rename(copy / upkeep.DELETED.format("first"))
+    for name in ("first", "first-retrained"):
+        (copy / "first").rename(copy / inventory.DELETED.format(name))
+        shutil.copytree(copy / "stopped", copy / "first")
+    shutil.rmtree(copy / "first")
+    assert "first" not in call("list", f"out_dir={copy}")
     assert "what an interrupted deletion had left" in call("delete", "first", f"out_dir={copy}")
     assert not [*copy.glob(".first*")]
 
@@ -445,6 +457,65 @@ def test_the_list_says_how_each_study_stands(copy):
     assert call("list", f"out_dir={copy}/nowhere") == f"no study in {copy}/nowhere\n"
 
 
+def change(folder, **own):
+    """Changes options in a study's file."""
+    kept = yaml.safe_load((folder / "study.yaml").read_text())
+    kept["options"] |= own
+    (folder / "study.yaml").write_text(yaml.safe_dump(kept))
+
+
+def test_a_study_of_a_plugins_metric_needs_no_plugin_to_be_listed_renamed_or_deleted(copy):
+    where = f"out_dir={copy}"
+    assert yaml.safe_load((copy / "first" / "study.yaml").read_text())["options"]["mode"] == "max"
+    change(copy / "first", metric="valid_margin")
+    rows = call("list", where).splitlines()[1:]
+    assert {row.split()[0] for row in rows} == {"stopped", "first"}
+    assert "best valid_margin" in call("show", "first", where)
+    assert "first is now second" in call("rename", "first", "second", where)
+    assert "stopped: its folder" in call("delete", "stopped", "yes=true", where)
+    change(copy / "second", mode=None)  # as an earlier version kept it
+    printed = call("list", where)
+    assert printed.startswith("no study") and "second has no study.yaml that can be read" in printed
+
+
+def test_a_retraining_that_was_interrupted_is_not_finished(world, tmp_path):
+    """Its trials are asked for one after another: the log does not say how many there will be."""
+    folder = Path(shutil.copytree(world.out_dir / "second-retrained", tmp_path / "copy"))
+    assert inventory.look(folder).state == inventory.FINISHED
+    change(folder, trials=2)
+    assert inventory.look(folder).state == inventory.INTERRUPTED
+
+
+def test_the_log_of_a_study_that_another_machine_may_run_is_not_opened(copy, monkeypatch):
+    """Locks may hold on each machine alone, and to open a log rolls back what is being written."""
+    folder = copy / "stopped"
+    write = lambda beat: (folder / lease.FILE).write_text(
+        json.dumps({"id": "0", "machine": "another", "host": "far", "pid": 7, "beat": beat})
+    )
+    with closing(event_log.EventLog(folder)):  # stands in for the lock that is not seen
+        write(0)
+        monkeypatch.setattr(lease, "LIST_SECONDS", 0)
+        entry = inventory.look(folder)  # its driver is dead, or slow
+        assert entry.state == inventory.INTERRUPTED and len(entry.records) == 3
+        monkeypatch.setattr(lease.time, "sleep", write)
+        monkeypatch.setattr(lease, "LIST_SECONDS", 1)
+        monkeypatch.setattr(event_log, "read", None)
+        entry = inventory.look(folder)
+        assert entry.state == inventory.RUNNING and entry.driver["host"] == "far"
+
+
+def test_nobody_begins_to_run_a_study_while_it_is_renamed(copy, monkeypatch):
+    check = upkeep.engine.check_stores
+
+    def resumed(job, mlflow):
+        with pytest.raises(ConfigError, match="is open in another process"):
+            event_log.EventLog(copy / "first", existing=True)
+        check(job, mlflow)
+
+    monkeypatch.setattr(upkeep.engine, "check_stores", resumed)
+    assert "first is now second" in call("rename", "first", "second", f"out_dir={copy}")
+
+
 def test_show_says_what_can_be_done(shelf):
     printed = call("show", "stopped", f"out_dir={shelf}")
     assert "search stopped: interrupted, 2/6 trials ended" in printed
@@ -489,6 +560,27 @@ def test_what_cannot_be_is_refused(words, line, shelf):
     assert given(shelf / "stopped") == given(shelf / "first") == []
 
 
+@pytest.mark.parametrize(("trial", "code"), [(2, 0), (0, 1)])
+def test_the_command_says_what_the_driver_answers(trial, code, copy, capsys):
+    """The driver knows more than the command: the trial may have ended since."""
+    entry, said = inventory.find(copy, "stopped"), []
+
+    def drive():
+        while not said:
+            for order in steering.take(entry.folder, said.append):
+                steering.carry_out(entry.folder, order, entry.records, None, said.append)
+
+    with closing(event_log.EventLog(entry.folder)), lease.held(entry.folder) as own:
+        own.status = {**entry.outline, "unfinished": [0, 2]}
+        own.write()
+        driver = threading.Thread(target=drive)
+        driver.start()
+        assert studies.main(["end", "stopped", str(trial), f"out_dir={copy}"]) == code
+        driver.join()
+    assert capsys.readouterr().out == f"stopped: {said[0]}\n"
+    assert not [*(entry.folder / steering.FOLDER).iterdir()]
+
+
 def test_what_is_no_instruction_is_removed_and_said(tmp_path):
     (tmp_path / steering.FOLDER).mkdir()
     for name, text in (("1.json", "{"), ("2.json", '{"id": 2, "verb": "dance"}')):
@@ -498,7 +590,7 @@ def test_what_is_no_instruction_is_removed_and_said(tmp_path):
     assert [i.verb for i in steering.take(tmp_path, said.append)] == ["stop"]
     assert len(said) == 2 and not [*(tmp_path / steering.FOLDER).glob("*.json")]
     steering.give(tmp_path, steering.STOP)
-    steering.forget_stops(tmp_path)
+    steering.forget(tmp_path)
     assert not [*steering.take(tmp_path, said.append)]
 
 

@@ -23,7 +23,6 @@ from rich.console import Console
 from disinhib import data, numerics, plugins, process
 from disinhib.commands import studies_command
 from disinhib.errors import FULL_DISK, ConfigError, masked
-from disinhib.metrics import SELECTION
 from disinhib.tuning import (
     cluster,
     lease,
@@ -40,6 +39,7 @@ from disinhib.tuning.event_log import (
     EpochDone,
     Event,
     EventLog,
+    Objective,
     Record,
     TrialConfig,
     replay,
@@ -70,7 +70,7 @@ class Job:
     data: Sequence[DataSource]  # that every machine must have
     kept: Mapping[str, Any]  # of its options, in its folder
     command: str  # runs this study
-    metric: str  # of metrics.SELECTION
+    objective: Objective
     source: Source
     cluster: Mapping[str, Any]  # options
     checkpoints: Mapping[str, Any]  # options
@@ -151,10 +151,10 @@ def run(
             stack.enter_context(_removed_if_refused(job.folder, lambda: begun))
             log = stack.enter_context(closing(EventLog(job.folder)))
         own = stack.enter_context(lease.held(job.folder))
-        steering.forget_stops(job.folder)
+        steering.forget(job.folder)
         log.guard = own.check
         records = replay(log.events())
-        shown = progress.Progress(console, job.trials(records), job.metric, job.decisions)
+        shown = progress.Progress(console, job.trials(records), job.objective, job.decisions)
         outboxes: list[Outbox] = []
         missing: dict[str, int] = {}
         try:
@@ -265,7 +265,7 @@ def open_stores(
             mlflow.call("open", job.tracking["uri"], job.tracking["experiment"], job.out_dir),
             study=job.name,
             id=job.manifest.id,
-            metric=job.metric,
+            objective=job.objective,
             tags={**job.manifest.tags(job.command), **job.tags},
             files={"config.yaml": options, **files, **(more or {})},
             trial_files=files,
@@ -274,7 +274,7 @@ def open_stores(
         )
     ]
     if job.optuna:
-        own = job.name, job.manifest.id, job.metric, job.storage, job.folder
+        own = job.name, job.manifest.id, job.objective, job.storage, job.folder
         stores.append(optuna_store.OptunaStore(*own))
     return stores
 
@@ -308,7 +308,7 @@ def _run_loop(
     kept = retention.tidy(folder, records.values(), job.keep_best)
 
     def outline() -> None:
-        own.status = progress.outline(records, job.trials(records), job.metric, log.paused())
+        own.status = progress.outline(records, job.trials(records), job.objective, log.paused())
 
     def observe(event: Event) -> None:
         nonlocal kept
@@ -350,8 +350,10 @@ def _run_loop(
         on_over_cap,
         shown.say,
     )
-    score = mean_score(job.metric, SELECTION[job.metric].sign)
-    steer = lambda order, records: steering.events_of(order, records, job.add, shown.say)
+    score = mean_score(*job.objective)
+    steer = lambda order, records: steering.carry_out(
+        job.folder, order, records, job.add, shown.say
+    )
     loop = study_loop(
         log, records, job.source, job.stops, score, backend.start, at_once, observe, steer
     )

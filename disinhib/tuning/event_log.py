@@ -11,11 +11,13 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -47,6 +49,18 @@ CREATE TABLE IF NOT EXISTS events (
 );
 CREATE TABLE IF NOT EXISTS delivered (store TEXT PRIMARY KEY, event INTEGER NOT NULL);
 """
+
+
+class Objective(NamedTuple):
+    """What a study's scores are of. Pinned when it starts, so that a study whose metric is a
+    plugin's can be shown, renamed and deleted without that plugin."""
+
+    metric: str  # of metrics.SELECTION
+    sign: int  # 1 where more is better, -1 where less is: scores in the log are signed by it
+
+    @classmethod
+    def of(cls, metric: str, mode: str) -> Objective:
+        return cls(metric, 1 if mode == "max" else -1)
 
 
 class TrialConfig(TypedDict):
@@ -213,13 +227,21 @@ def replay(events: Iterable[Logged]) -> dict[int, Record]:
     return records
 
 
-def read(folder: Path) -> list[Logged] | None:
-    """The events of a log that is not open; None if it is, in a process of this machine.
+def read(folder: Path, copied: bool = False) -> list[Logged] | None:
+    """The events of a log that is not open; None if it is, in a process of this machine. Where one
+    of another machine may have it open, a copy is read: to open a log rolls back what was not
+    committed.
 
     Raises ConfigError if there is none, or if it cannot be read.
     """
     if not (folder / FILE).exists():
         raise ConfigError(f"study: {folder} has no {FILE}: it is no whole copy of the study")
+    if copied:
+        with tempfile.TemporaryDirectory() as part:
+            for file in folder.glob(f"{FILE}*"):  # and its journal
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(file, Path(part, file.name))
+            return read(Path(part))
     try:
         address = f"{(folder / FILE).absolute().as_uri()}?mode=rw"  # a kill may have left a journal
         with closing(sqlite3.connect(address, timeout=0, uri=True)) as connection:
@@ -229,6 +251,9 @@ def read(folder: Path) -> list[Logged] | None:
         if error.sqlite_errorname == "SQLITE_BUSY":
             return None
         raise ConfigError(f"study: cannot read {folder / FILE} ({one_line(error)})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"another version wrote it: {one_line(error)}"
+        raise ConfigError(f"study: cannot read {folder / FILE} ({why})") from error
 
 
 def write(folder: Path, events: Iterable[Logged]) -> None:
@@ -313,7 +338,7 @@ class EventLog:
 
     def paused(self) -> bool:
         """Whether the study is paused: no trial begins."""
-        query = "SELECT body FROM events WHERE trial = ? AND kind = ? ORDER BY epoch DESC LIMIT 1"
+        query = "SELECT body FROM events WHERE trial = ? AND kind = ? ORDER BY id DESC LIMIT 1"
         rows = self._rows(query, Paused.trial, Paused.kind)
         return bool(rows) and json.loads(rows[0][0])["on"]
 

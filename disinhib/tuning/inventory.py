@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import yaml
 
 from disinhib.checks import refusal
 from disinhib.errors import ConfigError, nearest
+from disinhib.metrics import SELECTION
 from disinhib.tuning import event_log, lease, manifest, progress
-from disinhib.tuning.event_log import OF_STUDY, Logged, Paused, Record, replay
+from disinhib.tuning.event_log import OF_STUDY, Logged, Objective, Paused, Record, replay
 from disinhib.tuning.manifest import MANIFEST, Manifest
 from disinhib.tuning.resume import FILE
 
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 RETRAINED = "-retrained"  # follows the study's name in that of its retraining
+DELETED = ".{}.deleted"  # what is left of a folder while it is being deleted
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Entry:
     state: str
     driver: Mapping[str, Any] | None  # its lease, while it runs
     outline: Mapping[str, Any]  # progress.outline; of one that has just been started, empty
+    objective: Objective
     records: Mapping[int, Record] = field(default_factory=dict)  # none while it runs
 
     @property
@@ -74,43 +79,57 @@ class Entry:
     @property
     def size(self) -> int:
         """Of its folder, in bytes."""
-        return sum(file.lstat().st_size for file in self.folder.rglob("*") if file.is_file())
+        total = 0
+        for folder, _, files in os.walk(self.folder):
+            for file in files:
+                with suppress(FileNotFoundError):  # it runs: a checkpoint has just been removed
+                    total += os.lstat(os.path.join(folder, file)).st_size
+        return total
 
 
 def look(folder: Path) -> Entry:
     """The study in `folder`. Raises ConfigError if it has none, or none that can be read."""
+    return _look(folder, lease.elsewhere([folder]).get(folder))
+
+
+def _look(folder: Path, driver: Mapping[str, Any] | None) -> Entry:
+    """The study in `folder`, which `driver`, if any, runs on another machine. Its log is not opened
+    then: that machine's locks may not hold here, and what it is writing would be rolled back."""
     try:
         kept = yaml.safe_load((folder / FILE).read_text("utf-8"))
-        metric = kept["options"]["metric"]
+        objective = _objective(**kept["options"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(f"study: {folder} has no {FILE} that can be read") from error
     begun = manifest.read(folder, folder.name)
-    events = event_log.read(folder)
-    if events is None:
+    events = None
+    if driver is None:
+        events = event_log.read(folder, copied=lease.foreign(folder))
         driver = lease.read(folder) or {}
-        return Entry(folder, kept, begun, [], RUNNING, driver, driver.get("status", {}))
+    if events is None:
+        status = driver.get("status", {})
+        return Entry(folder, kept, begun, [], RUNNING, driver, status, objective)
     records = replay(events)
-    trials = kept["options"].get("trials", len(records))  # a retraining has a list
+    trials = kept["options"].get("trials", len(records))  # of an earlier version's retraining
     paused = [logged.event.on for logged in events if isinstance(logged.event, Paused)][-1:]
-    outline = progress.outline(records, trials, metric, paused == [True])
+    outline = progress.outline(records, trials, objective, paused == [True])
     state = FINISHED if outline["ended"] >= trials and not outline["unfinished"] else INTERRUPTED
-    return Entry(folder, kept, begun, events, state, None, outline, records)
+    return Entry(folder, kept, begun, events, state, None, outline, objective, records)
+
+
+def _objective(metric: str, mode: str | None = None, **_: Any) -> Objective:
+    return Objective.of(metric, mode or SELECTION[metric].mode)  # an earlier version kept no mode
 
 
 def listed(out_dir: Path) -> tuple[list[Entry], list[str]]:
     """(the studies in `out_dir`, the newest first; of every folder that is no whole study, why)."""
     entries, broken = [], []
-    for folder in sorted(file.parent for file in out_dir.glob(f"*/{FILE}")):
+    folders = _folders(out_dir)
+    leases = lease.elsewhere(folders)
+    for folder in folders:
         try:
-            entries.append(look(folder))
+            entries.append(_look(folder, leases.get(folder)))
         except (ConfigError, OSError) as error:
             broken.append(str(error))
-    leases = lease.elsewhere(entry.folder for entry in entries if entry.state != RUNNING)
-    for index, entry in enumerate(entries):
-        if entry.folder in leases:
-            there = leases[entry.folder]
-            status = there.get("status", {})
-            entries[index] = replace(entry, state=RUNNING, driver=there, outline=status)
     return sorted(entries, key=lambda entry: -entry.when), broken
 
 
@@ -118,21 +137,24 @@ def find(out_dir: Path, name: str) -> Entry:
     """The study `name` in `out_dir`. Raises ConfigError if there is none."""
     folder = out_dir / name
     if not (folder / FILE).exists():
-        names = sorted(file.parent.name for file in out_dir.glob(f"*/{FILE}"))
+        names = [folder.name for folder in _folders(out_dir)]
         allowed = f"one of {', '.join(names)}" if names else "none: there is no study"
         raise refusal("study", name, f"{allowed} (in {out_dir}){nearest(name, names)}")
-    entry = look(folder)
-    if entry.state != RUNNING and (there := lease.elsewhere([folder]).get(folder)):
-        return replace(entry, state=RUNNING, driver=there, outline=there.get("status", {}))
-    return entry
+    return look(folder)
+
+
+def _folders(out_dir: Path) -> list[Path]:
+    """The folders of studies, without those that are being deleted."""
+    folders = sorted(file.parent for file in out_dir.glob(f"*/{FILE}"))
+    return [folder for folder in folders if not fnmatch(folder.name, DELETED.format("*"))]
 
 
 def folders_by_id(out_dir: Path) -> dict[str, Path]:
     """The folders of the studies in `out_dir` whose manifest can be read, by the study's id."""
     found = {}
-    for file in out_dir.glob(f"*/{FILE}"):
+    for folder in _folders(out_dir):
         with suppress(ConfigError):
-            found[manifest.read(file.parent, file.parent.name).id] = file.parent
+            found[manifest.read(folder, folder.name).id] = folder
     return found
 
 

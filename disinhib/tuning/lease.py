@@ -97,6 +97,17 @@ def elsewhere(folders: Iterable[Path]) -> dict[Path, dict[str, Any]]:
     return {folder: there for folder, there in now.items() if there and there != foreign[folder]}
 
 
+def foreign(folder: Path) -> bool:
+    """Whether there is a lease that is not of this machine: its driver may be alive."""
+    there = None
+    for _ in range(round(1 / LOOK_SECONDS)):
+        there = read(folder)
+        if there is not None or not (folder / FILE).exists():
+            break
+        time.sleep(LOOK_SECONDS)  # it is being written
+    return (folder / FILE).exists() and (there is None or there["machine"] != _machine())
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[Lease]:
     """Holds the lease on the study in `folder`, which nobody else runs."""

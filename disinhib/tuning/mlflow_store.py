@@ -44,6 +44,7 @@ from disinhib.tuning.event_log import (
     Ended,
     EpochDone,
     Logged,
+    Objective,
     Record,
     TrialConfig,
     follow,
@@ -286,7 +287,7 @@ RunKey = tuple[int, int | None]  # a trial's number and, in a retraining, the se
 class MlflowStore:
     """Writes a study into MLflow: a parent run, and under it a run for each trial or seed.
 
-    `metric` is the study's, `tags` are for all runs, `files` (name -> text) for the study's run,
+    `objective` is the study's, `tags` are for all runs, `files` (name -> text) for the study's run,
     `trial_files` for those of trials. Models are read from `models(number, seed)`. Runs are found
     again by the study's `id` and the trial's number (and seed).
     """
@@ -296,7 +297,7 @@ class MlflowStore:
     experiment: Experiment
     study: str
     id: str
-    metric: str
+    objective: Objective
     tags: Mapping[str, str]
     files: Mapping[str, str | bytes]
     trial_files: Mapping[str, str]
@@ -382,11 +383,10 @@ class MlflowStore:
 
     def _standings(self, when: float) -> list[Metric]:
         """How the trials that have ended until then stand."""
-        from disinhib.metrics import SELECTION  # with jax, which readers of a store do without
         from disinhib.tuning import progress
 
         records = [self.records[number] for number in sorted(self.told)]
-        now, sign = progress.tally(records), SELECTION[self.metric].sign
+        now, sign = progress.tally(records), self.objective.sign
         values: dict[str, float] = {"trials_ended": now.ended, "trials_failed": now.failed}
         if not any(record.config["final"] for record in records):  # those do not compete
             for rule, best, _ in progress.standings(records):
@@ -402,7 +402,7 @@ class MlflowStore:
         records = list(self.records.values())
         tags = []
         if not any(record.config["final"] for record in records):
-            tags = [RunTag(DESCRIPTION, progress.markdown(records, self.metric))]
+            tags = [RunTag(DESCRIPTION, progress.markdown(records, self.objective))]
         for first in range(0, len(standings), MOST_METRICS):
             part = standings[first : first + MOST_METRICS]
             self.client.log_batch(self.study_run, metrics=part, tags=tags)
@@ -415,15 +415,13 @@ class MlflowStore:
         if self.params is not None and not new:
             return
         self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
-        from disinhib.metrics import ANGLE, SELECTION, measures
-
-        score, angle = (f"metrics.`{name}`" for name in (self.metric, ANGLE))
+        score, angle = (f"metrics.`{name}`" for name in (self.objective.metric, ANGLE))
         records = self.records.values()
         aligned = any(measures(record.config["options"], ANGLE) for record in records)
         view = {
             "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
             "orderByKey": score,
-            "orderByAsc": SELECTION[self.metric].sign < 0,
+            "orderByAsc": self.objective.sign < 0,
             "selectedColumns": [
                 *dict.fromkeys(["tags.`rule`", score, *([angle] if aligned else [])]),
                 *("tags.`trial_state`", "tags.`epochs`"),
@@ -477,7 +475,7 @@ class MlflowStore:
                 from disinhib.tuning import progress
 
                 record = self.records[number]
-                complete = progress.in_words(record.score, self.metric)
+                complete = progress.in_words(record.score, self.objective)
                 end = complete if record.state == COMPLETE else record.state
                 self.client.update_run(run, name=f"{_name(record.config)} {end}")
 

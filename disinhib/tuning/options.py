@@ -20,8 +20,9 @@ from disinhib import config, hydra_config, plugins, rules, training
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked, nearest, one_line
 from disinhib.hydra_config import option_of
+from disinhib.metrics import SELECTION
 from disinhib.tuning import early_stopping, resume, space_tree, suggest
-from disinhib.tuning.event_log import Record, TrialConfig
+from disinhib.tuning.event_log import Objective, Record, TrialConfig
 from disinhib.tuning.initial_points import defaults, grid, read_points
 from disinhib.tuning.space_tree import SEARCH
 from disinhib.tuning.validation import STUDY_GROUPS, STUDY_OPTIONS, check
@@ -46,6 +47,7 @@ class Study:
     replicates: int
     seed: int
     metric: str
+    mode: str  # max or min: that of the metric
     points: str | None  # a file
     warm_start: str | None  # an earlier study's name
     checkpoints: Mapping[str, Any]
@@ -62,6 +64,10 @@ class Study:
     @property
     def search_space(self) -> Space:
         return space_tree.narrowed(SPACES[self.space], self.fixed, self.ranges)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective.of(self.metric, self.mode)
 
     @property
     def folder(self) -> Path:
@@ -117,6 +123,7 @@ def compose(overrides: Sequence[str]) -> Study:
         _composed((), chosen)
     options, choices = _composed(common, chosen)
     check(options)
+    options["mode"] = SELECTION[options["metric"]].mode  # kept: a plugin may be gone
     out_dir = Path(options["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
     uri = options["tracking"]["uri"]

@@ -16,8 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.metrics import SELECTION
-from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Record
+from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Objective, Record
 from disinhib.tuning.suggest import STATES, value
 
 FILE = "optuna.log"  # in the study's folder
@@ -64,13 +63,13 @@ def delete_study(url: str, id: str) -> bool:
 class OptunaStore:
     """Writes a study into the storage at `url`, or into a file in its `folder`.
 
-    Scores of the `metric` are stored as they were measured."""
+    Scores of the `objective` are stored as they were measured."""
 
     name, option = "optuna", "searcher.storage"
 
-    def __init__(self, study: str, id: str, metric: str, url: str | None, folder: Path):
-        self.study_name, self.id, self.metric = study, id, metric
-        self.sign = SELECTION[metric].sign
+    def __init__(self, study: str, id: str, objective: Objective, url: str | None, folder: Path):
+        self.study_name, self.id = study, id
+        self.metric, self.sign = objective
         self.url, self.folder = url, folder
         self.address = url or FILE  # beside the log, wherever that is
 

@@ -206,7 +206,7 @@ def measure(
             data=[provenance.source_of(study.options)],
             kept={"options": {}},
             command="",
-            metric=study.metric,
+            objective=study.objective,
             source=from_list(trials),
             trials=lambda records: len(trials),
             cluster=study.cluster,

@@ -20,7 +20,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from disinhib.checks import is_number
-from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import (
     COMPLETE,
     ENDED,
@@ -30,6 +29,7 @@ from disinhib.tuning.event_log import (
     STATES,
     WAITING,
     EpochDone,
+    Objective,
     Record,
     TrialConfig,
 )
@@ -91,9 +91,9 @@ def merit(record: Record | None) -> float:
     return -math.inf if record is None or record.score is None else record.score
 
 
-def in_words(score: float | None, metric: str) -> str:
+def in_words(score: float | None, objective: Objective) -> str:
     """A score as it was measured, without the sign, as a text."""
-    return "none" if score is None else f"{SELECTION[metric].sign * score:.2f}"
+    return "none" if score is None else f"{objective.sign * score:.2f}"
 
 
 class Span(NamedTuple):
@@ -189,12 +189,12 @@ def _coarse(seconds: float) -> float:
 
 
 def line(
-    records: Sequence[Record], trials: int, elapsed: float, metric: str, left: Span | None
+    records: Sequence[Record], trials: int, elapsed: float, objective: Objective, left: Span | None
 ) -> str:
     """The study in one line."""
     now = tally(records)
     waiting = sum(record.state == WAITING for record in records)
-    scores = [f"{s.rule} {in_words(s.best.score, metric)}" for s in standings(records) if s.best]
+    scores = [f"{s.rule} {in_words(s.best.score, objective)}" for s in standings(records) if s.best]
     return (
         f"{now.ended}/{trials} trials: {now.complete} complete, {now.pruned} pruned,"
         f" {now.failed} failed, {now.running} running{f', {waiting} waiting' if waiting else ''};"
@@ -220,10 +220,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[round(share(value) * (len(BLOCKS) - 1))] for value in values)
 
 
-def leaderboard(records: Sequence[Record], metric: str, blocks: int = 0) -> Table:
+def leaderboard(records: Sequence[Record], objective: Objective, blocks: int = 0) -> Table:
     """Each rule's best complete trial and how its trials ended, the best rule first; with `blocks`
     also how the best score rose, in so many characters."""
-    names, *rows = _leaders(records, metric)
+    names, *rows = _leaders(records, objective)
     right = (Column(name, justify="right") for name in names[1:])
     table = Table(names[0], *right, *[TREND] * bool(blocks), box=None, pad_edge=False)
     for row in rows:
@@ -232,20 +232,20 @@ def leaderboard(records: Sequence[Record], metric: str, blocks: int = 0) -> Tabl
     return table
 
 
-def live_board(records: Sequence[Record], metric: str, console: Console) -> RenderableType:
+def live_board(records: Sequence[Record], objective: Objective, console: Console) -> RenderableType:
     """The leaderboard as the terminal has room for it: with the rise of the best score, or without,
     or, if it is too narrow, in two lines a rule."""
-    table = leaderboard(records, metric)
+    table = leaderboard(records, objective)
     needs = console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum
     room = console.width - needs
     blocks = (
         0 if console.options.ascii_only else min(MOST_BLOCKS, room - 2)
     )  # and a space each side
     if room >= 0:
-        return table if blocks < len(TREND) else leaderboard(records, metric, blocks)
+        return table if blocks < len(TREND) else leaderboard(records, objective, blocks)
     lines = []
     for rule, top, now in standings(records):
-        score = f"{in_words(top.score, metric)} (trial {top.number})" if top else "none complete"
+        score = f"{in_words(top.score, objective)} (trial {top.number})" if top else "none complete"
         head = f"{rule} {score} "
         rise = best_so_far([record for record in records if record.rule == rule])
         blocks = 0 if console.options.ascii_only else max(0, console.width - len(head))
@@ -254,26 +254,26 @@ def live_board(records: Sequence[Record], metric: str, console: Console) -> Rend
     return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
-def markdown(records: Sequence[Record], metric: str) -> str:
+def markdown(records: Sequence[Record], objective: Objective) -> str:
     """The leaderboard in Markdown."""
-    names, *rows = _leaders(records, metric)
+    names, *rows = _leaders(records, objective)
     aligned = ["---", *["---:"] * (len(names) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (names, aligned, *rows))
 
 
-def _leaders(records: Sequence[Record], metric: str) -> list[list[str]]:
+def _leaders(records: Sequence[Record], objective: Objective) -> list[list[str]]:
     """The leaderboard's rows; the first has the names of its columns."""
     whole = tally(records)._asdict()
     shown = [state for state in STATES if state in ENDED or whole[state]]
-    rows = [["rule", f"best {metric}", "trial", *shown]]
+    rows = [["rule", f"best {objective.metric}", "trial", *shown]]
     for rule, top, now in standings(records):
-        first = (in_words(top.score, metric), str(top.number)) if top else ("none complete", "")
+        first = (in_words(top.score, objective), str(top.number)) if top else ("none complete", "")
         rows.append([rule, *first, *(str(now._asdict()[state]) for state in shown)])
     return rows
 
 
 def outline(
-    records: Mapping[int, Record], trials: int, metric: str, paused: bool = False
+    records: Mapping[int, Record], trials: int, objective: Objective, paused: bool = False
 ) -> dict[str, Any]:
     """How a study of `trials` trials stands, in plain values."""
     known = list(records.values())
@@ -285,7 +285,7 @@ def outline(
         "failed": now.failed,
         "unfinished": sorted(record.number for record in known if not record.ended),
         "paused": paused,
-        "best": {s.rule: in_words(s.best.score, metric) for s in standings(known) if s.best},
+        "best": {s.rule: in_words(s.best.score, objective) for s in standings(known) if s.best},
     }
 
 
@@ -337,9 +337,14 @@ class Progress:
     PLAIN_SECONDS, and less often later; prints failures as they happen."""
 
     def __init__(
-        self, console: Console, trials: int, metric: str, decisions: Decisions = lambda trial: ()
+        self,
+        console: Console,
+        trials: int,
+        objective: Objective,
+        decisions: Decisions = lambda trial: (),
     ):
-        self.console, self.trials, self.metric, self.decisions = console, trials, metric, decisions
+        self.console, self.trials, self.objective = console, trials, objective
+        self.decisions = decisions
         self.started = self.shown = time.monotonic()
         self.before = 0  # trials that had ended before this session
         self.seconds: dict[int, list[float]] = {}
@@ -382,13 +387,13 @@ class Progress:
         self.at_once = max(self.at_once, running)
         left = self.left(records, now)
         if not self.moves:
-            self.say(line(records, self.trials, elapsed, self.metric, left))
+            self.say(line(records, self.trials, elapsed, self.objective, left))
             return
         ended = tally(records).ended
         status = f"{ended}/{self.trials} trials, {clock(elapsed)}, {left_in_words(left)}"
         bar = Table.grid()  # a bar alone ends no line
         bar.add_row(ProgressBar(self.trials, ended, width=min(80, self.console.width)))
-        board = live_board(records, self.metric, self.console)
+        board = live_board(records, self.objective, self.console)
         self.live.update(Group(Text(status), bar, board), refresh=True)
 
     def left(self, records: Sequence[Record], now: float) -> Span | None:

@@ -87,13 +87,13 @@ def _subject(override: str) -> str:
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the options `now` make another study of it than those `before`. (More
-    trials do not.)"""
+    trials do not, and the mode is that of the metric.)"""
     was, wanted = flatten(before), flatten(now)
     if wanted["trials"] < was["trials"]:
         raise refusal("trials", wanted["trials"], f"at least {was['trials']}, which the study has")
     changed = [
         f"{name}={was.get(name)} (now {wanted.get(name)})"
-        for name in sorted({*was, *wanted} - {"trials"})
+        for name in sorted({*was, *wanted} - {"trials", "mode"})
         if was.get(name) != wanted.get(name) and not name.startswith(RESUMED_WITH)
     ]
     if changed:
@@ -111,10 +111,11 @@ def kept_trials(folder: Path) -> int:
 def keep_trials(folder: Path, trials: int) -> None:
     """Writes down that the study in `folder` has so many trials from now on."""
     content = yaml.safe_load((folder / FILE).read_text("utf-8"))
-    if content["options"]["trials"] == trials:
+    if content["options"].get("trials") == trials:
         return
-    others = [o for o in content["overrides"] if option_of(o) != "trials"]
-    content["overrides"] = [*others, f"trials={trials}"]
+    if "overrides" in content:  # else a retraining, whose list follows from its seeds
+        others = [o for o in content["overrides"] if option_of(o) != "trials"]
+        content["overrides"] = [*others, f"trials={trials}"]
     content["options"]["trials"] = trials
     keep(folder, content)
 

@@ -3,8 +3,8 @@ second.
 
 An instruction is a whole file with a name of its own, so that nobody reads half of it, on a file
 system of several machines too. The driver is the only writer of the event log: it logs what an
-instruction changes before it acts, and then removes the file. One that is read again, after a kill
-in between, has no further effect.
+instruction changes before it acts, leaves an answer beside it, and then removes the file. One that
+is read again, after a kill in between, has no further effect.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from disinhib.tuning.event_log import PRUNED, Asked, Ended, Event, Paused, Recor
 FOLDER = "instructions"  # in a study's folder
 PAUSE, UNPAUSE, STOP, END, ADD = "pause", "unpause", "stop", "end", "add"
 VERBS = (PAUSE, UNPAUSE, STOP, END, ADD)
+ANSWER = ".answer"  # the ending of its file, beside the instruction
 BY_HAND = "ended by hand"  # the reason of such a trial
 ADDED = "added"  # tag of a trial that somebody added: the instruction's id
 
@@ -69,11 +70,50 @@ def take(folder: Path, say: Callable[[str], None]) -> Iterator[Instruction]:
         file.unlink(missing_ok=True)
 
 
-def forget_stops(folder: Path) -> None:
-    """Removes instructions to stop, which the driver that they were for did not live to see."""
+def answer(folder: Path, instruction: Instruction, words: str, done: bool) -> None:
+    """Leaves for whoever gave the instruction what has come of it."""
+    file = folder / FOLDER / f"{instruction.id}{ANSWER}"
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"words": words, "done": done}), "utf-8")
+    part.replace(file)
+
+
+def answered(file: Path) -> tuple[str, bool] | None:
+    """(in words what has come of the instruction in `file`, whether it is done); None if it has no
+    answer. It is read once."""
+    try:
+        text = file.with_suffix(ANSWER).read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    file.with_suffix(ANSWER).unlink(missing_ok=True)
+    there = json.loads(text)
+    return there["words"], there["done"]
+
+
+def forget(folder: Path) -> None:
+    """Removes instructions to stop, which the driver that they were for did not live to see, and
+    answers that nobody has waited for."""
+    for file in (folder / FOLDER).glob(f"*{ANSWER}"):
+        file.unlink(missing_ok=True)
     for file in (folder / FOLDER).glob("*.json"):
         if f'"{STOP}"' in file.read_text("utf-8"):
             file.unlink()
+
+
+def carry_out(
+    folder: Path,
+    instruction: Instruction,
+    records: Mapping[int, Record],
+    add: Adder | None,
+    say: Callable[[str], None],
+) -> list[Event]:
+    """`events_of` an instruction to the study in `folder`, which is answered."""
+    said: list[str] = []
+    events = events_of(instruction, records, add, said.append)
+    for words in said:
+        say(words)
+        answer(folder, instruction, words, done=bool(events))
+    return events
 
 
 def events_of(

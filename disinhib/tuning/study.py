@@ -100,7 +100,7 @@ def job(study: Study) -> Job:
         kept=kept(study),
         command=shlex.join(["python", "tune_main.py", *study.overrides]),
         numbered=study.options["study"] is None,
-        metric=study.metric,
+        objective=study.objective,
         source=from_search(manifest.proposer(study, begun), study.trials, study.batch),
         stops=study.stops,
         decisions=study.decisions,
@@ -134,7 +134,7 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
     states = ", ".join(f"{n} {state}" for state, n in counts if n)
     clock = progress.clock(finished.seconds)
     say(f"\nstudy {finished.job.name}: {len(records)} trials in {clock}: {states}")
-    console.print(progress.leaderboard(records, study.metric))
+    console.print(progress.leaderboard(records, study.objective))
     for line in progress.failures(records):
         say(line)
     for name, count in finished.undelivered.items():

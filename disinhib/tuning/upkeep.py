@@ -21,7 +21,16 @@ from disinhib.hydra_config import option_of
 from disinhib.tuning import engine, lease, mlflow_store, optuna_store, resume
 from disinhib.tuning.engine import Job
 from disinhib.tuning.event_log import OF_STUDY, EventLog, replay
-from disinhib.tuning.inventory import FINISHED, RETRAINED, RUNNING, Entry, find, look, retrainings
+from disinhib.tuning.inventory import (
+    DELETED,
+    FINISHED,
+    RETRAINED,
+    RUNNING,
+    Entry,
+    find,
+    look,
+    retrainings,
+)
 from disinhib.tuning.loop import from_list
 from disinhib.tuning.mlflow_process import MlflowProcess
 from disinhib.tuning.options import store_of
@@ -30,7 +39,6 @@ from disinhib.tuning.resume import FILE
 from disinhib.tuning.validation import NAME
 
 RENAMED = "renamed_from"  # in FILE, until all stores know the new name
-DELETED = ".{}.deleted"  # what is left of a folder while it is being deleted
 
 
 def address(entry: Entry, given: str | None = None) -> str:
@@ -51,7 +59,7 @@ def job_of(entry: Entry, uri: str) -> Job:
         data=[],
         kept=entry.kept,
         command=entry.kept.get("command", ""),
-        metric=options["metric"],
+        objective=entry.objective,
         source=from_list([]),
         cluster=options["cluster"],
         checkpoints=options["checkpoints"],
@@ -98,16 +106,18 @@ def rename(out_dir: Path, old: str, new: str, uri: str | None = None) -> list[st
         return done
     entry = find(out_dir, old)
     family = [e for e in (*retrainings(entry), entry) if e.name in names]
-    with closing(MlflowProcess()) as mlflow:
+    with closing(MlflowProcess()) as mlflow, ExitStack() as logs:
         for one in family:
             refuse_running(one)
+            logs.enter_context(closing(EventLog(one.folder, existing=True)))  # nobody begins to
             if (out_dir / names[one.name]).exists():
                 raise refusal("to", new, f"a new name ({out_dir / names[one.name]} is there)")
             job = replace(job_of(one, address(one, uri)), name=names[one.name], resume=False)
             engine.check_stores(job, mlflow)
+        for one in family:
+            _keep_name(one, names[one.name])
+            one.folder.rename(out_dir / names[one.name])
     for one in family:
-        _keep_name(one, names[one.name])
-        one.folder.rename(out_dir / names[one.name])
         there = look(out_dir / names[one.name])
         done.append(_renamed(there, one.name, address(there, uri)))
     return done
@@ -152,6 +162,7 @@ def delete(entry: Entry, uri: str) -> list[str]:
         if storage is not None and optuna_store.delete_study(storage, entry.manifest.id):
             lines.append(f"{entry.name}: its study in {masked(storage)}")
         size = entry.size
+        sweep(folder)  # of an earlier study of that name
         folder.rename(folder.with_name(DELETED.format(entry.name)))
     sweep(folder)  # after the log is closed: NFS keeps what is open
     return [*lines, f"{entry.name}: its folder {folder} ({size / 1e6:.1f} MB)"]
