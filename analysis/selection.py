@@ -81,8 +81,8 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Criterion
     return chosen
 
 
-def metric_of(study: StudyRun, given: str | None = None) -> Metric:
-    """The metric `given`, else the study's. Raises Refused unless it is one of validation data, which
+def metric_of(study: StudyRun, given: str | None = None) -> Criterion:
+    """The metric `given`, else the study's. Raises Refused unless it is one of validation data that
     the study has measured."""
     name = given or study.options["metric"]
     if name not in SELECTION:

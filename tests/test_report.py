@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import configurations, retrain, runs, store as stores
 from analysis.report import __main__ as program, contents, forms, tables
 from analysis.store import Refused
 from disinhib.errors import InputError

@@ -415,6 +415,8 @@ class MlflowStore:
         if self.params is not None and not new:
             return
         self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
+        from disinhib.metrics import ANGLE, measures  # with jax, which readers of a store do without
+
         score, angle = (f"metrics.`{name}`" for name in (self.objective.metric, ANGLE))
         records = self.records.values()
         aligned = any(measures(record.config["options"], ANGLE) for record in records)
