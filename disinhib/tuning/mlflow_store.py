@@ -414,9 +414,10 @@ class MlflowStore:
         new = dict.fromkeys(params).keys() - (self.params or {}).keys()
         if self.params is not None and not new:
             return
-        self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
-        from disinhib.metrics import ANGLE, measures  # with jax, which readers of a store do without
+        # Here, as it comes with jax, which readers of a store do without.
+        from disinhib.metrics import ANGLE, measures
 
+        self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
         score, angle = (f"metrics.`{name}`" for name in (self.objective.metric, ANGLE))
         records = self.records.values()
         aligned = any(measures(record.config["options"], ANGLE) for record in records)
