@@ -40,7 +40,7 @@ def refuse(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "space=rulez": ["space: given rulez", "rules, bp", "did you mean rules?"],
+    "space=rulez": ["space: given rulez", "rules, all_rules", "did you mean rules?"],
     "trials=0": ["trials: given 0", "at least 1"],
     "trials=2.5": ["trials: given 2.5", "whole number"],
     "trails=5": ["trails: unknown option", "did you mean trials?"],
@@ -70,7 +70,7 @@ REFUSED = {
     "mode=min": ["mode: given min", "max for metric=valid_accuracy"],
     "metric=alignment_angle": ["metric: given alignment_angle", "diagnostics.alignment=true"],
     "test_at_end=true": ["test_at_end: given true", "must not see the test set"],
-    "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, bp"],
+    "space=[bp,rules]": ["space: given ['bp', 'rules']", "one of rules, all_rules"],
     "study=mlflow.db": ["study: given mlflow.db", "but not mlflow.db"],
     f"study={'x' * 101}": ["study: given xxx", "at most 100 characters"],
     "experiment=nonsense": ["experiment: given nonsense", "one of fmnist_rules, smoke"],

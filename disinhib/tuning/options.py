@@ -157,7 +157,7 @@ def _load_kept_plugins(overrides: Sequence[str]) -> None:
     """
     from disinhib.tuning import manifest  # which imports this module
 
-    which = [o for o in overrides if option_of(o) in ("resume", "study", "out_dir")]
+    which = [o for o in overrides if option_of(o) in ("resume", "extend", "study", "out_dir")]
     if not any(option_of(o) == "resume" for o in which):
         return
     settings = _settings(which)
