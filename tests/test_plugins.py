@@ -342,8 +342,8 @@ def test_a_trajectory_is_drawn_with_the_plugins_of_its_training(write, unloaded,
             trajectory.trained(*given)
         return str(no.value)
 
-    assert "plugins: mine is not loaded: give plugins=[FILE]" in refused(folder)
-    assert "lacks what counting remembers; needed is the folder" in refused(model, [file])
+    assert f"needs plugin {file}: give plugins=[FILE]" in refused(folder)
+    assert "lacking what counting remembers" in refused(model, [file])
     write(dedent(CLOSED_LOOP) + "# another")
     assert f"{file} has changed since: give plugins={folder}/plugins/mine.py" in refused(
         folder, [file]

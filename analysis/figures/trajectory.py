@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import command
 from analysis.figures.command import BLACK, GREY, ORANGE, VERMILION, Tables
-from disinhib import cli, export, training
+from disinhib import checkpoint, cli, export, training
 from disinhib.checks import INDEX, TEXT, Option
 from disinhib.config import PLUGINS, RunConfig, parse
 from disinhib.errors import InputError
@@ -66,6 +66,9 @@ def trained(path: Path, given: Sequence[str] = ()) -> tuple[RunConfig, Parameter
             f" needed is one of {rules}"
         )
     try:
+        if path.is_dir():  # also of a plugin's rule, whose state no model has
+            state = checkpoint.load(path / checkpoint.CHECKPOINT, config, "run").state
+            return config, parameters, jax.tree.map(lambda lanes: lanes[0], state.rule)
         return config, parameters, network.memory(parameters)
     except InputError as error:
         raise InputError(f"run: given {path}: {error}") from error
