@@ -15,6 +15,50 @@ from disinhib.rules import RULES
 LAYERS = ("", "_0", "_1", "_out")
 
 
+# Training is float32; these come first, because float64 then holds for the rest of the module.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model/vf=non-dale", "trainer=sign-symmetric"],
+        ["model/vf=dale", "trainer=lin-thresh", "trainer.feedback=sign-symmetric"],
+    ],
+    ids=" ".join,
+)
+def test_rules_whose_feedback_knows_the_signs_of_weights_point_downhill(words):
+    small = ["model.vf.sizes_hidden=[6]", "model.vf.nb_hidden=2", "diagnostics.alignment=true"]
+    config = parse(hydra_config.compose("train", [*words, *small])[0])
+    state = training.initial_state(config, [0, 1])
+    for _ in range(2):
+        state, metrics = training.advance(config, training.prepare(config), state)
+    for layer in LAYERS:
+        assert np.all(metrics[ANGLE + layer] < 90), layer
+    assert np.all(metrics[ANGLE] > 0)  # but not where the gradient does
+
+
+def test_it_is_measured_of_each_lane_and_changes_nothing():
+    words = [
+        "model/vf=dale",
+        "trainer=lin-thresh",
+        "model.vf.sizes_hidden=[6]",
+        "model.vf.nb_hidden=2",
+    ]
+    of = lambda *more: parse(hydra_config.compose("train", [*words, *more])[0])
+    plain, observed = of(), of("diagnostics.alignment=true")
+    data = training.prepare(plain)
+    results = [
+        training.advance(config, data, training.initial_state(config, [0, 1]))
+        for config in (plain, observed)
+    ]
+    (state, metrics), (observed_state, with_alignment) = results
+    jax.tree.map(np.testing.assert_array_equal, state, observed_state)
+    added = with_alignment.keys() - metrics.keys()
+    assert added == {name + layer for name in (ANGLE, NORM_RATIO) for layer in LAYERS}
+    angles = with_alignment[ANGLE]
+    assert angles.shape == (2,) and len({*angles}) == 2 and np.all((angles > 0) & (angles < 90))
+
+
 @pytest.fixture
 def measured(problem):
     def measure(rule, kept=lambda state, parameters: state, **fields):
@@ -72,44 +116,3 @@ def test_feedback_alignment_on_the_forward_weights_is_back_propagation(measured)
         np.testing.assert_allclose(found[NORM_RATIO + layer], 1, rtol=1e-12)
     other = measured("fa", circuit="non-dale")  # on random weights
     assert other[f"{ANGLE}_0"] > 30 and other[f"{ANGLE}_out"] < 1e-10
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["model/vf=non-dale", "trainer=sign-symmetric"],
-        ["model/vf=dale", "trainer=lin-thresh", "trainer.feedback=sign-symmetric"],
-    ],
-    ids=" ".join,
-)
-def test_rules_whose_feedback_knows_the_signs_of_weights_point_downhill(words):
-    small = ["model.vf.sizes_hidden=[6]", "model.vf.nb_hidden=2", "diagnostics.alignment=true"]
-    config = parse(hydra_config.compose("train", [*words, *small])[0])
-    state = training.initial_state(config, [0, 1])
-    for _ in range(2):
-        state, metrics = training.advance(config, training.prepare(config), state)
-    for layer in LAYERS:
-        assert np.all(metrics[ANGLE + layer] < 90), layer
-    assert np.all(metrics[ANGLE] > 0)  # but not where the gradient does
-
-
-def test_it_is_measured_of_each_lane_and_changes_nothing():
-    words = [
-        "model/vf=dale",
-        "trainer=lin-thresh",
-        "model.vf.sizes_hidden=[6]",
-        "model.vf.nb_hidden=2",
-    ]
-    of = lambda *more: parse(hydra_config.compose("train", [*words, *more])[0])
-    plain, observed = of(), of("diagnostics.alignment=true")
-    data = training.prepare(plain)
-    results = [
-        training.advance(config, data, training.initial_state(config, [0, 1]))
-        for config in (plain, observed)
-    ]
-    (state, metrics), (observed_state, with_alignment) = results
-    jax.tree.map(np.testing.assert_array_equal, state, observed_state)
-    added = with_alignment.keys() - metrics.keys()
-    assert added == {name + layer for name in (ANGLE, NORM_RATIO) for layer in LAYERS}
-    angles = with_alignment[ANGLE]
-    assert angles.shape == (2,) and len({*angles}) == 2 and np.all((angles > 0) & (angles < 90))
