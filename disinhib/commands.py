@@ -31,7 +31,7 @@ VERBS = {
     "report": Verb("analysis.report", "write a study's tables and plots"),
     "study": Verb("analysis.pipeline", "tune, select, retrain and report, in this order"),
     "studies": Verb("analysis.studies", "list studies; steer, rename, delete, export one"),
-    "runs": Verb("analysis.runs", "write the trials of a study, and all curves, as tables"),
+    "runs": Verb("analysis.runs", "write a study's trials and curves as tables"),
     "replay": Verb("analysis.replay", "train a trial again, and compare"),
     "figure fig3": Verb("analysis.figures.fig3", "draw the paper's Figure 3"),
     "figure fig4": Verb("analysis.figures.fig4", "draw the paper's Figure 4"),
