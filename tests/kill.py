@@ -352,7 +352,8 @@ def _optuna(file: Path) -> list[optuna.trial.FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(file)))
     names = optuna.get_all_study_names(storage)  # none, just after the file was made
-    studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
+    own = [name for name in names if "/" not in name]  # the others have copies, rule by rule
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in own]
     return [trial for study in studies for trial in study.get_trials()]
 
 

@@ -5,12 +5,17 @@ import json
 import tempfile
 import threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
 from hypothesis import given, settings, strategies as st
-from optuna.distributions import FloatDistribution, distribution_to_json
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    distribution_to_json,
+)
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
@@ -394,6 +399,56 @@ def test_optuna_gets_everything_again_if_its_file_is_lost(study, tmp_path):
     box = Outbox(study, OptunaStore("s", "id", ACCURACY, None, tmp_path), silent)
     assert box.reconcile() == len(study.events())
     assert [trial[:5] for trial in content(tmp_path)] == EXPECTED
+
+
+def of_rules(number, rule, state=COMPLETE):
+    """The events of a trial of a space of several rules."""
+    first, *others = whole(number, state)
+    space = CategoricalDistribution(("bp", "lin-thresh"))
+    point = {
+        **first.point,
+        "params": {**first.point["params"], "trainer": rule},
+        "distributions": {
+            **first.point["distributions"], "trainer": distribution_to_json(space)
+        },
+    }  # fmt: skip
+    return [replace(first, point=point, config={**first.config, "rule": rule}), *others]
+
+
+def test_each_rule_has_a_study_of_its_own_once(log, tmp_path):
+    """Whatever is delivered again, cut off or renamed; the metric has its name."""
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    log.append(of_rules(0, "bp") + of_rules(1, "lin-thresh", PRUNED))
+    log.append(of_rules(2, "bp", FAILED) + of_rules(3, "lin-thresh")[:-1])
+    events = log.events()
+
+    def there(name):
+        study = optuna.load_study(study_name=name, storage=url)
+        assert study.metric_names == ["valid_accuracy"]
+        return [(t.user_attrs["trial"], t.state, t.value, t.params) for t in study.get_trials()]
+
+    for name in ("s", "renamed"):
+        for _ in range(2):
+            store = OptunaStore(name, "id", ACCURACY, url, tmp_path)
+            store.load({})
+            store.deliver(events)
+            store.deliver(events)
+            assert set(optuna.get_all_study_names(url)) == {
+                name,
+                f"{name}/bp",
+                f"{name}/lin-thresh",
+            }
+            bp = [(0, TrialState.COMPLETE, 0.3, {"x": 0.0}), (2, TrialState.FAIL, None, {"x": 0.2})]
+            assert there(f"{name}/bp") == bp
+            assert there(f"{name}/lin-thresh") == [(1, TrialState.PRUNED, 1.2, {"x": 0.1})]
+    # A kill, or a study of an older version: the study is complete, that of a rule is not there.
+    optuna.delete_study(study_name="renamed/bp", storage=url)
+    store.load({})
+    assert there("renamed/bp") == bp
+    optuna.delete_study(study_name="renamed", storage=url)
+    with pytest.raises(ConfigError, match="has a study renamed/"):
+        optuna_store.refuse_taken(url, "renamed", resume=False)
+    assert optuna_store.delete_study(url, "id") and not optuna.get_all_study_names(url)
 
 
 def test_optunas_store_may_be_a_database(study, tmp_path):
