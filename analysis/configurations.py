@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
 from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_store, options as studies
+from disinhib.tuning.event_log import PRUNED
 from disinhib.tuning.validation import CHECKS, check_device
 
 MOST_SEEDS = 10_000
@@ -156,10 +157,14 @@ def of_selection(
     try:
         selection = yaml.safe_load(file.read_text("utf-8"))
         uri, study_run = str(selection["tracking_uri"]), str(selection["study_run"])
-        run_ids = [entry["run_id"] for entry in selection["selected"]]
+        # The published defaults (rank 0) were selected for what they are, not for their score.
+        states = {
+            entry["run_id"]: (runs.COMPLETE,) if entry.get("rank") != 0 else (runs.COMPLETE, PRUNED)
+            for entry in selection["selected"]
+        }
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refused(
             f"{file}: is not what analysis.selection writes ({one_line(error)})"
         ) from error
@@ -177,7 +182,7 @@ def of_selection(
         raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
     stores.load_plugins(study.provenance)
-    return store, study, [_of_trial(store, study, run_id, settings) for run_id in run_ids]
+    return store, study, [_of_trial(store, study, id, settings, states[id]) for id in states]
 
 
 def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
@@ -195,7 +200,11 @@ def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
 
 
 def _of_trial(
-    store: Store, study: StudyRun, run_id: str, settings: Mapping[str, Any]
+    store: Store,
+    study: StudyRun,
+    run_id: str,
+    settings: Mapping[str, Any],
+    allowed: Collection[str] = (runs.COMPLETE,),  # states
 ) -> Configuration:
     run = stores.run(store, run_id)
     tags = run.data.tags
@@ -204,7 +213,7 @@ def _of_trial(
     number, state = int(tags["trial"]), tags.get("trial_state", "still running")
     if run.info.lifecycle_stage == "deleted":
         raise Refused(f"trial {number} of {study.name}: its run was deleted in MLflow; restore it")
-    if state != runs.COMPLETE:
+    if state not in allowed:
         raise Refused(
             f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"
             f" ({runs.COMPLETE})"

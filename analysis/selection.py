@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ import yaml
 from analysis import runs, store as stores
 from analysis.runs import SEARCHED
 from analysis.store import Refused, StudyRun
-from disinhib import cli
-from disinhib.checks import COUNT, OPTIONAL_TEXT, TEXT, Option
+from disinhib import cli, hydra_config
+from disinhib.checks import COUNT, FLAG, OPTIONAL_TEXT, TEXT, Option, flatten
 from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Criterion, measures
+from disinhib.rules import RULES, reported_name
 from disinhib.tuning import mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import COMPLETE, FAILED
-from disinhib.tuning.space_tree import option_of, parameters_for
+from disinhib.tuning.space_tree import RULE as OF_RULE, option_of, parameters_for, same
 
 RULE = (
     "Of the trials of a group that ran their whole budget (COMPLETE): those with the best {metric}"
@@ -40,6 +42,7 @@ OPTIONS = (
     Option("top", 1, COUNT, "trials to select of each group"),
     Option("per", [TRAINER], cli.list_of(TEXT), PER),
     Option("metric", None, OPTIONAL_TEXT, "the score, of the validation data; null: the study's"),
+    Option("defaults", False, FLAG, "select the trials of the published defaults, too"),
     Option("selected", "selected.yaml", TEXT, "file to write"),
 )
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
@@ -58,7 +61,7 @@ class Choice(NamedTuple):
     """A selected trial."""
 
     group: dict[str, str]
-    rank: int  # in its group, from 1
+    rank: int  # in its group, from 1; 0: it has the published defaults, whatever its score
     row: Row
     tied: list[int]  # other complete trials of the group with exactly this score
     runners_up: list[tuple[int, float]]  # trial, by how much it is worse; only with the last rank
@@ -113,6 +116,32 @@ def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str
         values = ([row[n] for n in names if isinstance(row[n], str)] for names in columns.values())
         by_values.setdefault(tuple((*value, "none")[0] for value in values), []).append(row)
     return [(dict(zip(columns, key, strict=True)), rows) for key, rows in by_values.items()]
+
+
+@cache
+def published(rule: str) -> Mapping[str, Any]:
+    """The published defaults of a rule, by option; of one that this version lacks, none."""
+    for trainer, entry in RULES.items():
+        for circuit in entry.circuits:
+            if reported_name(trainer, circuit) == rule:
+                groups = [f"trainer={trainer}", f"model/vf={circuit}"]
+                return flatten(hydra_config.compose(hydra_config.TRAINING, groups)[0])
+    return {}
+
+
+def default_trials(trials: pd.DataFrame, space: Mapping[str, Any]) -> dict[str, Row]:
+    """The first trial of each rule all of whose searched options have their published defaults."""
+    defaults: dict[str, Row] = {}
+    for row in trials.to_dict("records"):
+        values = {
+            option_of(name): parameter["value"]
+            for name, parameter in runs.parameters_of(space, row).items()
+            if name != OF_RULE
+        }
+        own = published(row["rule"])
+        if all(option in own and same(own[option], value) for option, value in values.items()):
+            defaults.setdefault(row["rule"], row)
+    return defaults
 
 
 def warnings(
@@ -281,6 +310,10 @@ def main(arguments: list[str]) -> int:
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space)
+    if options["defaults"]:
+        of_defaults, lacking = _defaults(trials, study, choices)
+        choices += of_defaults
+        warning_lines += lacking
     file = Path(options["selected"])
     database = mlflow_store.sqlite_file(store.uri)
     seen = None if database is None else os.path.relpath(database, file.absolute().parent)
@@ -298,7 +331,31 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _defaults(
+    trials: pd.DataFrame, study: StudyRun, choices: Sequence[Choice]
+) -> tuple[list[Choice], list[str]]:
+    """(the trials of the published defaults that are not among `choices`, a line for each rule that
+    has none). Raises Refused if nothing was searched."""
+    if study.space is None:
+        raise Refused(f"defaults: given true, but study {study.name} has searched nothing")
+    of_rules = default_trials(trials, study.space)
+    ended = {rule: row for rule, row in of_rules.items() if row["state"] != FAILED}
+    chosen = {choice.row["run_id"] for choice in choices}
+    new = [row for row in ended.values() if row["run_id"] not in chosen]
+    lacking = [
+        f"{rule}: the trial of the published defaults failed ({of_rules[rule]['reason']})"
+        if rule in of_rules
+        else f"{rule}: no trial has the published defaults of all searched options"
+        for rule in dict.fromkeys(trials["rule"])
+        if rule not in ended
+    ]
+    return [Choice({TRAINER: row["rule"]}, 0, row, [], []) for row in new], lacking
+
+
 def _line(choice: Choice, metric: str) -> str:
+    if choice.rank == 0:
+        state = "" if choice.row["state"] == COMPLETE else f", {choice.row['state']}"
+        return f"{_words(choice.group)}, published defaults: trial {choice.row['trial']}{state}"
     behind = ", ".join(f"trial {n} by {gap:.4g}" for n, gap in choice.runners_up)
     ties = f"; as good: trials {', '.join(map(str, choice.tied))}" if choice.tied else ""
     return (

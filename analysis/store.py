@@ -138,7 +138,7 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
 
     Raises Refused if there is none, if there are several, or if an artifact is missing.
     """
-    experiments = [e.experiment_id for e in store.client.search_experiments()]
+    experiments = _experiments(store)
     studies = lambda where="": filter(_is_study, _search(store, experiments, where))
     if name is None:
         newest = next(studies(), None)
@@ -146,11 +146,9 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
         if newest is None:
             raise Refused(f"study: there is none in {store.uri}")
         return _study_of(store, newest)
-    quoted = name.replace("'", "")
-    matches = [run for run in studies(f"run_name = '{quoted}'") if run.info.run_name == name]
-    matches = matches or [*studies(f"run_id = '{quoted}'")]
+    matches = _called(store, experiments, name)
     if not matches:
-        _refuse_orphans(store, experiments, f" AND tags.study = '{quoted}'")
+        _refuse_orphans(store, experiments, f" AND tags.study = '{_quoted(name)}'")
         names = {run.info.run_name or "" for run in studies()}
         there = f"one of {', '.join(sorted(names))}" if names else "none: there is no study"
         raise Refused(
@@ -164,9 +162,38 @@ def find_study(store: Store, name: str | None = None) -> StudyRun:
     return _study_of(store, matches[0])
 
 
+def find_studies(store: Store, names: str | None = None) -> list[StudyRun]:
+    """The study as `find_study`, or several, with commas between their names. (A name that has a
+    comma, which only MLflow allows, is one study.)"""
+    several = (names or "").split(",")
+    if len(several) == 1 or _called(store, _experiments(store), names or ""):
+        return [find_study(store, names)]
+    if "" in several:
+        raise Refused(f"study: given {names}, allowed are names with a comma between two")
+    studies = [find_study(store, name) for name in several]
+    if len({study.name for study in studies}) < len(studies):
+        raise Refused(f"study: given {names}, allowed are studies of different names")
+    return studies
+
+
+def _experiments(store: Store) -> list[str]:
+    return [experiment.experiment_id for experiment in store.client.search_experiments()]
+
+
+def _called(store: Store, experiments: list[str], name: str) -> list[Run]:
+    """The studies with this name or run id."""
+    studies = lambda where: filter(_is_study, _search(store, experiments, where))
+    by_name = [run for run in studies(f"run_name = '{_quoted(name)}'") if run.info.run_name == name]
+    return by_name or [*studies(f"run_id = '{_quoted(name)}'")]
+
+
+def _quoted(name: str) -> str:
+    return name.replace("'", "")
+
+
 def of_id(store: Store, id: str) -> StudyRun:
     """The study with this id, whatever its name. Raises Refused if the store has none."""
-    experiments = [e.experiment_id for e in store.client.search_experiments()]
+    experiments = _experiments(store)
     run = next(filter(_is_study, _search(store, experiments, f"tags.study_id = '{id}'")), None)
     if run is None:
         raise Refused(f"study: {masked(store.uri)} has no study with the id {id}")

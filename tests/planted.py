@@ -113,15 +113,16 @@ def retrain(
     numbers: Iterable[int],
     seeds: Iterable[int],
     trained: Callable[[Record], Iterable[Event]],
+    name: str = "again",
 ) -> None:
     """A retraining of the trials `numbers` over `seeds`, in the study's store; `trained` gives the
     events of one."""
     store = stores.connect(written.uri)
     study = stores.find_study(store, written.study)
     rows = runs.trials(store, study).rows.to_dict("records")
-    settings = configurations.checked_settings([f"out_dir={written.folder}", "study=again"])
+    settings = configurations.checked_settings([f"out_dir={written.folder}", f"study={name}"])
     chosen = [
-        configurations._of_trial(store, study, rows[number]["run_id"], settings)
+        configurations._of_trial(store, study, rows[number]["run_id"], settings, (COMPLETE, PRUNED))
         for number in numbers
     ]
     settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}

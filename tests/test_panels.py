@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from analysis import runs
 from analysis.report import forms, panels
+from analysis.report.panels import comparison
 from analysis.report.panels.drawing import PALE, axis_title, wrapped
 from analysis.report.panels.plot_data import PlotData
 from disinhib.metrics import ANGLE, NORM_RATIO, SELECTION
@@ -155,12 +156,12 @@ def rows_in(*states):
 
 @pytest.fixture(scope="module")
 def shown():
-    return {panel.id: panel for panel in panels.panels(FULL)}
+    return {panel.id: panel for panel in panels.panels(FULL, panels.PANELS)}
 
 
 @pytest.fixture(scope="module")
 def of_losses():
-    return {panel.id: panel for panel in panels.panels(LOSSES)}
+    return {panel.id: panel for panel in panels.panels(LOSSES, panels.PANELS)}
 
 
 # --- drawings
@@ -207,7 +208,9 @@ def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
     ],
 )
 def test_a_panel_with_nothing_to_show_is_left_out(data, missing):
-    assert {*NAMES} - {panel.id for panel in panels.panels(data)} == {*missing.split()}
+    assert {*NAMES} - {panel.id for panel in panels.panels(data, panels.PANELS)} == {
+        *missing.split()
+    }
 
 
 def test_learning_has_a_figure_for_each_data_set_and_rule(shown):
@@ -425,6 +428,29 @@ def test_ode(shown):
     assert "50 % of the samples" in flagged.text[0]
 
 
+# --- studies side by side
+
+
+def test_lines_of_studies_are_their_numbers():
+    """`other` has another best trial of bp, and no other rule."""
+    few = [TRIALS[0], trial(9, "bp", COMPLETE, [1.0, 2.0, 99.0], 1e-3)]
+    other = FULL._replace(trials=pd.DataFrame(few), scores=history(few), retrained=NO_RETRAINED)
+    studies = {"full": FULL, "other": other}
+    best = {(line.caption, line.study): line for line in comparison.best_trials(studies)}
+    assert [*best] == [("bp", "full"), ("lin-thresh", "full"), ("bp", "other")]
+    assert best["bp", "full"][2:] == ("trial 0, epoch", [1, 3], [60.0, 80.0])
+    assert best["lin-thresh", "full"].hover == "trial 5, epoch"  # of equals, the first
+    assert best["bp", "other"].y == [69.0, 99.0]
+    budget = {(line.caption, line.study): line for line in comparison.best_by_budget(studies)}
+    assert budget["bp", "other"].x == [1, 2] and budget["bp", "other"].y == [89.5, 99.0]
+    runs_of = {line.caption: line.hover for line in comparison.learning(studies)}
+    assert runs_of["bp, 3 hidden layers, mnist"] == "seed 1, epoch"
+    (bp, lin) = comparison.draw_best_trials(studies).figures
+    assert [line.name for line in traces(bp)] == ["full", "other"]
+    assert [line.line.color for line in traces(bp)] == [*comparison.COLOURS[:2]]
+    assert [line.name for line in traces(lin)] == ["full"]
+
+
 # --- the page
 
 
@@ -444,7 +470,7 @@ def test_html_is_escaped_and_the_same_again(shown):
 
 def test_the_page_escapes_and_links_to_its_sections(shown):
     table = {"title": EVIL, "note": EVIL, "html": Markup("<table></table>")}
-    text = forms.page(
+    text = forms.filled_in(
         title=EVIL,
         subtitle=EVIL,
         summary=[EVIL],
@@ -468,7 +494,7 @@ def test_the_page_escapes_and_links_to_its_sections(shown):
 
 
 def test_the_page_of_nothing_has_no_empty_section():
-    text = forms.page(title="nothing", plotly_js=Markup("var Plotly;"))
+    text = forms.filled_in(title="nothing", plotly_js=Markup("var Plotly;"))
     assert not re.search(
         "<section|<table|<details|<h2|<ul|<nav|Plotly", text.partition("<body>")[2]
     )

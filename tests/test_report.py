@@ -1,6 +1,7 @@
 # pyright: reportArgumentType=false
 """Reports: the same numbers in four forms, and those of MLflow's raw metrics."""
 
+import copy
 import io
 import math
 import re
@@ -11,19 +12,26 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+import yaml
 from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis.report import __main__ as program, contents, forms, tables
+from analysis import selection, store as stores
+from analysis.report import __main__ as program, comparison, contents, forms, tables
 from analysis.store import Refused
 from disinhib.errors import InputError
-from disinhib.tuning.event_log import COMPLETE, Ended, EpochDone
+from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
 RULES = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted` that were selected
 SEEDS = range(4)
+OTHER = (
+    planted.Planted("bp", (70.0, 92.0)),
+    planted.Planted("bp", (60.0,), PRUNED, rate=1e-3),  # the published default
+    planted.Planted("exact-inv", (60.0, 86.0)),
+)
 WON = 1 + 9 + 10  # searched options of the rules
 METHOD = 13  # lines of how the study was done
 
@@ -40,6 +48,17 @@ def study(tmp_path_factory):
     written = planted.write(folder, study="under_score")
     planted.retrain(written, RULES.values(), SEEDS, trained)
     return written
+
+
+@pytest.fixture(scope="module")
+def two(study, tmp_path_factory):
+    """A copy of its store, in which there is another study, whose bp was retrained with its
+    published defaults, too."""
+    folder = tmp_path_factory.mktemp("two") / "copied"
+    shutil.copytree(study.folder, folder)
+    other = planted.write(folder, study="other", trials=OTHER)
+    planted.retrain(other, [0, 1, 2], SEEDS, trained, name="other-again")
+    return study._replace(uri=f"sqlite:///{folder / 'mlflow.db'}", folder=folder)
 
 
 def trained(record):
@@ -311,6 +330,120 @@ def test_a_report_needs_every_trial_and_every_retrained_seed(study, tmp_path):
             program.main(arguments)
         client.restore_run(run.info.run_id)
     assert program.main(arguments) == 0
+
+
+def test_tuned_minus_defaults(two, tmp_path):
+    """The trial of the defaults was stopped, retrained as the other, and is no winner."""
+    arguments = [f"tracking.uri={two.uri}", f"selected={tmp_path / 'selected.yaml'}"]
+    assert selection.main(["study=other", "defaults=true", *arguments]) == 0
+    file = yaml.safe_load((tmp_path / "selected.yaml").read_text())
+    assert [(one["trial"], one["rank"]) for one in file["selected"]] == [(0, 1), (2, 1), (1, 0)]
+    assert (
+        "exact-inv: no trial has the published defaults of all searched options"
+        in (file["warnings"])
+    )
+    assert program.main(["study=other", f"tracking.uri={two.uri}", f"out={tmp_path}"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    section = text.partition("## Tuned minus defaults")[2].partition("\n## ")[0]
+    head, row = tables_of_markdown(section)
+    cells = dict(zip(head, row, strict=True))
+    gains = [score(0, seed) - score(1, seed) for seed in SEEDS]
+    assert cells["tuned minus defaults"] == f"{np.mean(gains):+.2f}"
+    assert (cells["tuned: trial"], cells["defaults: trial"]) == ("0", "1")
+    assert cells["compared"] == "paired by seed"
+    won = text.partition("## What won")[2].partition("\n## ")[0]
+    assert {(line[0], line[1]) for line in tables_of_markdown(won)[1:]} == {
+        ("bp", "0"), ("exact-inv", "2")
+    }  # fmt: skip
+
+
+def test_studies_side_by_side(two, tmp_path):
+    arguments = [f"tracking.uri={two.uri}", f"out={tmp_path}"]
+    assert program.main(["study=under_score,other", *arguments]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert tables_of_latex((tmp_path / "report.tex").read_text()) == tables_of_markdown(text)
+    html = (tmp_path / "report.html").read_text()
+    shown = tables_of_html(html)
+    assert all(row in shown for row in tables_of_markdown(text))
+    sections = {part.partition("\n")[0]: part for part in text.split("## ")}
+    head, *rows = tables_of_markdown(sections["Test accuracy on digits: under_score minus other"])
+    bp, exact = (dict(zip(head, row, strict=True)) for row in rows)
+    assert (bp["rule"], exact["rule"]) == ("bp", "exact-inv")
+    assert bp["under_score minus other"] == "+0.00" and bp["compared"] == "paired by seed"
+    means = [
+        np.mean([score(1, seed) for seed in SEEDS]),
+        np.mean([score(2, seed) for seed in SEEDS if seed != 3]),  # it diverged
+    ]
+    assert exact["under_score minus other"] == f"{means[0] - means[1]:+.2f}"
+    assert exact["compared"] == "unpaired"
+    search = tables_of_markdown(sections["Best of each rule in the search"])
+    best = {(row[0], row[1]): (row[2], row[-1]) for row in search[1:]}
+    assert best["bp", "under_score"] == ("3", "90.00") and best["bp", "other"] == ("2", "92.00")
+    assert ["trials", "6", "6"] not in shown and "What differs" not in sections  # nothing does
+    assert "bp: the searches had unequal budgets: under_score 3 trials of 6 epochs" in text
+    assert re.findall(r'<section id="([\w-]+)"', html) == [
+        "results", "method", "learning", "best", "budget", "provenance"
+    ]  # fmt: skip
+    numbers = pd.read_csv(tmp_path / "report.csv")
+    assert numbers["study"].tolist() == ["under_score", "other", "other", "under_score", "other",
+                                         "under_score"]  # fmt: skip
+
+
+def test_what_differs_between_studies_is_listed(two):
+    store = stores.connect(two.uri)
+    first, other = (stores.find_study(store, name) for name in ("under_score", "other"))
+    options = {**other.options, "epochs": 5, "out_dir": "/elsewhere"}
+    assert other.space is not None
+    space = copy.deepcopy(other.space)
+    space["parameters"]["bp.optimizer.learning_rate"]["high"] = 1.0
+    del space["parameters"]["exact-inv.model.vf.g_EI"]
+    grid = {"depth": {"1": ["model.vf.nb_hidden=1"], "2": ["model.vf.nb_hidden=2"]}}
+    options["model"] = copy.deepcopy(options["model"])
+    options["model"]["vf"]["nb_hidden"] = 2  # but the axis of the grid says how many
+    options["grid"] = grid
+    changed = other._replace(options=options, space=space)
+    assert comparison.differing([first, changed]) == [
+        ("epochs", "2", "5"),
+        ("search.bp.optimizer.learning_rate", "0.0001 to 0.01 (log)", "0.0001 to 1.0 (log)"),
+        ("search.exact-inv.model.vf.g_EI", "0.4 to 2.5 (log)", "not searched"),
+    ]
+
+
+def test_studies_that_must_not_be_compared_are_refused(two, tmp_path):
+    store = stores.connect(two.uri)
+    first, other = (stores.find_study(store, name) for name in ("under_score", "other"))
+    loss = other._replace(options={**other.options, "metric": "valid_loss"})
+    with pytest.raises(Refused, match=r"the same metric \(valid_accuracy, valid_loss\)$"):
+        comparison.refuse_unlike([first, loss])
+    split = {**other.options, "dataset": {**other.options["dataset"], "valid_split": 0.5}}
+    with pytest.raises(Refused, match=r"the same validation split \(0.2, 0.5\)$"):
+        comparison.refuse_unlike([first, other._replace(options=split)])
+    data = {**other.provenance, "data": {**other.provenance["data"], "sha256": "0"}}
+    reports = [contents.read(store, study) for study in (first, other)]
+    reports[1] = reports[1]._replace(study=other._replace(provenance=data))
+    with pytest.raises(Refused, match="digits is not the same"):
+        comparison.page(reports)
+    data["data"]["name"] = "mnist"
+    reports[1] = reports[1]._replace(data=reports[1].data._replace(retrained=pd.DataFrame()))
+    with pytest.raises(Refused, match=r"studies of the same data \(digits; mnist\)$"):
+        comparison.page(reports)
+    for names, words in (
+        ("other,", "names with a comma between two"),
+        ("other,other", "studies of different names"),
+        ("other,nobody", "study: given nobody, allowed is one of other, under_score"),
+    ):
+        with pytest.raises(Refused, match=words):
+            program.main([f"study={names}", f"tracking.uri={two.uri}", f"out={tmp_path}"])
+
+
+def test_a_study_whose_name_has_a_comma_is_one_study(two):
+    """As MLflow's page allows."""
+    store = stores.connect(two.uri)
+    run = stores.find_study(store, "other").run.info.run_id
+    store.client.set_tag(run, "mlflow.runName", "under_score,other")
+    (study,) = stores.find_studies(store, "under_score,other")
+    assert study.run.info.run_id == run
+    store.client.set_tag(run, "mlflow.runName", "other")
 
 
 def test_seeds_without_a_partner_are_compared_unpaired():

@@ -1,6 +1,6 @@
 """The numbers of a study, as tables and figures: `python -m analysis.report`.
 
-- `contents`: what a report says, read from MLflow
+- `contents`: what a report says, read from MLflow; `comparison`: what one of several studies says
 - `tables`: its tables, as numbers and as texts
 - `panels`: its figures
 - `forms`: Markdown, CSV, LaTeX and HTML (`report.html.j2`)

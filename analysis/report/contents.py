@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis import runs, selection, stats, store as stores
-from analysis.report import tables
+from analysis.report import panels, tables
+from analysis.report.panels import plot_data
 from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.retraining import CURVES
 from analysis.selection import TRAINER, Choice
@@ -32,6 +33,11 @@ WINNERS_NOTE = (
     "The searched options of the trials that were retrained (or else of each rule's best one), the"
     " ranges in which they were searched, and the published defaults."
 )
+DEFAULTS_NOTE = (
+    "What tuning has gained: of each rule the selected trial, and the one with the published"
+    " defaults of all searched options, both retrained. Options that the study has fixed are the"
+    " same in both."
+)
 METHOD_NOTE = (
     "What the numbers rest on, and the commands that give them again. All options are in the file"
     " config.yaml of the study's run in MLflow."
@@ -44,7 +50,7 @@ class Section(NamedTuple):
     title: str
     table: pd.DataFrame  # of texts
     note: str
-    prose: bool = False  # its last column has sentences, which need several lines
+    prose: int = 0  # so many of its last columns have sentences, which need several lines
     id: str = ""  # of its own part of the page; else it is among the results
 
     @property
@@ -55,12 +61,29 @@ class Section(NamedTuple):
         )
 
 
+class Page(NamedTuple):
+    """What is written, in each form: all that a reader sees."""
+
+    title: str
+    subtitle: str
+    rules: list[tuple[str, str]]  # (rule, what it is)
+    summary: list[str]  # in sentences
+    sections: list[Section]
+    warnings: list[str]
+    panels: Callable[[], list[panels.Panel]]  # only pages draw
+    provenance: list[tuple[str, str]]  # (name, value)
+    record: Mapping[str, Any]  # the whole of it
+    numbers: pd.DataFrame  # of the main table, unrounded
+
+
 class Report(NamedTuple):
     study: StudyRun
     retrained_by: list[str]  # the commands of its retrainings
     data: PlotData  # all rows that were read
     results: pd.DataFrame  # tables.results
     search: pd.DataFrame  # tables.search
+    tuned: pd.DataFrame  # tables.differences, of tuned and default configurations
+    defaults: list[str]  # the runs of the trials with the published defaults
     warnings: list[str]
 
 
@@ -71,8 +94,9 @@ def read(store: Store, study: StudyRun) -> Report:
     retrained, unfinished = runs.retrained(store, study)
     if trials.empty and retrained.empty:
         raise Refused(f"study {study.name}: nothing has ended yet that could be reported")
+    defaults = [] if study.space is None else _defaults(trials, study.space)
     # Where updates point, of the retrained seeds, or else of the trials that would be retrained.
-    won = tables.winners(trials, retrained, SELECTION[metric])
+    won = tables.winners(trials, retrained, defaults, SELECTION[metric])
     aligned = list(retrained["run_id"]) or [row["run_id"] for row in won]
     alignment = {n for table in (trials, retrained) for n in table if n.startswith(runs.ALIGNMENT)}
     data = PlotData(
@@ -97,18 +121,48 @@ def read(store: Store, study: StudyRun) -> Report:
         data,
         tables.results(retrained, trials, metric),
         tables.search(trials, data.metric),
-        [*left_out, *_warnings(data)],
+        _tuned(data, defaults),
+        defaults,
+        [*left_out, *_warnings(data, defaults)],
     )
 
 
-def _warnings(data: PlotData) -> list[str]:
+def _defaults(trials: pd.DataFrame, space: Mapping[str, Any]) -> list[str]:
+    return [row["run_id"] for row in selection.default_trials(trials, space).values()]
+
+
+def _tuned(data: PlotData, defaults: Sequence[str]) -> pd.DataFrame:
+    """`tables.differences` of each rule of which both were retrained."""
+    groups = tables.configurations(data.retrained)
+    of_rule = plot_data.grouped(groups.values(), lambda seeds: seeds[0]["rule"])
+    return tables.differences(
+        tables.Pair(tables.selected(of_rule[seeds[0]["rule"]], data.trials, data.metric), seeds)
+        for run in defaults
+        if (seeds := groups.get(run))
+    )
+
+
+def page(report: Report) -> Page:
+    return Page(
+        title=report.study.name,
+        subtitle=f"{counts(report.data)}; {written()}",
+        rules=rules(report.data),
+        summary=summary(report),
+        sections=sections(report),
+        warnings=report.warnings,
+        panels=lambda: panels.panels(report.data, panels.PANELS),
+        provenance=provenance(report),
+        record=report.study.provenance,
+        numbers=report.search if report.results.empty else report.results,
+    )
+
+
+def _warnings(data: PlotData, defaults: Sequence[str]) -> list[str]:
     seeds = data.retrained.to_dict("records")
-    selected = {row["of_run"] for row in seeds}
-    choices = [
-        Choice({TRAINER: row["rule"]}, 1, row, [], [])
-        for row in data.trials.to_dict("records")
-        if row["run_id"] in selected
-    ]
+    choices = []
+    if seeds:
+        chosen = tables.winners(data.trials, data.retrained, defaults, data.metric)
+        choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in chosen]
     lines = selection.warnings(data.trials, choices, [TRAINER], data.space)
     for row in seeds:
         if row["state"] == FAILED:
@@ -131,21 +185,25 @@ def sections(report: Report) -> list[Section]:
     if len(report.results):
         for dataset, numbers in report.results.groupby("dataset", sort=False):
             shown = tables.shown(numbers)
-            sections.append(Section(f"Test accuracy on {dataset}", shown, _note(numbers)))
-    winners = tables.winners(report.data.trials, report.data.retrained, report.data.metric)
+            sections.append(Section(f"Test accuracy on {dataset}", shown, note(numbers)))
+    data = report.data
+    if len(report.tuned):
+        shown = tables.shown_differences(report.tuned, "tuned", "defaults")
+        sections.append(Section("Tuned minus defaults", shown, DEFAULTS_NOTE))
+    winners = tables.winners(data.trials, data.retrained, report.defaults, data.metric)
     if winners and report.study.space is not None:
         chosen = tables.chosen(winners, report.study.space)
         if len(chosen):
             sections.append(Section("What won", chosen, WINNERS_NOTE))
     done = pd.DataFrame(method(report), columns=["what", "how"])
-    sections.append(Section("How the study was done", done, METHOD_NOTE, True, "method"))
+    sections.append(Section("How the study was done", done, METHOD_NOTE, 1, "method"))
     if len(report.search):
         shown = tables.shown_search(report.search)
         sections.append(Section("What the search cost", shown, SEARCH_NOTE, id="search"))
     return sections
 
 
-def _note(numbers: pd.DataFrame) -> str:
+def note(numbers: pd.DataFrame) -> str:
     """How to read the table, and how far its intervals can be trusted."""
     sentences = [
         "Accuracies in %, mean ± standard deviation over n seeds that no search has used. The test"
@@ -191,24 +249,36 @@ def summary(report: Report) -> list[str]:
             words = "above" if row["bp_mean"] >= 0 else "below"
             line += f", {abs(row['bp_mean']):.2f} points {words} bp"
         lines.append(line + ".")
+    for row in report.tuned.to_dict("records"):
+        if not math.isnan(row["mean"]):
+            words = "more" if row["mean"] >= 0 else "less"
+            lines.append(
+                f"{row['rule']}: {abs(row['mean']):.2f} points {words} than with its published"
+                " defaults."
+            )
     return lines
 
 
-def rules(report: Report) -> list[tuple[str, str]]:
-    """(rule, what it is), of the rules in the report."""
-    rows = [*report.data.trials.to_dict("records"), *report.data.retrained.to_dict("records")]
+def rules(data: PlotData) -> list[tuple[str, str]]:
+    """(rule, what it is), of the rules that were read."""
+    rows = [*data.trials.to_dict("records"), *data.retrained.to_dict("records")]
     present = {row["rule"] for row in rows}
     return [(name, one.words) for name, one in COMPETITORS.items() if name in present]
 
 
-def subtitle(report: Report) -> str:
+def counts(data: PlotData) -> str:
+    """How much was read."""
     parts = []
-    if len(report.data.trials):
-        complete = list(report.data.trials["state"]).count(COMPLETE)
-        parts.append(f"{len(report.data.trials)} trials, {complete} of them complete")
-    if len(report.data.retrained):
-        parts.append(f"{len(report.data.retrained)} retrained seeds")
-    return f"{', '.join(parts)}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    if len(data.trials):
+        complete = list(data.trials["state"]).count(COMPLETE)
+        parts.append(f"{len(data.trials)} trials, {complete} of them complete")
+    if len(data.retrained):
+        parts.append(f"{len(data.retrained)} retrained seeds")
+    return ", ".join(parts)
+
+
+def written() -> str:
+    return f"written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def method(report: Report) -> list[tuple[str, str]]:

@@ -7,20 +7,16 @@ separately and excluded from the means.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import stats
+from analysis import selection, stats
 from analysis.report.panels.plot_data import Row, grouped, records
 from analysis.runs import SEARCHED
 from analysis.selection import spent
-from disinhib import hydra_config
-from disinhib.checks import flatten
 from disinhib.metrics import Criterion
-from disinhib.rules import RULES, reported_name
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
 from disinhib.tuning.space_tree import RULE
@@ -42,9 +38,9 @@ def results(
     (that minus the mean of `metric` over the fresh seeds), search_trials and search_epochs (of the
     rule), key.
     """
-    groups = grouped(records(retrained), lambda row: row["of_run"] or row["configuration"])
+    groups = configurations(retrained)
     tried = trials.to_dict("records")
-    scores = {row["run_id"]: row["score"] for row in tried}
+    scores = {row["run_id"]: row["score"] for row in tried if row["state"] == COMPLETE}
     rows = []
     for key, seeds in groups.items():
         first = seeds[0]
@@ -88,14 +84,19 @@ def results(
     return pd.DataFrame(rows)
 
 
+def configurations(retrained: pd.DataFrame) -> dict[str, list[Row]]:
+    """The seeds of each retrained configuration."""
+    return grouped(records(retrained), lambda row: row["of_run"] or row["configuration"])
+
+
 def _by_seed(rows: Sequence[Row], metric: str) -> dict[int, float]:
     """Of the seeds that ran their whole budget."""
     return {row["seed"]: row[metric] for row in rows if row["state"] == COMPLETE}
 
 
 def _reference(groups: Mapping[str, Sequence[Row]], row: Row) -> Sequence[Row]:
-    """The seeds of back-propagation that `row` is compared with; of several configurations the one
-    that is best on validation data. Empty if there are none."""
+    """The seeds of back-propagation that `row` is compared with; of several configurations the
+    best. Empty if there are none."""
     candidates = [
         seeds
         for seeds in groups.values()
@@ -103,8 +104,77 @@ def _reference(groups: Mapping[str, Sequence[Row]], row: Row) -> Sequence[Row]:
         and all(seeds[0][name] == row[name] for name in ("dataset", "depth", "budget"))
         and _by_seed(seeds, TEST)
     ]
-    mean = lambda seeds: stats.summary([*_by_seed(seeds, VALID).values()]).mean
-    return max(candidates, key=mean, default=())
+    return max(candidates, key=_valid, default=())
+
+
+def _valid(seeds: Sequence[Row]) -> float:
+    """The mean on validation data, by which configurations without a search are compared."""
+    values = _by_seed(seeds, VALID).values()
+    return stats.summary([*values]).mean if values else -math.inf
+
+
+class Pair(NamedTuple):
+    """Two retrained configurations of a rule, by their seeds."""
+
+    first: Sequence[Row]
+    second: Sequence[Row]
+
+
+def selected(groups: Iterable[Sequence[Row]], trials: pd.DataFrame, metric: Criterion) -> list[Row]:
+    """Of some configurations the one that was selected: the best in the search or, without one, on
+    validation data."""
+    complete = [row for row in trials.to_dict("records") if row["state"] == COMPLETE]
+    merits = {row["run_id"]: metric.sign * row["score"] for row in complete}
+    merit = lambda seeds: (merits.get(seeds[0]["of_run"], -math.inf), _valid(seeds))
+    return list(max(groups, key=merit))
+
+
+def differences(pairs: Iterable[Pair]) -> pd.DataFrame:
+    """The difference of test accuracy of two configurations, first minus second, a row for each
+    pair. Columns: dataset, rule, paired (by seed: of the same seeds and depth), mean, low, high
+    (NaN where there is none), n (stats.Difference), and of either configuration `first_` and
+    `second_` depth, feedback, trial, epochs, test_mean, test_sd, n."""
+    rows = []
+    for pair in pairs:
+        first, second = (_by_seed(seeds, TEST) for seeds in pair)
+        alike = pair.first[0]["depth"] == pair.second[0]["depth"]
+        difference = (stats.difference if alike else stats.unpaired_difference)(first, second)
+        row = {
+            "dataset": pair.first[0]["dataset"],
+            "rule": pair.first[0]["rule"],
+            "paired": difference.paired,
+            "mean": difference.mean,
+            "low": difference.interval.low,
+            "high": difference.interval.high,
+            "n": difference.n,
+        }
+        for which, seeds, own in zip(Pair._fields, pair, (first, second), strict=True):
+            test = stats.summary([*own.values()])
+            its = {name: seeds[0][name] for name in ("depth", "feedback", "trial")}
+            its |= {"epochs": seeds[0]["budget"], "test_mean": test.mean, "test_sd": test.sd}
+            row |= {f"{which}_{name}": value for name, value in {**its, "n": test.n}.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def shown_differences(numbers: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """`differences` as a reader sees them; `first` and `second` are what is compared."""
+    rows = numbers.to_dict("records")
+    names = dict(zip(Pair._fields, (first, second), strict=True))
+    columns = {"rule": [row["rule"] for row in rows]}
+    for name, title in (("depth", "hidden layers"), ("feedback", "feedback"), ("epochs", "epochs")):
+        both = [[str(row[f"{which}_{name}"]) for which in names] for row in rows]
+        columns[title] = [", ".join(dict.fromkeys(values)) for values in both]
+    for which, title in names.items():
+        columns[f"{title}: trial"] = [_number(row[f"{which}_trial"], ".0f") for row in rows]
+        columns[f"{title}: test accuracy (n)"] = [
+            f"{_spread(row, f'{which}_test')} ({row[f'{which}_n']})" for row in rows
+        ]
+    columns[f"{first} minus {second}"] = [_number(row["mean"], "+.2f") for row in rows]
+    columns["its 95 % interval"] = [interval(row["low"], row["high"], "+.2f") for row in rows]
+    columns["compared"] = ["paired by seed" if row["paired"] else "unpaired" for row in rows]
+    empty = [name for name, texts in columns.items() if set(texts) == {NOTHING}]
+    return pd.DataFrame(columns).drop(columns=[name for name in empty if name.endswith("trial")])
 
 
 def search(trials: pd.DataFrame, metric: Criterion) -> pd.DataFrame:
@@ -126,18 +196,21 @@ def search(trials: pd.DataFrame, metric: Criterion) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def winners(trials: pd.DataFrame, retrained: pd.DataFrame, metric: Criterion) -> list[Row]:
+def winners(
+    trials: pd.DataFrame, retrained: pd.DataFrame, defaults: Iterable[str], metric: Criterion
+) -> list[Row]:
     """The trials that were retrained or, if none was, the best complete one of each rule; in the
-    order of their numbers."""
+    order of their numbers. The published `defaults` (their runs) are not among them, unless they
+    are the best."""
     complete = [row for row in trials.to_dict("records") if row["state"] == COMPLETE]
-    selected = set() if retrained.empty else {*retrained["of_run"]}
-    if chosen := [row for row in complete if row["run_id"] in selected]:
-        return chosen
     best: dict[str, Row] = {}
     for row in complete:  # of equals, the first
         if row["rule"] not in best or metric.sign * (row["score"] - best[row["rule"]]["score"]) > 0:
             best[row["rule"]] = row
-    return sorted(best.values(), key=lambda row: row["trial"])
+    by_number = sorted(best.values(), key=lambda row: row["trial"])
+    own = {row["run_id"] for row in by_number}
+    again = set() if retrained.empty else {*retrained["of_run"]} - ({*defaults} - own)
+    return [row for row in complete if row["run_id"] in again] or by_number
 
 
 def chosen(rows: Sequence[Row], space: Mapping[str, Any]) -> pd.DataFrame:
@@ -145,7 +218,7 @@ def chosen(rows: Sequence[Row], space: Mapping[str, Any]) -> pd.DataFrame:
     Columns: rule, trial, option, value, searched (its range), published default; texts."""
     texts = []
     for row in rows:
-        published = _published(row["rule"])
+        published = selection.published(row["rule"])
         for name, kind in space["parameters"].items():
             value, option = row.get(SEARCHED + name), space_tree.option_of(name)
             if name == RULE or not isinstance(value, str):  # else not searched by this trial
@@ -161,17 +234,6 @@ def chosen(rows: Sequence[Row], space: Mapping[str, Any]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(texts)
-
-
-@cache
-def _published(rule: str) -> Mapping[str, Any]:
-    """The published defaults of a rule, by option; of one that this version lacks, none."""
-    for trainer, entry in RULES.items():
-        for circuit in entry.circuits:
-            if reported_name(trainer, circuit) == rule:
-                groups = [f"trainer={trainer}", f"model/vf={circuit}"]
-                return flatten(hydra_config.compose(hydra_config.TRAINING, groups)[0])
-    return {}
 
 
 def _plain(value: str) -> str:
@@ -192,10 +254,10 @@ def shown(numbers: pd.DataFrame) -> pd.DataFrame:
         "trial": [_number(row["trial"], ".0f") for row in rows],
         "epochs": [str(row["epochs"]) for row in rows],
         "test accuracy (n)": [f"{_spread(row, 'test')} ({row['n']})" for row in rows],
-        "95 % interval": [_interval(row["test_low"], row["test_high"]) for row in rows],
+        "95 % interval": [interval(row["test_low"], row["test_high"]) for row in rows],
         "validation": [_spread(row, "valid") for row in rows],
         "test minus bp": [_number(row["bp_mean"], "+.2f") for row in rows],
-        "its 95 % interval": [_interval(row["bp_low"], row["bp_high"], "+.2f") for row in rows],
+        "its 95 % interval": [interval(row["bp_low"], row["bp_high"], "+.2f") for row in rows],
         "tuned": [_number(row["tuned"]) for row in rows],
         "tuned minus retrained": [_number(row["gap"], "+.2f") for row in rows],
         "diverged": [str(row["diverged"]) for row in rows],
@@ -214,7 +276,7 @@ def _spread(row: Row, what: str) -> str:
     return f"{_number(row[f'{what}_mean'])} ± {_number(row[f'{what}_sd'])}"
 
 
-def _interval(low: float, high: float, form: str = ".2f") -> str:
+def interval(low: float, high: float, form: str = ".2f") -> str:
     return NOTHING if math.isnan(low) else f"[{_number(low, form)}, {_number(high, form)}]"
 
 

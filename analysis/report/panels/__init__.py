@@ -8,12 +8,18 @@ plotly. In each module, the numbers come before the drawing.
 from __future__ import annotations
 
 import html as markup
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import plotly.graph_objects as go
 
 from analysis.report.panels.alignment import draw_alignment
+from analysis.report.panels.comparison import (
+    Studies,
+    draw_best_by_budget,
+    draw_best_trials,
+    draw_learning as draw_learning_of_studies,
+)
 from analysis.report.panels.drawing import PanelFigures
 from analysis.report.panels.importances import draw_importances
 from analysis.report.panels.parameters import draw_failures, draw_parallel, draw_slices
@@ -28,6 +34,11 @@ CONFIG = {
 }
 
 
+T = TypeVar("T")
+# Id, title, a sentence that explains it to a reader who has not seen such a figure, what draws it.
+Kind = tuple[str, str, str, Callable[[T], PanelFigures]]
+
+
 class Drawing(NamedTuple):
     id: str  # of its element in the page
     caption: str  # may be empty
@@ -39,13 +50,13 @@ class Drawing(NamedTuple):
 class Panel(NamedTuple):
     id: str
     title: str
-    sentence: str  # that explains it to a reader who has not seen such a figure
+    sentence: str
     figures: list[Drawing]
     note: str  # may be empty
     beside: int  # how many figures stand side by side, at most
 
 
-PANELS: tuple[tuple[str, str, str, Callable[[PlotData], PanelFigures]], ...] = (
+PANELS: tuple[Kind[PlotData], ...] = (
     (
         "learning",
         "Learning curves",
@@ -122,10 +133,35 @@ PANELS: tuple[tuple[str, str, str, Callable[[PlotData], PanelFigures]], ...] = (
 )
 
 
-def panels(data: PlotData) -> list[Panel]:
+COMPARED: tuple[Kind[Studies], ...] = (
+    (
+        "learning",
+        "Learning curves",
+        "Each line is one retrained network (the best configuration of the rule with one seed): its"
+        " accuracy on images it was not trained on.",
+        draw_learning_of_studies,
+    ),
+    (
+        "best",
+        "The best trial of each rule",
+        "How its score rose in the search; the trial was chosen because of this score, so a part of"
+        " it is luck.",
+        draw_best_trials,
+    ),
+    (
+        "budget",
+        "Best score against budget",
+        "The expected best score of any k trials of a rule: compare studies at the same k, if their"
+        " trials have the same number of epochs.",
+        draw_best_by_budget,
+    ),
+)
+
+
+def panels(data: T, kinds: Sequence[Kind[T]]) -> list[Panel]:
     """Those that have something to show."""
     panels = []
-    for name, title, sentence, draw in PANELS:
+    for name, title, sentence, draw in kinds:
         figures, note, width, beside = draw(data)
         drawings = [
             Drawing(f"{name}-{number}", one.caption, one.figure, width, one.heading)
