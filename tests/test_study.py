@@ -180,16 +180,22 @@ def test_optuna_dashboard_shows_the_store(finished, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as dashboard:  # fmt: skip
         try:
-            (summary,) = answer(f"http://127.0.0.1:{port}/api/studies", dashboard)[
-                "study_summaries"
-            ]
-            assert summary["study_name"] == done.job.name
-            address = f"http://127.0.0.1:{port}/api/studies/{summary['study_id']}"
-            shown = Counter(trial["state"] for trial in answer(address, dashboard)["trials"])
+            address = f"http://127.0.0.1:{port}/api/studies"
+            states = {
+                study["study_name"]: Counter(
+                    trial["state"]
+                    for trial in answer(f"{address}/{study['study_id']}", dashboard)["trials"]
+                )
+                for study in answer(address, dashboard)["study_summaries"]
+            }
         finally:
             dashboard.terminate()
-    tally = progress.tally(done.records)
-    assert shown == {"Complete": tally.complete, "Pruned": tally.pruned, "Fail": tally.failed}
+    tally, name = progress.tally(done.records), done.job.name
+    rules = {record.config["rule"] for record in done.records}
+    assert {*states} == {name, *(f"{name}/{rule}" for rule in rules)}
+    of_all = states.pop(name)
+    assert of_all == {"Complete": tally.complete, "Pruned": tally.pruned, "Fail": tally.failed}
+    assert sum(states.values(), Counter()) == of_all
 
 
 def answer(address, server):
