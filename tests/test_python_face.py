@@ -149,7 +149,7 @@ def test_a_checkpoint_without_its_options_is_refused(learnt, tmp_path):
     with pytest.raises(ConfigError, match=r"model: .* is of another architecture: sizes"):
         disinhib.load(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**other, "plugins": ["mine.py"]}))
-    with pytest.raises(ConfigError, match=r"needs plugin mine\.py: load\(path, plugins=\[FILE\]\)"):
+    with pytest.raises(ConfigError, match=r"needs plugin mine\.py: give plugins=\[FILE\]"):
         disinhib.load(tmp_path)
 
 
