@@ -204,8 +204,11 @@ def test_labels_are_moved_apart(heights, moved):
 def test_seeds_and_their_curves():
     seeds = retraining.seeds(FULL)
     assert [(seed.label, seed.nth) for seed in seeds] == [
-        (LABELS["a"], 0), (LABELS["a"], 0), (LABELS["b"], 0), (LABELS["c"], 1), (LABELS["d"], 0),
-    ]  # fmt: skip
+        *[(LABELS["a"], 0)] * 2,
+        *[(LABELS["b"], 0)] * 2,
+        (LABELS["c"], 1),
+        (LABELS["d"], 0),
+    ]
     curves = retraining.learning_curves(FULL._replace(curves=FULL.curves[6:]), "valid_accuracy")
     assert [curve.seed.row["run_id"] for curve in curves] == ["a-2", "b-1", "c-1", "d-1"]
     assert curves[0].epochs == (1, 2, 3) and curves[0].values == (20, 40, 60)
