@@ -21,7 +21,7 @@ from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
 from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
-from disinhib.tuning import mlflow_store, options as studies
+from disinhib.tuning import mlflow_connection, options as studies
 from disinhib.tuning.event_log import PRUNED
 from disinhib.tuning.validation import CHECKS, check_device
 
@@ -137,9 +137,9 @@ def used_in_experiment(settings: Mapping[str, Any]) -> dict[int, str]:
     """The used seeds of the experiment for a grid, which is created if necessary."""
     out_dir = Path(settings["out_dir"]).absolute()
     hydra_config.check_folder(out_dir)
-    uri = mlflow_store.address(settings["tracking"]["uri"], out_dir)
-    experiment = mlflow_store.open_store(
-        uri, settings["tracking"]["experiment"], out_dir / mlflow_store.ARTIFACTS
+    uri = mlflow_connection.address(settings["tracking"]["uri"], out_dir)
+    experiment = mlflow_connection.open_store(
+        uri, settings["tracking"]["experiment"], out_dir / mlflow_connection.ARTIFACTS
     )
     return used_seeds(stores.connect(uri), experiment.id)
 
@@ -177,7 +177,7 @@ def of_selection(
     if other_uri is None:
         uri = _moved_with(file, selection.get("database"), study_run) or uri
     try:
-        store = stores.connect(mlflow_store.address(other_uri or uri, Path()))
+        store = stores.connect(mlflow_connection.address(other_uri or uri, Path()))
     except InputError as error:
         raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
@@ -192,7 +192,7 @@ def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
         return None
     place = Path(os.path.abspath(file)).parent / database
     try:
-        beside = mlflow_store.address(f"sqlite:///{place}", place.parent)
+        beside = mlflow_connection.address(f"sqlite:///{place}", place.parent)
         stores.run(stores.connect(beside), study_run)
     except InputError:  # no such database, or one of other studies
         return None

@@ -26,7 +26,7 @@ from disinhib.checks import COUNT, FLAG, OPTIONAL_TEXT, TEXT, Option, flatten
 from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Criterion, measures
 from disinhib.rules import RULES, reported_name
-from disinhib.tuning import mlflow_settings, mlflow_store
+from disinhib.tuning import mlflow_connection, mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.space_tree import RULE as OF_RULE, option_of, parameters_for, same
 
@@ -315,7 +315,7 @@ def main(arguments: list[str]) -> int:
         choices += of_defaults
         warning_lines += lacking
     file = Path(options["selected"])
-    database = mlflow_store.sqlite_file(store.uri)
+    database = mlflow_connection.sqlite_file(store.uri)
     seen = None if database is None else os.path.relpath(database, file.absolute().parent)
     selected = content(study, store.uri, seen, choices, metric, per, warning_lines)
     runs.write(file, yaml.safe_dump(selected, sort_keys=False), "selected")

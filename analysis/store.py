@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import InputError, masked, nearest, one_line
-from disinhib.tuning import mlflow_store
+from disinhib.tuning import mlflow_connection
 from disinhib.tuning.event_log import OF_STUDY
 from disinhib.tuning.mlflow_store import SEED
 
@@ -67,7 +67,7 @@ def address(uri: str | None) -> str:
             f"tracking.uri: missing, needed is the address of an MLflow store, as neither"
             f" $MLFLOW_TRACKING_URI nor {DEFAULT} is there"
         )
-    return mlflow_store.address(uri, DEFAULT.parent)
+    return mlflow_connection.address(uri, DEFAULT.parent)
 
 
 @contextmanager
@@ -85,16 +85,16 @@ def refusing(problem: str) -> Iterator[None]:
 def connect(uri: str) -> Store:
     """Connects to a store, and never creates one. Raises Refused if it does not answer."""
     try:
-        if (file := mlflow_store.sqlite_file(uri)) is not None:
+        if (file := mlflow_connection.sqlite_file(uri)) is not None:
             # MLflow would make a store of any file. (Not opened read-only, so that a transaction
             # that a kill interrupted can be rolled back.)
             with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as connection:
                 connection.execute("SELECT 1 FROM runs LIMIT 1")
-        with mlflow_store.first_contact(uri):
+        with mlflow_connection.first_contact(uri):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # as in `refusing`
-        problem = f"tracking.uri: cannot read {uri} ({mlflow_store.why(uri, error)})"
+        problem = f"tracking.uri: cannot read {uri} ({mlflow_connection.why(uri, error)})"
         raise Refused(problem) from error
     return Store(uri, client)
 
@@ -102,7 +102,7 @@ def connect(uri: str) -> Store:
 def content(store: Store, run_id: str, artifact: str) -> bytes:
     """An artifact. Raises the errors of MLflow and its artifact stores."""
     run = store.client.get_run(run_id)
-    if (own := mlflow_store.local_artifacts(store.uri, run)) is not None:
+    if (own := mlflow_connection.local_artifacts(store.uri, run)) is not None:
         return (own / artifact).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         file = store.client.download_artifacts(run_id, artifact, folder)
@@ -116,7 +116,7 @@ def text(store: Store, run_id: str, artifact: str) -> str:
 
 def names(store: Store, run: Run, folder: str | None = None) -> list[str]:
     """The paths of a run's artifacts, or of those in one of their folders."""
-    own = mlflow_store.local_artifacts(store.uri, run)
+    own = mlflow_connection.local_artifacts(store.uri, run)
     if own is None:
         return sorted(file.path for file in store.client.list_artifacts(run.info.run_id, folder))
     return sorted(str(file.relative_to(own)) for file in (own / (folder or "")).glob("*"))

@@ -77,17 +77,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def mlflow_template(tmp_path_factory) -> Path:
     """A new MLflow store in SQLite, whose tables take MLflow seconds to make: a copy of it, put
     where a study will look for its store, is a new store too."""
-    from disinhib.tuning import mlflow_store
+    from disinhib.tuning import mlflow_connection
 
     file = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_store._make_sqlite(file)
+    mlflow_connection._make_sqlite(file)
     return file
 
 
 @pytest.fixture(scope="module")
 def copied_stores(mlflow_template):
     """The module's studies begin with a copy of an MLflow store, where they would make one."""
-    from disinhib.tuning import mlflow_store
+    from disinhib.tuning import mlflow_connection
 
     def copy(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def copied_stores(mlflow_template):
             shutil.copyfile(mlflow_template, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlflow_store, "_make_sqlite", copy)
+        patch.setattr(mlflow_connection, "_make_sqlite", copy)
         yield
 
 

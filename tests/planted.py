@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from analysis import configurations, retrain as retraining, runs, store as stores
-from disinhib.tuning import manifest, mlflow_store, options, retention
+from disinhib.tuning import manifest, mlflow_connection, options, retention
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -165,8 +165,8 @@ def mlflow(
     tags: Mapping[str, str] | None = None,
 ) -> MlflowStore:
     """What the engine would write the study with."""
-    uri = mlflow_store.address(None, folder)
-    experiment = mlflow_store.open_store(uri, "disinhib", folder / "mlflow-artifacts")
+    uri = mlflow_connection.address(None, folder)
+    experiment = mlflow_connection.open_store(uri, "disinhib", folder / "mlflow-artifacts")
     files = begun.files()
     own = {"config.yaml": yaml.safe_dump(dict(of_study)), **files}
     models = lambda number, seed: retention.model_file(folder, number, seed)

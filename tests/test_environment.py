@@ -11,7 +11,7 @@ import yaml
 from analysis import replay, retrain, runs, selection, store
 from analysis.report import __main__ as report
 from disinhib.errors import ConfigError, InputError
-from disinhib.tuning import cluster, environment, mlflow_settings, mlflow_store
+from disinhib.tuning import cluster, environment, mlflow_connection, mlflow_settings
 
 LOCAL = {"address": None, "cpus_per_trial": 1, "gpus_per_trial": 0, "max_concurrent": None}
 
@@ -119,5 +119,5 @@ def test_a_command_of_analysis_has_the_settings_of_tuning_and_leaves_none(
     with pytest.raises(InputError, match=r"tracking\.uri: cannot read http://here .*no answer"):
         main([*words, "tracking.uri=http://here"])
     assert dict(os.environ) == before
-    soon = {"MLFLOW_HTTP_REQUEST_TIMEOUT": mlflow_store.FIRST_CONTACT}
+    soon = {"MLFLOW_HTTP_REQUEST_TIMEOUT": mlflow_connection.FIRST_CONTACT}
     assert seen == [{**before, **mlflow_settings._REQUESTS, **soon}]

@@ -18,7 +18,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import engine, mlflow_process, mlflow_store, options, outbox, study
+from disinhib.tuning import engine, mlflow_connection, mlflow_process, options, outbox, study
 from disinhib.tuning.mlflow_process import MlflowProcess
 
 
@@ -161,6 +161,6 @@ def test_a_study_survives_its_death(tmp_path, monkeypatch, tiny_space, one_ray):
     assert "mlflow does not take records (Died: the process of MLflow has died)" in said
     assert "mlflow answers again and has all records" in said
     assert MADE[-1]._process is None
-    runs = mlflow_store._client(done.tracking_uri).search_runs(["1"], "tags.trial LIKE '%'")
+    runs = mlflow_connection.client_of(done.tracking_uri).search_runs(["1"], "tags.trial LIKE '%'")
     assert sorted(int(run.data.tags["trial"]) for run in runs) == list(range(tiny.TRIALS))
     assert {run.data.tags["trial_state"] for run in runs} == {"complete"}

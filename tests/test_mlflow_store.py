@@ -18,7 +18,7 @@ import yaml
 from mlflow import MlflowClient
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import mlflow_settings, mlflow_store
+from disinhib.tuning import mlflow_connection, mlflow_settings, mlflow_store
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -53,8 +53,8 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracking")
-    uri = mlflow_store.address(None, folder)
-    return mlflow_store.open_store(uri, "disinhib", folder / "artifacts")
+    uri = mlflow_connection.address(None, folder)
+    return mlflow_connection.open_store(uri, "disinhib", folder / "artifacts")
 
 
 @pytest.fixture
@@ -594,14 +594,14 @@ def test_a_new_store_has_mlflows_tables_and_no_half_of_them(tmp_path, mlflow_tem
 
 
 def test_the_experiment_is_made_once(experiment, tmp_path):
-    assert mlflow_store.open_store(experiment.uri, "disinhib", tmp_path) == experiment
+    assert mlflow_connection.open_store(experiment.uri, "disinhib", tmp_path) == experiment
 
 
 def test_a_deleted_experiment_is_refused(experiment, tmp_path):
-    other = mlflow_store.open_store(experiment.uri, "deleted", tmp_path)
-    mlflow_store._client(experiment.uri).delete_experiment(other.id)
+    other = mlflow_connection.open_store(experiment.uri, "deleted", tmp_path)
+    mlflow_connection.client_of(experiment.uri).delete_experiment(other.id)
     with pytest.raises(ConfigError, match=r"tracking\.experiment: given deleted"):
-        mlflow_store.open_store(experiment.uri, "deleted", tmp_path)
+        mlflow_connection.open_store(experiment.uri, "deleted", tmp_path)
 
 
 def closed_port():
@@ -623,24 +623,24 @@ def closed_port():
 def test_a_store_that_cannot_be_opened_is_refused_in_one_line(uri, tmp_path):
     uri = uri.format(port=closed_port())
     with pytest.raises(ConfigError) as refusal:
-        mlflow_store.open_store(uri, "disinhib", tmp_path)
+        mlflow_connection.open_store(uri, "disinhib", tmp_path)
     assert str(refusal.value).startswith(f"tracking.uri: given {uri}")
     assert "\n" not in str(refusal.value)
 
 
 def test_a_server_that_accepts_and_says_nothing_is_given_up_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlflow_store, "FIRST_CONTACT", "1")
+    monkeypatch.setattr(mlflow_connection, "FIRST_CONTACT", "1")
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         with pytest.raises(ConfigError, match=r"tracking\.uri"):
-            mlflow_store.open_store(f"http://127.0.0.1:{mute.getsockname()[1]}", "x", tmp_path)
+            mlflow_connection.open_store(f"http://127.0.0.1:{mute.getsockname()[1]}", "x", tmp_path)
 
 
 def test_relative_sqlite_paths_are_the_drivers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert mlflow_store.address("sqlite:///a/b.db", tmp_path) == f"sqlite:///{tmp_path}/a/b.db"
-    assert mlflow_store.address("http://host", tmp_path) == "http://host"
+    assert mlflow_connection.address("sqlite:///a/b.db", tmp_path) == f"sqlite:///{tmp_path}/a/b.db"
+    assert mlflow_connection.address("http://host", tmp_path) == "http://host"
 
 
 # MLflow's settings.
@@ -684,29 +684,29 @@ def test_importing_analysis_and_tuning_sets_nothing():
 
 def test_the_option_the_environment_and_the_default_give_the_address(tmp_path, monkeypatch):
     own = f"sqlite:///{tmp_path}/mlflow.db"
-    assert mlflow_store.address(None, tmp_path) == own
+    assert mlflow_connection.address(None, tmp_path) == own
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
-    assert mlflow_store.address(None, tmp_path) == "http://there"
-    assert mlflow_store.address("http://here", tmp_path) == "http://here"
+    assert mlflow_connection.address(None, tmp_path) == "http://there"
+    assert mlflow_connection.address("http://here", tmp_path) == "http://here"
 
 
 @pytest.mark.parametrize("character", "%?#")
 def test_a_path_that_mlflow_cannot_open_is_refused_at_once(character, tmp_path):
     with pytest.raises(ConfigError, match="whose path has no %, \\? or #"):
-        mlflow_store.address(None, tmp_path / f"a{character}b")
+        mlflow_connection.address(None, tmp_path / f"a{character}b")
 
 
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:////tmp"])
 def test_a_store_without_a_file_is_refused(uri, tmp_path):
     with pytest.raises(ConfigError, match="allowed is sqlite:///FILE"):
-        mlflow_store.address(uri, tmp_path)
+        mlflow_connection.address(uri, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "lr=0.1, (a)", "[x]{y}", "é–漢", "a&b;c", "-x"])
 def test_any_other_folder_holds_a_store(name, tmp_path):
     folder = tmp_path / name
-    uri = mlflow_store.address(None, folder)
-    experiment = mlflow_store.open_store(uri, "disinhib", folder)
+    uri = mlflow_connection.address(None, folder)
+    experiment = mlflow_connection.open_store(uri, "disinhib", folder)
     store = MlflowStore(
         experiment, "s", "s", ACCURACY, DATA, {"config.yaml": "a: 1"}, {}, lambda *_: folder
     )
@@ -736,19 +736,19 @@ def test_the_studys_run_tells_how_many_trials_it_has_begun(new_store):
 
 def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
     then, now = tmp_path / "then", tmp_path / "now here"
-    uri = mlflow_store.address(None, then)
-    experiment = mlflow_store.open_store(uri, "disinhib", then)
+    uri = mlflow_connection.address(None, then)
+    experiment = mlflow_connection.open_store(uri, "disinhib", then)
     store = MlflowStore(
         experiment, "s", "s", ACCURACY, DATA, {"config.yaml": "a: 1"}, {}, lambda *_: then
     )
     deliver(store, *trial(0, 3, COMPLETE))
     then.rename(now)
-    uri = mlflow_store.address(None, now)
+    uri = mlflow_connection.address(None, now)
     run = MlflowClient(uri).get_run(store.study_run)
-    beside = mlflow_store.local_artifacts(uri, run)
+    beside = mlflow_connection.local_artifacts(uri, run)
     assert beside is not None and (beside / "config.yaml").read_text() == "a: 1"
     # A new study there does not write to the old place, and MLflow itself finds everything.
-    experiment = mlflow_store.open_store(uri, "disinhib", now)
+    experiment = mlflow_connection.open_store(uri, "disinhib", now)
     run = MlflowClient(uri).get_run(store.study_run)
     assert (run.info.artifact_uri or "").startswith((now / "mlflow-artifacts").as_uri())
     another = MlflowStore(
@@ -759,9 +759,11 @@ def test_artifacts_of_a_moved_folder_are_found_beside_their_database(tmp_path):
 
 
 def test_a_database_that_does_not_answer_is_refused_soon(monkeypatch, tmp_path):
-    monkeypatch.setattr(mlflow_store, "_client", lambda uri: pytest.fail("MLflow would try on"))
+    monkeypatch.setattr(
+        mlflow_connection, "client_of", lambda uri: pytest.fail("MLflow would try on")
+    )
     with pytest.raises(ConfigError, match="answers"):
-        mlflow_store.open_store("postgresql://me:secret@127.0.0.1:9/db", "disinhib", tmp_path)
+        mlflow_connection.open_store("postgresql://me:secret@127.0.0.1:9/db", "disinhib", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -774,11 +776,11 @@ def test_a_database_that_does_not_answer_is_refused_soon(monkeypatch, tmp_path):
     ],
 )
 def test_what_may_help_is_kept(text, hint):
-    line = mlflow_store.why("http://h", RuntimeError(text))
+    line = mlflow_connection.why("http://h", RuntimeError(text))
     assert hint in line and "\n" not in line and "SQL" not in line
 
 
 def test_a_proxy_is_named(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://me:secret@proxy:8080")
-    line = mlflow_store.why("http://h", RuntimeError("no route"))
+    line = mlflow_connection.why("http://h", RuntimeError("no route"))
     assert "by way of http_proxy=http://me:***@proxy:8080" in line

@@ -28,7 +28,7 @@ import analysis
 from analysis import configurations, retrain, runs, selection, store as stores
 from analysis.store import Refused
 from disinhib import config, data, errors, hydra_config, training
-from disinhib.tuning import engine, environment, mlflow_store, outbox
+from disinhib.tuning import engine, environment, mlflow_connection, mlflow_store, outbox
 from disinhib.tuning.event_log import OF_STUDY, Objective
 
 source = tiny.source
@@ -174,7 +174,9 @@ def test_given_again_nothing_is_trained_again(study, selected, done, rows):
 
 def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, opened, rows):
     """They are no trials of it: `MlflowStore.load` deletes what is there twice."""
-    experiment = mlflow_store.open_store(study.uri, "disinhib", study.folder / "mlflow-artifacts")
+    experiment = mlflow_connection.open_store(
+        study.uri, "disinhib", study.folder / "mlflow-artifacts"
+    )
     none = lambda number, seed: study.folder / "none"
     accuracy = Objective("valid_accuracy", 1)
     store = mlflow_store.MlflowStore(

@@ -20,7 +20,7 @@ from analysis.store import Refused, Store, StudyRun
 from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
 from disinhib.errors import masked, one_line
-from disinhib.tuning import mlflow_settings, mlflow_store
+from disinhib.tuning import mlflow_connection, mlflow_settings
 
 STUDY = stores.STUDY._replace(words=f"{stores.STUDY.words}; several, with commas: their comparison")
 OUT = Option("out", None, OPTIONAL_TEXT, "folder to write to; null: out/report-NAME")
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> int:
 def _attach(store: Store, study: StudyRun, files: Iterable[Path]) -> int:
     """Gives the files to the study's run in MLflow; returns the exit code."""
     try:
-        if (database := mlflow_store.sqlite_file(store.uri)) is not None:
-            mlflow_store.keep_artifacts_beside(database)
+        if (database := mlflow_connection.sqlite_file(store.uri)) is not None:
+            mlflow_connection.keep_artifacts_beside(database)
         for file in files:
             store.client.log_artifact(study.run.info.run_id, str(file), ARTIFACTS)
     except Exception as error:  # MLflow's stores of artifacts raise their own kinds

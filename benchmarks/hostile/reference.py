@@ -27,7 +27,7 @@ from analysis import runs, store as stores
 from analysis.replay import MACHINE_METRICS
 from benchmarks.hostile import place as places
 from benchmarks.hostile.place import Ended, Expected, Place, Strike
-from disinhib.tuning import mlflow_store
+from disinhib.tuning import mlflow_connection
 from disinhib.tuning.event_log import FILE, EventLog, replay
 
 WHOLE, HALF = "whole", "half"  # the studies; a case that begins one calls it
@@ -66,7 +66,7 @@ class Reference:
         folder.mkdir(parents=True, exist_ok=True)
         self.template = folder / "mlflow.db"
         if not self.template.exists():
-            mlflow_store._make_sqlite(self.template)
+            mlflow_connection._make_sqlite(self.template)
 
     def study(self, name: str) -> Path:
         """The folder whose cwd/ has the study in out/."""

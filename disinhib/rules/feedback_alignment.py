@@ -33,7 +33,7 @@ from disinhib.checks import DECAY, POSITIVE, Option
 from disinhib.feedback import signs
 from disinhib.hyperparameters import Architecture, Hyperparameters
 from disinhib.network import Parameters, initial_parameters
-from disinhib.rules.base import Competitor, Family, Rule, RuleState, Update
+from disinhib.rules.base import Branch, Competitor, Family, Rule, RuleState, Update
 from disinhib.rules.branches import log_uniform
 from disinhib.solvers import open_loop
 
@@ -145,54 +145,44 @@ def _kolen_pollack_branch(trial):
     }
 
 
-FA = Rule(
+def _rule(
+    name: str,
+    path: float,
+    words: str,
+    colour: str,
+    branch: Branch | None = None,
+    options: tuple[Option, ...] = (),
+) -> Rule:
+    branch = branch or (lambda trial: _common_branch(trial, name))
+    circuits = {"non-dale": Competitor(words, colour, branch)}
+    return Rule(name, FEEDBACK_ALIGNMENT, circuits, options, chosen={"path": path})
+
+
+FA = _rule(
     "fa",
-    FEEDBACK_ALIGNMENT,
-    {
-        "non-dale": Competitor(
-            "feedback alignment: back-propagation whose errors come back on fixed random weights",
-            "#E69F00",
-            lambda trial: _common_branch(trial, "fa"),
-        )
-    },
-    (_SCALE,),
-    chosen={"path": RANDOM},
+    RANDOM,
+    "feedback alignment: back-propagation whose errors come back on fixed random weights",
+    "#E69F00",
+    options=(_SCALE,),
 )
-DFA = Rule(
+DFA = _rule(
     "dfa",
-    FEEDBACK_ALIGNMENT,
-    {
-        "non-dale": Competitor(
-            "direct feedback alignment: the same from the output straight to every layer",
-            "#56B4E9",
-            lambda trial: _common_branch(trial, "dfa"),
-        )
-    },
-    (_SCALE,),
-    chosen={"path": DIRECT},
+    DIRECT,
+    "direct feedback alignment: the same from the output straight to every layer",
+    "#56B4E9",
+    options=(_SCALE,),
 )
-SIGN_SYMMETRIC = Rule(
+SIGN_SYMMETRIC = _rule(
     "sign-symmetric",
-    FEEDBACK_ALIGNMENT,
-    {
-        "non-dale": Competitor(
-            "back-propagation whose errors come back on the signs of the forward weights",
-            "#882255",
-            lambda trial: _common_branch(trial, "sign-symmetric"),
-        )
-    },
-    chosen={"path": SIGNS},
+    SIGNS,
+    "back-propagation whose errors come back on the signs of the forward weights",
+    "#882255",
 )
-KOLEN_POLLACK = Rule(
+KOLEN_POLLACK = _rule(
     "kolen-pollack",
-    FEEDBACK_ALIGNMENT,
-    {
-        "non-dale": Competitor(
-            "the same on weights that change and decay as the forward weights do (Kolen-Pollack)",
-            "#DDCC77",
-            _kolen_pollack_branch,
-        )
-    },
+    LEARNT,
+    "the same on weights that change and decay as the forward weights do (Kolen-Pollack)",
+    "#DDCC77",
+    _kolen_pollack_branch,
     (_SCALE, _DECAY),
-    chosen={"path": LEARNT},
 )

@@ -28,7 +28,8 @@
     retention        which checkpoints stay
 
     outbox           sends the log's events to the stores
-    mlflow_store     the store MLflow
+    mlflow_store     what a study writes into MLflow
+    mlflow_connection  where MLflow's store is: opened, made, moved, cleared
     mlflow_settings  MLflow's settings
     optuna_store     Optuna's own store
     provenance       code, packages, data and machine of a run

@@ -35,6 +35,7 @@ from disinhib.tuning import (
     event_log,
     inventory,
     manifest,
+    mlflow_connection,
     mlflow_store,
     resume,
     retention,
@@ -144,7 +145,7 @@ def read(file: Path, out_dir: Path, uri: str | None = None) -> list[Entry]:
     check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     kept, address = store_of(None, out_dir)
-    address = mlflow_store.address(uri or address, out_dir)
+    address = mlflow_connection.address(uri or address, out_dir)
     kept = masked(address) if uri else kept
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=f".{file.stem}.") as made:
         part = Path(made)
@@ -155,9 +156,11 @@ def read(file: Path, out_dir: Path, uri: str | None = None) -> list[Entry]:
         if taken := [*taken, *(out_dir / name for name in names if (out_dir / name).exists())]:
             allowed = f"an archive of studies that are not there yet ({taken[0]} is)"
             raise refusal("file", file, allowed)
-        artifacts = out_dir / mlflow_store.ARTIFACTS  # not in `part`, if it is a new experiment
+        artifacts = (
+            out_dir / mlflow_connection.ARTIFACTS
+        )  # not in `part`, if it is a new experiment
         claims = {
-            name: (mlflow_store.open_store(address, experiment, artifacts), id)
+            name: (mlflow_connection.open_store(address, experiment, artifacts), id)
             for name, (id, experiment) in begun.items()
         }
         place = f"{platform.node()}:{out_dir}"

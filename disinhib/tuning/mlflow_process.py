@@ -138,18 +138,18 @@ class Service:
 
     def check(self, uri: str | None, experiment: str, folder: Path) -> None:
         """Raises ConfigError as `open` would, but makes no store."""
-        from disinhib.tuning import mlflow_store
+        from disinhib.tuning import mlflow_connection
 
-        artifacts = folder / mlflow_store.ARTIFACTS
-        mlflow_store.check_store(mlflow_store.address(uri, folder), experiment, artifacts)
+        artifacts = folder / mlflow_connection.ARTIFACTS
+        mlflow_connection.check_store(mlflow_connection.address(uri, folder), experiment, artifacts)
 
     def open(self, uri: str | None, experiment: str, folder: Path) -> tuple[str, str]:
-        """The fields of a `mlflow_store.Experiment`. (The driver does not import that module.)"""
-        from disinhib.tuning import mlflow_store
+        """The fields of an `Experiment`, of mlflow_connection, which the driver does not import."""
+        from disinhib.tuning import mlflow_connection
 
-        address = mlflow_store.address(uri, folder)
-        artifacts = folder / mlflow_store.ARTIFACTS
-        opened = mlflow_store.open_store(address, experiment, artifacts)
+        address = mlflow_connection.address(uri, folder)
+        artifacts = folder / mlflow_connection.ARTIFACTS
+        opened = mlflow_connection.open_store(address, experiment, artifacts)
         return opened.uri, opened.id
 
     def load(
@@ -161,7 +161,8 @@ class Service:
     ) -> tuple[set[int], str | None]:
         """(which of `records` the store has, the study's own run)."""
         plugins.load_kept(kept)
-        from disinhib.tuning.mlflow_store import Experiment, MlflowStore
+        from disinhib.tuning.mlflow_connection import Experiment
+        from disinhib.tuning.mlflow_store import MlflowStore
 
         self.store = MlflowStore(Experiment(*experiment), **fields)
         return self.store.load(records), self.store.study_run

@@ -18,7 +18,7 @@ import optuna
 from disinhib.checks import check, refusal
 from disinhib.errors import ConfigError, masked
 from disinhib.hydra_config import option_of
-from disinhib.tuning import engine, lease, mlflow_store, optuna_store, resume
+from disinhib.tuning import engine, lease, mlflow_connection, mlflow_store, optuna_store, resume
 from disinhib.tuning.engine import Job
 from disinhib.tuning.event_log import OF_STUDY, EventLog, replay
 from disinhib.tuning.inventory import (
@@ -45,7 +45,7 @@ def address(entry: Entry, given: str | None = None) -> str:
     """The address of its MLflow store, `given` or its own, with the environment's password. Raises
     ConfigError."""
     out_dir = entry.folder.parent
-    return mlflow_store.address(given or store_of(entry.tracking_uri, out_dir)[1], out_dir)
+    return mlflow_connection.address(given or store_of(entry.tracking_uri, out_dir)[1], out_dir)
 
 
 def job_of(entry: Entry, uri: str) -> Job:
@@ -178,17 +178,19 @@ def sweep(folder: Path) -> bool:
 
 
 def _delete_in_mlflow(entry: Entry, uri: str) -> str | None:
-    file = mlflow_store.sqlite_file(uri)
+    file = mlflow_connection.sqlite_file(uri)
     if file is not None and not file.exists():
         return None
     name = entry.options["tracking"]["experiment"]
-    experiment = mlflow_store.open_store(uri, name, entry.folder.parent / mlflow_store.ARTIFACTS)
+    experiment = mlflow_connection.open_store(
+        uri, name, entry.folder.parent / mlflow_connection.ARTIFACTS
+    )
     runs = mlflow_store.delete_study(experiment, entry.manifest.id)
     if not runs:
         return None
     line = f"{entry.name}: its {len(runs)} runs in {masked(uri)}"
     if file is None:
         return f"{line} (in MLflow's trash, until somebody runs mlflow gc there)"
-    if why := mlflow_store.purge(file, runs):
+    if why := mlflow_connection.purge(file, runs):
         return f"{line} (in MLflow's trash, as mlflow gc fails: {why})"
     return f"{line}, with their artifacts"
