@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from analysis import store as stores
 from analysis.store import Refused, Store, StudyRun
 from disinhib import cli
 from disinhib.checks import Check, Option, or_null
+from disinhib.files import write_whole
 from disinhib.tuning import mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, OF_STUDY
 from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL, SEED
@@ -283,13 +283,9 @@ def write_table(file: Path, table: pd.DataFrame, option: str) -> None:
 
 def write(file: Path, content: str | bytes, option: str = "out") -> None:
     """Writes the file given by `option`, whole or not at all. Raises Refused if that fails."""
-    part = file.with_name(f".{file.name}.part")
     try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode())
-        part.replace(file)
+        write_whole(file, content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise Refused(
             f"{option}: given {file}, allowed is a file that can be written ({error.strerror})"
         ) from error

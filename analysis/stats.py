@@ -175,6 +175,10 @@ def _sample(values: Iterable[float]) -> np.ndarray:
     return sample
 
 
+def mean(values: Iterable[float]) -> float:
+    return _mean(_sample(values))
+
+
 def _mean(sample: np.ndarray) -> float:
     """About the smallest value: exactly v of equal values v. NaN of none."""
     return float(sample[0] + np.mean(sample - sample[0])) if len(sample) else math.nan

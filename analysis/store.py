@@ -235,12 +235,11 @@ def _study_of(store: Store, run: Run) -> StudyRun:
         )
 
 
-def load_plugins(provenance: Mapping[str, Any]) -> None:
-    """Loads the plugins that a study, or a trial, was made with, and says which have changed since.
-    Raises ConfigError if one cannot be loaded."""
+def load_plugins(provenance: Mapping[str, Any], beside: bool = False) -> None:
+    """As `hydra_config.load_kept_plugins`."""
     from disinhib import hydra_config  # with jax
 
-    hydra_config.load_kept_plugins(provenance)
+    hydra_config.load_kept_plugins(provenance, beside)
 
 
 def trials(store: Store, experiment: str, study_id: str | None = None) -> list[Run]:

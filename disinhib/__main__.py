@@ -35,6 +35,7 @@ from disinhib.checkpoint import CHECKPOINT, CONFIG
 from disinhib.checks import flatten, refusal
 from disinhib.config import RunConfig, parse, with_sizes
 from disinhib.errors import FULL_DISK, ConfigError, masked, one_line, printable
+from disinhib.files import write_whole
 from disinhib.rules import RULES
 
 RESULTS = "results.json"
@@ -235,7 +236,7 @@ def _run(
             for name, values in metrics.items():
                 results.setdefault(name, []).append(float(values[0]))
             results["wall_time"] = time.perf_counter() - start
-            _write_json(folder / RESULTS, results)
+            write_whole(folder / RESULTS, json.dumps(results, indent=4).encode())
             checkpoint.save(folder / CHECKPOINT, config, state)
             log.info(_line(config, epoch, metrics))
             past.append(float(metrics["epoch_seconds"][0]))
@@ -313,12 +314,6 @@ def _line(config: RunConfig, epoch: int, metrics: training.Metrics) -> str:
     if (converged := metrics["train_CL_converged_share"][0]) < 1:
         parts.append(f"converged {100 * converged:.1f} %")
     return " | ".join([*parts, f"{metrics['epoch_seconds'][0]:.1f} s"])
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=4), "utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

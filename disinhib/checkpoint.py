@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from disinhib import plugins
 from disinhib.checks import flatten
 from disinhib.config import RunConfig
 from disinhib.errors import ConfigError
+from disinhib.files import write_whole
 from disinhib.training import TrainingState, initial_state
 
 # In the folder of a single run: its options, and its state after the last epoch.
@@ -55,15 +55,7 @@ def save(
     )
     if len(content) > most_bytes:
         return False
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, content)
     return True
 
 

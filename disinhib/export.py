@@ -96,7 +96,10 @@ class Network:
         for a plugin's rule, of whose state only its checkpoints know."""
         if FAMILIES[self.architecture.family].feedback_and_aim is not feedback_and_aim:
             rule = self.options["trainer"]["name"]
-            raise ConfigError(f"parameters: lacking what {rule} remembers between batches")
+            raise ConfigError(
+                f"no state of {rule} from which its loop could be closed: the checkpoint of its run"
+                " has it, a model has not"
+            )
         if feedback.is_kept(self.hyperparameters):
             names = _feedback_names(self.architecture)
             if lacking := [name for name in names if name not in parameters]:

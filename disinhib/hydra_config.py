@@ -98,32 +98,42 @@ def load_plugins(overrides: Sequence[str]) -> list[str]:
 
     Raises ConfigError for a plugin that is wrong.
     """
-    known = []
-    for override in overrides:
-        if names := plugins_in([override]):
-            for name in names:
-                plugins.load(plugins.read(name))
-            register_tables()
-            override = f"plugins={_written(names)}"
-        known.append(override)
-    return known
+    names = plugins_in(overrides)
+    for name in names:
+        plugins.load(plugins.read(name))
+    if not names:
+        return list(overrides)
+    register_tables()
+    *_, last = filter(_names_plugins, overrides)
+    known = [o for o in overrides if o == last or not _names_plugins(o)]
+    return [f"plugins={_written(names)}" if o == last else o for o in known]
 
 
 def plugins_in(overrides: Sequence[str]) -> list[str]:
-    """The plugins that `overrides` name, as they are called in any folder. Raises ConfigError."""
-    names: list[str] = []
-    for override in overrides:
-        if option_of(override) == "plugins" and not override.startswith("~"):
-            given = value_of(override)
-            given = [given] if isinstance(given, str) else given
-            names += map(plugins.resolved, check("plugins", given, PLUGINS))
-    return names
+    """The plugins that the last of `overrides` to do so names, as they are called in any folder.
+    Raises ConfigError."""
+    given: Any = []
+    for override in filter(_names_plugins, overrides):
+        given = value_of(override)
+    given = [given] if isinstance(given, str) else given
+    return [*map(plugins.resolved, check("plugins", given, PLUGINS))]
 
 
-def load_kept_plugins(provenance: Mapping[str, Any]) -> None:
+def _names_plugins(override: str) -> bool:
+    return option_of(override) == "plugins" and not override.startswith("~")
+
+
+def load_kept_plugins(provenance: Mapping[str, Any], beside: bool = False) -> None:
     """Loads the plugins that a study, or a trial, was made with, and says which have changed since.
-    Raises ConfigError if one cannot be loaded."""
-    for line in plugins.load_kept(provenance.get("plugins", [])):
+    `beside` those of another study, for words and colours only: of two texts of a plugin the first
+    is enough, which is said. Raises ConfigError if one cannot be loaded."""
+    content = provenance.get("plugins", [])
+    differing = plugins.loaded_differently(content) if beside else []
+    for name in differing:
+        print(f"warning: plugin {name} has another text in another study here: only words and"
+              " colours of the first are used", flush=True)  # fmt: skip
+    others = [plain for plain in content if plain["name"] not in differing]
+    for line in plugins.load_kept(others):
         print(f"warning: {line}", flush=True)
     register_tables()
 

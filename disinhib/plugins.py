@@ -159,6 +159,12 @@ def load_kept(content: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def loaded_differently(content: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of plugins that were `kept` of which another text is loaded in this process."""
+    loaded = {name: LOADED[name].sha256 for name in LOADED}
+    return [p["name"] for p in content if loaded.get(p["name"], p["sha256"]) != p["sha256"]]
+
+
 def hashes() -> dict[str, str]:
     """The SHA-256 of each plugin of this process."""
     return {f"plugin {plugin.name}": plugin.sha256 for plugin in LOADED.values()}

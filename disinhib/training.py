@@ -78,7 +78,8 @@ class TrainingState(NamedTuple):
 
 def check_data(config: RunConfig) -> None:
     """Raises what `prepare` does, but touches no device: for a driver, which trains nothing."""
-    shape = _shape_of_train(config.dataset, config.dataset_path, config.valid_split)
+    version = datasets.version(config.dataset_path)
+    shape = _shape_of_train(config.dataset, config.dataset_path, config.valid_split, version)
     _check_fit(config, shape)
 
 
@@ -88,9 +89,9 @@ def prepare(config: RunConfig) -> Data:
     Raises data.DataError (files), ConfigError (a batch larger than the training set, inputs or
     outputs that are not the data set's).
     """
-    data, shape = _on_device(
-        config.dataset, config.dataset_path, config.valid_split, config.evaluated_share_of_train
-    )
+    path, share = config.dataset_path, config.evaluated_share_of_train
+    version = datasets.version(path)
+    data, shape = _on_device(config.dataset, path, config.valid_split, share, version)
     _check_fit(config, shape)
     return data
 
@@ -120,15 +121,16 @@ def _check_fit(config: RunConfig, shape: _Shape) -> None:
 
 
 @lru_cache(maxsize=16)  # numbers only: a driver asks for many configurations of the same data
-def _shape_of_train(name: str, path: str | None, valid_split: float) -> _Shape:
-    splits = datasets.load(name, path, valid_split)
-    return _shape_of(splits)
+def _shape_of_train(name: str, path: str | None, valid_split: float, version: Any) -> _Shape:
+    """`version` is data.version(path)."""
+    return _shape_of(datasets.load(name, path, valid_split))
 
 
 @lru_cache(maxsize=4)
 def _on_device(
-    name: str, path: str | None, valid_split: float, subset_share: float
+    name: str, path: str | None, valid_split: float, subset_share: float, version: Any
 ) -> tuple[Data, _Shape]:
+    """`version` is data.version(path)."""
     splits = datasets.load(name, path, valid_split)
     put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
     subset = math.ceil(subset_share * len(splits.train.labels))

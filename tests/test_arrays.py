@@ -7,6 +7,7 @@ import pytest
 
 from disinhib import config, data, hydra_config, training
 from disinhib.data import DataError, load, words
+from disinhib.tuning import provenance
 
 N = 40
 Y = np.arange(N) % 4
@@ -202,6 +203,8 @@ def test_a_table_is_scaled_by_its_columns(table):
         ("a,y\n1,0\n,1\n2,0", "not finite"),
         ("a,y\n1,0\n2,\n3,1", "the column y lacks 1 labels"),
         ("a,y\n1,0\n2,1", "too few for a test set"),
+        (",a,y\n0,1,0\n1,2,1", "1 of its columns have no name"),
+        ("5,0,0.1\n3,0,0.2", "has no header: its first line is 5, 0, 0.1"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_in_one_line(table, text, why):
@@ -221,6 +224,17 @@ def test_sizes_come_from_the_file(save):
         training.check_data(config.parse(other))
 
 
+def test_a_file_that_changes_is_read_again(save):
+    given = ["dataset=arrays", f"dataset.path={save(X=numbered(), y=Y)}", "batchsize=5"]
+    run = config.parse(hydra_config.compose("train", given)[0])
+    source = (run.dataset, run.dataset_path, run.valid_split)
+    seen = lambda: (training.prepare(run).train.images, provenance.decisive(source)["data"])
+    images, recorded = seen()
+    save(X=numbered()[::-1], y=Y)
+    changed, recorded_now = seen()
+    assert not np.array_equal(images, changed) and recorded != recorded_now
+
+
 def test_a_path_is_needed():
     options, _ = hydra_config.compose("train", ["dataset=arrays"])
     with pytest.raises(config.ConfigError, match=r"dataset\.path: given null, allowed is a file"):
@@ -237,7 +251,6 @@ def test_floats_are_trained_as_whole_numbers_are(save):
         split = {"X_test": images, "y_test": Y}
         given = ["dataset=arrays", f"dataset.path={save(X=images, y=Y, **split)}", *small]
         run = config.parse(hydra_config.compose("train", given)[0])
-        training._on_device.cache_clear()
         state = training.train(run, [0], lambda state, metrics: None)
         seen.append(state.parameters["kernel_out"])
     np.testing.assert_array_equal(*seen)

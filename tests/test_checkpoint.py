@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from disinhib import checkpoint, hydra_config, training
+from disinhib import checkpoint, files, hydra_config, training
 from disinhib.config import parse
 from disinhib.errors import ConfigError
 
@@ -71,7 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file(config, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, config, training.initial_state(config, [1]))
     assert [file.name for file in tmp_path.iterdir()] == ["state.msgpack"]

@@ -36,7 +36,7 @@ def test_calls_are_answered_by_results_and_by_errors_of_their_own_names(mlflow, 
     with pytest.raises(ConfigError, match=r"tracking\.uri: given sqlite:///, allowed is"):
         mlflow.call("check", "sqlite:///", "mine", tmp_path)
     with pytest.raises(RuntimeError) as caught:
-        mlflow.call("load", opened, {"no such": "field"}, {}, [])
+        mlflow.call("load", opened, {"no such": "field"}, {})
     assert type(caught.value).__name__ == "TypeError"
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:  # behind it, what the system says

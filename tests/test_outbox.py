@@ -415,6 +415,17 @@ def of_rules(number, rule, state=COMPLETE):
     return [replace(first, point=point, config={**first.config, "rule": rule}), *others]
 
 
+def test_what_a_rules_study_has_is_a_copy(log, tmp_path):
+    """A storage may give its own trials, and then the study of all would have lost their rule."""
+    log.append(of_rules(0, "bp") + of_rules(1, "lin-thresh", PRUNED))
+    store = OptunaStore("s", "id", ACCURACY, None, tmp_path)
+    store.load({})
+    store.deliver(log.events())
+    trials = store.storage.get_all_trials(store.study_id, deepcopy=False)
+    assert [trial.params["trainer"] for trial in trials] == ["bp", "lin-thresh"]
+    assert not any("trial" in trial.user_attrs for trial in trials)
+
+
 def test_each_rule_has_a_study_of_its_own_once(log, tmp_path):
     """Whatever is delivered again, cut off or renamed; the metric has its name."""
     url = f"sqlite:///{tmp_path / 'optuna.db'}"

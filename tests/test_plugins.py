@@ -343,7 +343,7 @@ def test_a_trajectory_is_drawn_with_the_plugins_of_its_training(write, unloaded,
         return str(no.value)
 
     assert f"needs plugin {file}: give plugins=[FILE]" in refused(folder)
-    assert "lacking what counting remembers" in refused(model, [file])
+    assert "no state of counting" in refused(model, [file])
     write(dedent(CLOSED_LOOP) + "# another")
     assert f"{file} has changed since: give plugins={folder}/plugins/mine.py" in refused(
         folder, [file]

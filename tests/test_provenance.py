@@ -180,7 +180,7 @@ def test_differences_are_what_makes_results_incomparable(collected, now, lines):
 @pytest.mark.parametrize("part", ["train", "validation", "test", "labels", "split"])
 def test_the_data_hash_covers_every_image_and_label(part, monkeypatch):
     hashed = provenance._data.__wrapped__
-    before = hashed("digits", None, 0.1)
+    before = hashed("digits", None, 0.1, None)
     splits = data.load("digits", None, 0.2 if part == "split" else 0.1)
     if part == "labels":
         labels = np.roll(splits.train.labels, 1)
@@ -190,7 +190,7 @@ def test_the_data_hash_covers_every_image_and_label(part, monkeypatch):
         images[-1, 20] ^= 1
         splits = splits._replace(**{part: getattr(splits, part)._replace(images=images)})
     monkeypatch.setattr(data, "load", lambda *_: splits)
-    assert hashed("digits", None, 0.1) != before
+    assert hashed("digits", None, 0.1, None) != before
 
 
 def test_it_is_quick_and_leaves_jax_out():

@@ -590,8 +590,9 @@ def test_what_is_no_instruction_is_removed_and_said(tmp_path):
     assert [i.verb for i in steering.take(tmp_path, said.append)] == ["stop"]
     assert len(said) == 2 and not [*(tmp_path / steering.FOLDER).glob("*.json")]
     steering.give(tmp_path, steering.STOP)
+    steering.give(tmp_path, steering.ADD, point={"trainer": "stop"})
     steering.forget(tmp_path)
-    assert not [*steering.take(tmp_path, said.append)]
+    assert [i.verb for i in steering.take(tmp_path, said.append)] == ["add"]
 
 
 def test_curves_name_the_seed_also_where_a_trial_has_one():

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     studies = stores.find_studies(store, options["study"])
     for study in studies:
         print(stores.said(store, study), flush=True)
-        stores.load_plugins(study.provenance)
+        stores.load_plugins(study.provenance, beside=len(studies) > 1)
         runs.refuse_missing(store, study)
         runs.refuse_missing_seeds(store, study)
     comparison.refuse_unlike(studies)

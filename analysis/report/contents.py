@@ -132,14 +132,16 @@ def _defaults(trials: pd.DataFrame, space: Mapping[str, Any]) -> list[str]:
 
 
 def _tuned(data: PlotData, defaults: Sequence[str]) -> pd.DataFrame:
-    """`tables.differences` of each rule of which both were retrained."""
+    """`tables.differences` of each rule of which two configurations were retrained: the defaults
+    may be the best trial themselves, or the only ones."""
     groups = tables.configurations(data.retrained)
     of_rule = plot_data.grouped(groups.values(), lambda seeds: seeds[0]["rule"])
-    return tables.differences(
+    pairs = (
         tables.Pair(tables.selected(of_rule[seeds[0]["rule"]], data.trials, data.metric), seeds)
         for run in defaults
         if (seeds := groups.get(run))
     )
+    return tables.differences(pair for pair in pairs if pair.first != pair.second)
 
 
 def page(report: Report) -> Page:

@@ -44,9 +44,8 @@ def results(
     rows = []
     for key, seeds in groups.items():
         first = seeds[0]
-        test, valid, score = (
-            stats.summary([*_by_seed(seeds, name).values()]) for name in (TEST, VALID, metric)
-        )
+        test, valid = (stats.summary([*_by_seed(seeds, n).values()]) for n in (TEST, VALID))
+        score = stats.mean(_by_seed(seeds, metric).values())
         bp = _reference(groups, first)
         compared = bool(bp) and bp is not seeds
         versus = stats.difference(_by_seed(seeds, TEST), _by_seed(bp if compared else (), TEST))
@@ -74,7 +73,7 @@ def results(
                 "bp_high": versus.interval.high,
                 "bp_paired": versus.paired if compared else None,
                 "tuned": tuned,
-                "gap": tuned - score.mean,
+                "gap": tuned - score,
                 "search_trials": len(same_rule),
                 "search_epochs": spent(same_rule),
                 "key": key,
@@ -110,7 +109,7 @@ def _reference(groups: Mapping[str, Sequence[Row]], row: Row) -> Sequence[Row]:
 def _valid(seeds: Sequence[Row]) -> float:
     """The mean on validation data, by which configurations without a search are compared."""
     values = _by_seed(seeds, VALID).values()
-    return stats.summary([*values]).mean if values else -math.inf
+    return stats.mean(values) if values else -math.inf
 
 
 class Pair(NamedTuple):

@@ -5,6 +5,8 @@ A new data set is a file here and its entry in DATASETS.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 from disinhib.data.arrays import ARRAYS
@@ -23,6 +25,7 @@ __all__ = [
     "Splits",
     "load",
     "sizes",
+    "version",
     "words",
 ]
 
@@ -59,6 +62,16 @@ def sizes(name: str, path: str) -> tuple[int, int]:
 def words(name: str, path: str | None) -> str:
     """What was done to a data set whose numbers are the user's own, in one line; else nothing."""
     return "" if DATASETS[name].features else _loaded(name, path).words
+
+
+def version(path: str | None) -> tuple[int, int] | None:
+    """Of a file, what changes with its content: for whoever keeps what was loaded. (Of a folder
+    None: the files in it are known by their SHA-256.)"""
+    file = Path(os.path.expanduser(path)) if path is not None else None
+    if file is None or not file.is_file():
+        return None
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _loaded(name: str, path: str | None) -> Loaded:

@@ -261,6 +261,14 @@ def _of_csv(file: Path) -> Loaded:
         raise DataError(f"dataset.path: {file}: is no table ({reason})") from error
     if table.shape[1] < 2 or not len(table):
         raise DataError(f"{source}: has {table.shape[1]} columns and {len(table)} rows of data")
+    names = [str(name) for name in table.columns]
+    if nameless := [name for name in names if name.startswith("Unnamed:")]:
+        raise DataError(
+            f"{source}: {len(nameless)} of its columns have no name (pandas writes an index so;"
+            " leave it out with index=False)"
+        )
+    if all(map(_is_number, names)) and names != [*map(str, range(len(names)))]:
+        raise DataError(f"{source}: has no header: its first line is {', '.join(names[:5])} ...")
     named = [name for name in table.columns if str(name).lower() in ("label", "y")]
     if len(named) > 1:
         raise DataError(f"{source}: {' and '.join(named)} could both be the class: leave one out")
@@ -286,6 +294,14 @@ def _of_csv(file: Path) -> Loaded:
     splits = {name: _split((x - low) / span, y) for name, (x, y) in parts.items()}
     words = [*words, "each column is scaled from its own range to 0 ... 1", *cut]
     return _together(splits, 1.0, source, words)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

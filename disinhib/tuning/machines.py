@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disinhib import plugins
 from disinhib.errors import ConfigError, InputError, one_line
+from disinhib.files import write_whole
 from disinhib.tuning import cluster, provenance
 
 FILE = "driver.json"  # in a study's folder: what the driver has, and every machine must have too
@@ -50,9 +51,7 @@ def require(folder: Path, sources: Sequence[provenance.DataSource], gpus: float)
         plugins=plugins.kept(),
     )
     content = {"id": need["id"], "has": [provenance.decisive(source) for source in sources]}
-    part = folder / f".{FILE}.part"
-    part.write_text(json.dumps(content), "utf-8")
-    part.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps(content).encode())
     return need
 
 

@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from disinhib import plugins
 from disinhib.errors import ConfigError
 from disinhib.process import ENDING, open_streams
 from disinhib.tuning.event_log import Logged, Record
@@ -104,7 +103,6 @@ class RemoteStore:
 
     def __init__(self, process: MlflowProcess, experiment: tuple[str, str], **fields: Any):
         self.process, self.experiment, self.fields = process, experiment, fields
-        self.plugins = plugins.kept()  # which may have the metric
         self.address, _ = experiment
         self.study_run: str | None = None  # set when the store is loaded
 
@@ -115,7 +113,7 @@ class RemoteStore:
         return f"/#/experiments/{self.experiment[1]}/runs?{shown}"
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
-        loaded = self.process.call("load", self.experiment, self.fields, records, self.plugins)
+        loaded = self.process.call("load", self.experiment, self.fields, records)
         there, self.study_run = loaded
         return there
 
@@ -157,10 +155,8 @@ class Service:
         experiment: tuple[str, str],
         fields: Mapping[str, Any],
         records: Mapping[int, Record],
-        kept: Sequence[Mapping[str, Any]],
     ) -> tuple[set[int], str | None]:
         """(which of `records` the store has, the study's own run)."""
-        plugins.load_kept(kept)
         from disinhib.tuning.mlflow_connection import Experiment
         from disinhib.tuning.mlflow_store import MlflowStore
 

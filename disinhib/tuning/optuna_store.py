@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -91,8 +92,8 @@ class OptunaStore:
         count = self.storage.get_n_trials(self.study_id)
         self.ids = {number: id_of(number) for number in range(count)}
         self.of_rules: dict[str, tuple[int, set[int]]] = {}  # rule -> its study, and what that has
-        for number, id in self.ids.items():  # a kill may have come between
-            self._copy_to_rule(number, self.storage.get_trial(id))
+        for trial in self.storage.get_all_trials(self.study_id, deepcopy=False):
+            self._copy_to_rule(trial.number, trial)  # a kill may have come between
         return set(self.ids)
 
     def _open(self, name: str) -> int:
@@ -122,6 +123,7 @@ class OptunaStore:
             self.of_rules[rule] = study, {one.user_attrs[TRIAL] for one in there}
         study, numbers = self.of_rules[rule]
         if number not in numbers:
+            trial = deepcopy(trial)  # the storage may have given its own
             trial.set_user_attr(TRIAL, number)
             trial.params = {n: v for n, v in trial.params.items() if n != RULE}
             kinds = trial.distributions.items()
@@ -136,7 +138,7 @@ class OptunaStore:
             _delete(self.storage, self.id)
 
     def deliver(self, events: Sequence[Logged]) -> None:
-        known: dict[int, FrozenTrial] = {}  # as it was; Optuna copies a trial for each question
+        known: dict[int, FrozenTrial] = {}  # one question of a store for each
         for _, _, event in events:
             if isinstance(event, Asked):
                 if event.trial not in self.ids:

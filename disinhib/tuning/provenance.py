@@ -66,7 +66,7 @@ def decisive(source: DataSource) -> dict[str, Any]:
         "code": {"files": {**_hashes(ROOT), **plugins.hashes()}},
         "packages": {name: _version(name) for name in (*PACKAGES, *plugins.packages())},
         "python": platform.python_version(),
-        "data": {"name": source[0], **_data(*source)},
+        "data": {"name": source[0], **_data(*source, data.version(source[1]))},
         "numerics": numerics.recorded(),
     }
 
@@ -191,9 +191,9 @@ def _cpu() -> str:
 
 
 @lru_cache(maxsize=4)  # the trials of a study share their data
-def _data(name: str, path: str | None, valid_split: float) -> dict[str, Any]:
+def _data(name: str, path: str | None, valid_split: float, version: Any) -> dict[str, Any]:
     """How many samples each of the three splits has, SHA-256 over what every array of them is
-    (dtype, shape, bytes), and what was done to them, in words."""
+    (dtype, shape, bytes), and what was done to them, in words. `version` is data.version(path)."""
     splits = data.load(name, path, valid_split)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     digest = hashlib.sha256()

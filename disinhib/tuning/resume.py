@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError
+from disinhib.files import write_whole
 from disinhib.hydra_config import is_group, option_of
 from disinhib.tuning.space_tree import SEARCH
 
@@ -122,13 +122,7 @@ def keep_trials(folder: Path, trials: int) -> None:
 
 def keep(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes FILE in `folder` anew, whole or not at all; only its owner can read it."""
-    file = folder / FILE
-    part = file.with_name(f".{FILE}.part")
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
-        opened.write(yaml.safe_dump(dict(content)))
-        opened.flush()
-        os.fsync(opened.fileno())
-    part.replace(file)
+    write_whole(folder / FILE, yaml.safe_dump(dict(content)).encode(), private=True)
 
 
 def free_name(name: str | None, default: str, out_dir: Path) -> str:

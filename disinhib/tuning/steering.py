@@ -10,13 +10,14 @@ is read again, after a kill in between, has no further effect.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from disinhib.files import write_whole
 from disinhib.tuning.event_log import PRUNED, Asked, Ended, Event, Paused, Record
 
 FOLDER = "instructions"  # in a study's folder
@@ -47,12 +48,7 @@ def give(
     instruction = Instruction(time.time_ns(), verb, trial, point)
     (folder / FOLDER).mkdir(exist_ok=True)
     file = folder / FOLDER / f"{instruction.id}.json"
-    part = file.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as opened:
-        json.dump(asdict(instruction), opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-    part.replace(file)
+    write_whole(file, json.dumps(asdict(instruction)).encode())
     return file
 
 
@@ -73,9 +69,7 @@ def take(folder: Path, say: Callable[[str], None]) -> Iterator[Instruction]:
 def answer(folder: Path, instruction: Instruction, words: str, done: bool) -> None:
     """Leaves for whoever gave the instruction what has come of it."""
     file = folder / FOLDER / f"{instruction.id}{ANSWER}"
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"words": words, "done": done}), "utf-8")
-    part.replace(file)
+    write_whole(file, json.dumps({"words": words, "done": done}).encode())
 
 
 def answered(file: Path) -> tuple[str, bool] | None:
@@ -96,8 +90,9 @@ def forget(folder: Path) -> None:
     for file in (folder / FOLDER).glob(f"*{ANSWER}"):
         file.unlink(missing_ok=True)
     for file in (folder / FOLDER).glob("*.json"):
-        if f'"{STOP}"' in file.read_text("utf-8"):
-            file.unlink()
+        with suppress(ValueError):  # `take` names what is no instruction
+            if json.loads(file.read_text("utf-8")).get("verb") == STOP:
+                file.unlink()
 
 
 def carry_out(
