@@ -387,3 +387,26 @@ def test_a_metric_that_is_loaded_later_is_measured(write):
         run = config.parse(hydra_config.compose("train", [*given, *small])[0])
         training.train(run, [0], lambda state, metrics: seen.append("valid_margin" in metrics))
     assert seen == [False, True]
+
+
+def test_studies_are_compared_whose_plugin_has_changed_between_them(write, capsys):
+    """The first text is enough for words and colours; without `beside`, it is a refusal."""
+    plugins.load(plugins.read(write(RULE)))
+    (first,) = plugins.kept()
+    text = first["text"].replace("larger", "other")
+    second = {**first, "text": text, "sha256": plugins.Plugin("mine", "", text).sha256}
+    hydra_config.load_kept_plugins({"plugins": [second]}, beside=True)
+    assert "plugin mine has another text in another study" in capsys.readouterr().out
+    assert rules.words("fast-bp") == "bp with larger steps"
+    hydra_config.load_kept_plugins({"plugins": [first]}, beside=True)
+    assert not capsys.readouterr().out
+    with pytest.raises(ConfigError, match="another text of the plugin mine is loaded"):
+        hydra_config.load_kept_plugins({"plugins": [second]})
+
+
+def test_the_last_plugins_that_are_given_count_as_with_every_option(write):
+    first, second = write(RULE, "first.py"), write(CLOSED_LOOP, "second.py")
+    given = ["trainer=bp", f"plugins=[{first}]", f"plugins=[{second}]"]
+    known = hydra_config.load_plugins(given)
+    assert known[0] == "trainer=bp" and len(known) == 2 and "second.py" in known[1]
+    assert [plugin["name"] for plugin in plugins.kept()] == ["second"]
