@@ -22,7 +22,7 @@ from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
 from disinhib.errors import ConfigError, InputError, masked, nearest, one_line
 from disinhib.tuning import mlflow_connection, options as studies
-from disinhib.tuning.event_log import PRUNED
+from disinhib.tuning.event_log import PRUNED, REPEAT
 from disinhib.tuning.validation import CHECKS, check_device
 
 MOST_SEEDS = 10_000
@@ -46,6 +46,7 @@ class Configuration(NamedTuple):
     searched: dict[str, str]  # for display
     trial: int | None = None  # the selected trial, if any
     of_run: str | None = None  # the trial's run
+    repeat: int | None = None  # in which it was selected; None if tuning was not repeated
 
     @property
     def key(self) -> str:
@@ -61,7 +62,8 @@ class Configuration(NamedTuple):
     @property
     def words(self) -> str:
         dataset = self.options["dataset"]["name"]
-        return runs.called(self.rule, self.feedback, self.depth, dataset, self.trial)
+        of_repeat = "" if self.repeat is None else f", repeat {self.repeat}"
+        return runs.called(self.rule, self.feedback, self.depth, dataset, self.trial) + of_repeat
 
     @property
     def depth(self) -> int:
@@ -110,17 +112,23 @@ def _are_seeds(value: Any) -> bool:
     return whole and 0 < len(value) == len(set(value))
 
 
-def fresh_seeds(asked: int | Sequence[int], used: Mapping[int, str]) -> list[int]:
-    """The `asked` seeds, disjoint from those `used` by a search (seed -> where).
+def fresh_seeds(
+    asked: int | Sequence[int], used: Mapping[int, str], repeat: int | None = None
+) -> list[int]:
+    """The `asked` seeds, disjoint from those `used` by a search (seed -> where). Those of a
+    second `repeat` are MOST_SEEDS higher, and so on: with the same seeds, repeats would not be
+    independent.
 
     Raises Refused if a seed in the list was used.
     """
+    first = MOST_SEEDS * ((repeat or 1) - 1)
     if isinstance(asked, int):
-        return list(itertools.islice((s for s in itertools.count() if s not in used), asked))
-    for seed in asked:
+        return list(itertools.islice((s for s in itertools.count(first) if s not in used), asked))
+    seeds = [seed + first for seed in asked]
+    for seed in seeds:
         if seed in used:
-            raise Refused(f"seeds: given {seed}, which a search has used ({used[seed]})")
-    return list(asked)
+            raise Refused(f"seeds: given {seed - first}, which a search has used ({used[seed]})")
+    return seeds
 
 
 def used_seeds(store: Store, experiment: str) -> dict[int, str]:
@@ -227,7 +235,8 @@ def _of_trial(
     _, _, program, *words = shlex.split(tags["command"])
     words = [word for word in words if word != "-m" and not word.startswith("seed=")]
     command = shlex.join(["python", "-m", program, *words])
-    return Configuration(options, command, tags["rule"], run.data.params, number, run_id)
+    repeat = int(tags[REPEAT]) if REPEAT in tags else None
+    return Configuration(options, command, tags["rule"], run.data.params, number, run_id, repeat)
 
 
 def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -35,6 +35,7 @@ from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
     OF_STUDY,
+    REPEAT,
     Asked,
     EpochDone,
     EventLog,
@@ -50,6 +51,7 @@ from disinhib.tuning.manifest import Manifest, read
 from disinhib.tuning.mlflow_store import OF_RUN, OF_TRIAL
 from disinhib.tuning.resume import FILE, keep_trials
 
+Seeds = Mapping[int | None, Sequence[int]]  # by the repeat in which a configuration was selected
 USAGE = "python -m analysis.retrain selected.yaml|experiment=NAME [option=value ...]"
 
 
@@ -77,11 +79,18 @@ def main(arguments: list[str]) -> int:
         used = configurations.used_in_experiment(settings)
     for configuration in planned:
         training.check_data(config.parse(configuration.options))
-    seeds = configurations.fresh_seeds(settings["seeds"], used)
-    wanted = len(planned) * len(seeds)
+    seeds = {
+        repeat: configurations.fresh_seeds(settings["seeds"], used, repeat)
+        for repeat in sorted({one.repeat for one in planned}, key=lambda repeat: repeat or 0)
+    }
+    wanted = sum(len(seeds[one.repeat]) for one in planned)
     if store is not None and study is not None:
         print(stores.said(store, study))
-    print(f"{len(planned)} configurations of {len(seeds)} seeds ({_listed(seeds)})", flush=True)
+    listed = "; ".join(
+        _listed(own) if repeat is None else f"repeat {repeat}: {_listed(own)}"
+        for repeat, own in seeds.items()
+    )
+    print(f"{len(planned)} configurations, {wanted} seeds in all ({listed})", flush=True)
     try:
         finished = engine.run(
             job(settings, study, planned, seeds, command), Console(file=sys.stdout)
@@ -107,7 +116,7 @@ def job(
     settings: Mapping[str, Any],
     study: StudyRun | None,
     planned: Sequence[Configuration],
-    seeds: Sequence[int],
+    seeds: Seeds,
     command: str,
 ) -> Job:
     """The retraining as a study: of the trials of `study`, or of a grid.
@@ -175,7 +184,7 @@ def code_hash(code: Mapping[str, Any]) -> str:
 
 def lacking(
     planned: Sequence[Configuration],
-    seeds: Sequence[int],
+    seeds: Seeds,
     records: Mapping[int, Record],
     threads: int,
     origin: Mapping[str, str],
@@ -190,7 +199,7 @@ def lacking(
     }
     asked = []
     for key, one in {one.key: one for one in planned}.items():
-        left = [seed for seed in seeds if (key, seed) not in known]
+        left = [seed for seed in seeds[one.repeat] if (key, seed) not in known]
         if left:
             asked.append(_asked(len(records) + len(asked), one, left, threads, origin))
     return asked
@@ -213,6 +222,7 @@ def _asked(
     tags = {
         **origin,
         **({OF_TRIAL: str(one.trial), OF_RUN: one.of_run} if one.of_run else {}),
+        **({} if one.repeat is None else {REPEAT: str(one.repeat)}),
         runs.CONFIGURATION: one.id,
         "dataset": one.options["dataset"]["name"],
         "depth": str(one.depth),
@@ -237,7 +247,7 @@ def _asked(
 
 
 def summary(
-    finished: Finished, planned: Sequence[Configuration], seeds: Sequence[int]
+    finished: Finished, planned: Sequence[Configuration], seeds: Seeds
 ) -> tuple[list[str], int]:
     """(a line for each configuration, the number of finished seeds)."""
     with closing(EventLog(finished.job.folder)) as log:
@@ -250,7 +260,7 @@ def summary(
             for record in ended
             if not _could_not_end(record)
             for lane, end in enumerate(record.seed_ends(record.state, record.reason))
-            if end["seed"] in seeds
+            if end["seed"] in seeds[one.repeat]
         ]
         tests = [
             last[number].metrics["test_accuracy"][lane]
@@ -262,10 +272,10 @@ def summary(
             for *_, end in ends
             if end["reason"] or end["flag"]
         ]
-        if len(ends) < len(seeds):  # else it went well in the end
+        if len(ends) < len(seeds[one.repeat]):  # else it went well in the end
             notes += [record.reason or "" for record in ended if _could_not_end(record)]
         accuracy = [f"test accuracy {sum(tests) / len(tests):.2f} %"] if tests else []
-        parts = [f"{len(tests)} of {len(seeds)} seeds complete", *accuracy, *notes]
+        parts = [f"{len(tests)} of {len(seeds[one.repeat])} seeds complete", *accuracy, *notes]
         lines.append(f"{one.words}: {', '.join(parts)}")
         done += len(ends)
     return lines, done

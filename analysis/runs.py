@@ -21,7 +21,7 @@ from disinhib import cli
 from disinhib.checks import Check, Option, or_null
 from disinhib.files import write_whole
 from disinhib.tuning import mlflow_settings
-from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, OF_STUDY
+from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, OF_STUDY, REPEAT
 from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL, SEED
 
 if TYPE_CHECKING:  # MLflow is imported after its settings
@@ -53,10 +53,10 @@ class Table(NamedTuple):
 def trials(store: Store, study: StudyRun) -> Table:
     """The study's trials, in the order of their numbers.
 
-    Columns: trial, run_id, rule, state, reason, epochs (done), budget (epochs), score (the study's
-    metric at its last epoch; NaN if it has none), seeds (a tuple), seconds, host, device, command,
-    saw_test (its run has a metric of the test set), the alignment after the last epoch, where it
-    was measured, and `searched.<parameter>`, by Optuna's names.
+    Columns: trial, run_id, rule, repeat (from 1), state, reason, epochs (done), budget (epochs),
+    score (the study's metric at its last epoch; NaN if it has none), seeds (a tuple), seconds,
+    host, device, command, saw_test (its run has a metric of the test set), the alignment after the
+    last epoch, where it was measured, and `searched.<parameter>`, by Optuna's names.
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
@@ -82,6 +82,7 @@ def trials(store: Store, study: StudyRun) -> Table:
                 "trial": int(tags["trial"]),
                 "run_id": info.run_id,
                 "rule": tags["rule"],
+                "repeat": _repeat(run),
                 "state": state,
                 "reason": tags.get("reason"),
                 "epochs": epochs,
@@ -100,7 +101,9 @@ def trials(store: Store, study: StudyRun) -> Table:
     twice = [n for n, count in Counter(row["trial"] for row in rows).items() if count > 1]
     if twice:
         raise Refused(f"study {study.name}: trial {twice[0]} has more than one run in {store.uri}")
-    return Table(pd.DataFrame(rows, columns=None if rows else ["trial", "rule", "state"]), dropped)
+    return Table(
+        pd.DataFrame(rows, columns=None if rows else ["trial", "rule", "repeat", "state"]), dropped
+    )
 
 
 def missing(study: StudyRun, present: Sequence[Run]) -> list[int]:
@@ -142,9 +145,9 @@ def retrained(store: Store, study: StudyRun) -> Table:
     """The study's retrained seeds: a row is a configuration with one seed.
 
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
-    dataset, depth (hidden layers), feedback (how its weights come about, in words), seed, state,
-    reason, epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device,
-    code and data (hashes), and every metric after the last epoch.
+    repeat (of the tuning, from 1), dataset, depth (hidden layers), feedback (how its weights come
+    about, in words), seed, state, reason, epochs (done), budget, command, flag (why the ODE check
+    failed, else ""), host, device, code and data (hashes), and every metric after the last epoch.
     """
     rows, dropped = [], []
     for run in stores.retrained(store, study):
@@ -158,6 +161,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 "trial": int(tags[OF_TRIAL]) if OF_TRIAL in tags else math.nan,
                 "of_run": tags.get(OF_RUN),
                 **{name: tags[name] for name in (CONFIGURATION, "rule", "dataset", "command")},
+                "repeat": _repeat(run),
                 **{name: int(tags[name]) for name in ("depth", "seed", "epochs", "budget")},
                 "feedback": tags.get("feedback") or JACOBIAN_FEEDBACK[tags["averaged"]],
                 "state": tags["trial_state"],
@@ -169,6 +173,10 @@ def retrained(store: Store, study: StudyRun) -> Table:
             }
         )
     return Table(pd.DataFrame(rows, columns=None if rows else ["run_id", "state"]), dropped)
+
+
+def _repeat(run: Run) -> int:
+    return int(run.data.tags.get(REPEAT, 1))
 
 
 def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from disinhib.errors import masked, nearest
 from disinhib.metrics import SELECTION, Criterion, measures
 from disinhib.rules import RULES, reported_name
 from disinhib.tuning import mlflow_connection, mlflow_settings
-from disinhib.tuning.event_log import COMPLETE, FAILED
+from disinhib.tuning.event_log import COMPLETE, FAILED, REPEAT
 from disinhib.tuning.space_tree import RULE as OF_RULE, option_of, parameters_for, same
 
 RULE = (
@@ -100,7 +100,8 @@ def metric_of(study: StudyRun, given: str | None = None) -> Criterion:
 
 
 def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str], list[Row]]]:
-    """The trials by the values of `per`, in the order in which they were first tried."""
+    """The trials by the values of `per` and, if tuning was repeated, by repeat, in the order in
+    which they were first tried."""
     parameters = [name.removeprefix(SEARCHED) for name in trials if name.startswith(SEARCHED)]
     columns: dict[str, list[str]] = {}
     for name in per:
@@ -111,11 +112,16 @@ def groups(trials: pd.DataFrame, per: Sequence[str]) -> list[tuple[dict[str, str
             known = {option_of(parameter) for parameter in parameters}
             allowed = ", ".join(sorted(known | {TRAINER}))
             raise Refused(f"per: given {name}, allowed is one of {allowed}{nearest(name, known)}")
-    by_values: dict[tuple[str, ...], list[Row]] = {}
+    repeated = len({*trials["repeat"]}) > 1
+    by_values: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in trials.to_dict("records"):
-        values = ([row[n] for n in names if isinstance(row[n], str)] for names in columns.values())
-        by_values.setdefault(tuple((*value, "none")[0] for value in values), []).append(row)
-    return [(dict(zip(columns, key, strict=True)), rows) for key, rows in by_values.items()]
+        values: dict[str, str] = {
+            name: next((row[column] for column in own if isinstance(row[column], str)), "none")
+            for name, own in columns.items()
+        }
+        values |= {REPEAT: str(row["repeat"])} if repeated else {}
+        by_values.setdefault(tuple(values.items()), []).append(row)
+    return [(dict(key), rows) for key, rows in by_values.items()]
 
 
 @cache
@@ -129,9 +135,10 @@ def published(rule: str) -> Mapping[str, Any]:
     return {}
 
 
-def default_trials(trials: pd.DataFrame, space: Mapping[str, Any]) -> dict[str, Row]:
-    """The first trial of each rule all of whose searched options have their published defaults."""
-    defaults: dict[str, Row] = {}
+def default_trials(trials: pd.DataFrame, space: Mapping[str, Any]) -> dict[tuple[str, int], Row]:
+    """The first trial of each rule and repeat all of whose searched options have their published
+    defaults."""
+    defaults: dict[tuple[str, int], Row] = {}
     for row in trials.to_dict("records"):
         values = {
             option_of(name): parameter["value"]
@@ -140,7 +147,7 @@ def default_trials(trials: pd.DataFrame, space: Mapping[str, Any]) -> dict[str, 
         }
         own = published(row["rule"])
         if all(option in own and same(own[option], value) for option, value in values.items()):
-            defaults.setdefault(row["rule"], row)
+            defaults.setdefault((row["rule"], row["repeat"]), row)
     return defaults
 
 
@@ -338,18 +345,20 @@ def _defaults(
     has none). Raises Refused if nothing was searched."""
     if study.space is None:
         raise Refused(f"defaults: given true, but study {study.name} has searched nothing")
-    of_rules = default_trials(trials, study.space)
-    ended = {rule: row for rule, row in of_rules.items() if row["state"] != FAILED}
+    there = default_trials(trials, study.space)
     chosen = {choice.row["run_id"] for choice in choices}
-    new = [row for row in ended.values() if row["run_id"] not in chosen]
-    lacking = [
-        f"{rule}: the trial of the published defaults failed ({of_rules[rule]['reason']})"
-        if rule in of_rules
-        else f"{rule}: no trial has the published defaults of all searched options"
-        for rule in dict.fromkeys(trials["rule"])
-        if rule not in ended
-    ]
-    return [Choice({TRAINER: row["rule"]}, 0, row, [], []) for row in new], lacking
+    new, lacking = [], []
+    for group, rows in groups(trials, [TRAINER]):
+        row = there.get((group[TRAINER], rows[0]["repeat"]))
+        if row is None:
+            words = "no trial has the published defaults of all searched options"
+            lacking.append(f"{_words(group)}: {words}")
+        elif row["state"] == FAILED:
+            words = "the trial of the published defaults failed"
+            lacking.append(f"{_words(group)}: {words} ({row['reason']})")
+        elif row["run_id"] not in chosen:
+            new.append(Choice(group, 0, row, [], []))
+    return new, lacking
 
 
 def _line(choice: Choice, metric: str) -> str:

@@ -141,7 +141,7 @@ def _settings(entry: Entry) -> list[tuple[str, Any]]:
     its = entry.options
     if not entry.search:
         return [("command", entry.kept.get("command", "not recorded"))]
-    names = ("space", "metric", "trials", "epochs", "replicates", "seed")
+    names = ("space", "metric", "trials", "repeats", "epochs", "replicates", "seed")
     own = ", ".join(f"{name}={its[name]}" for name in names)
     groups = (its["dataset"]["name"], its["searcher"]["name"], its["scheduler"]["name"])
     chosen = "dataset={}, searcher={}, scheduler={}".format(*groups)

@@ -126,7 +126,7 @@ def retrain(
         for number in numbers
     ]
     settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
-    job = retraining.job(settings, study, chosen, list(seeds), "python -m analysis.retrain")
+    job = retraining.job(settings, study, chosen, {None: [*seeds]}, "python -m analysis.retrain")
     events, records = [], {}
     while asked := [*job.source(records)]:
         for one in asked:

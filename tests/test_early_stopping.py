@@ -16,7 +16,7 @@ from disinhib import hydra_config
 from disinhib.errors import ConfigError
 from disinhib.tuning import early_stopping, validation
 from disinhib.tuning.early_stopping import EARLY_STOPPING, asha, bracket, decide, median
-from disinhib.tuning.event_log import Record
+from disinhib.tuning.event_log import REPEAT, Record
 
 EPOCHS = 8
 
@@ -31,9 +31,9 @@ def options(name, **given):
 class Judge:
     """A study's records, and what is decided of them; its trials' rules take turns."""
 
-    def __init__(self, name, batch=None, seed=0, rules=("a",), **given):
+    def __init__(self, name, batch=None, seed=0, rules=("a",), repeats=1, **given):
         self.options, self.batch, self.seed, self.rules = options(name, **given), batch, seed, rules
-        self.records = {}
+        self.records, self.repeats = {}, repeats
 
     def stops(self, number, score):
         """Whether `number` is stopped as it reports `score`; never after its last epoch."""
@@ -43,7 +43,8 @@ class Judge:
 
     def new(self, number):
         rule = self.rules[number % len(self.rules)]
-        return Record({"number": number, "rule": rule, "epochs": EPOCHS})  # pyright: ignore
+        tags = {REPEAT: str(number % self.repeats + 1)}
+        return Record({"number": number, "rule": rule, "epochs": EPOCHS}, tags=tags)  # pyright: ignore
 
     def decide(self, number):
         return decide(self.records, self.records[number], self.options, self.seed, self.batch)
@@ -190,6 +191,18 @@ def test_a_rule_is_judged_as_if_it_were_alone(name, scores, order):
     for first in (0, 1):
         own = [d for d in together if d.number % 2 == first]
         alone = Judge(name, within_rule=True, rules=rules)
+        assert [alone.stops(d.number, d.score) for d in own] == [d.stops for d in own]
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("name", EARLY)
+@given(scores=curves, order=orders)
+@settings(max_examples=30)
+def test_a_repeat_is_judged_as_if_it_were_alone(name, within, scores, order):
+    together = play(Judge(name, within_rule=within, repeats=2), scores, order)
+    for first in (0, 1):
+        own = [d for d in together if d.number % 2 == first]
+        alone = Judge(name, within_rule=within, repeats=2)
         assert [alone.stops(d.number, d.score) for d in own] == [d.stops for d in own]
 
 

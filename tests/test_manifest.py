@@ -9,6 +9,7 @@ from disinhib.tuning import manifest, options, study
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
+    REPEAT,
     Asked,
     Ended,
     EpochDone,
@@ -46,6 +47,19 @@ def write(study, state):
             asked = propose(number, records)
             epochs = [EpochDone(number, n, 50.0 + number, {}, {}) for n in (1, 2)]
             log.append([asked, *epochs, Ended(number, state, 2)])
+
+
+def test_repeats_are_tuned_side_by_side_each_from_the_published_defaults(tmp_path):
+    study = composed(tmp_path, "space=bp", "repeats=3", "trials=2", "searcher=random")
+    propose, records = manifest.proposer(study, manifest.of_search(study)), {}
+    for number in range(study.all_trials):
+        follow(records, propose(number, records))
+    assert [record.repeat for record in records.values()] == [1, 2, 3, 1, 2, 3]
+    assert len({seed for record in records.values() for seed in record.config["seeds"]}) == 6
+    rates = [record.config["searched"]["optimizer.learning_rate"] for record in records.values()]
+    assert rates[:3] == [1e-3] * 3
+    assert len({*rates[3:]}) == 3
+    assert propose(6, records).tags == {REPEAT: "1"}  # more trials go on in the same turns
 
 
 @pytest.mark.parametrize(

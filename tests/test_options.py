@@ -115,6 +115,8 @@ TOGETHER = {
     ("study=x", "resume=true"): ["study: given x", "none: there is no study"],
     ("study=x", "extend=true"): ["study: given x", "none: there is no study"],
     ("searcher=grid", "space=bp"): ["trials: given 60", "at most 3, the whole grid"],
+    ("repeats=2", "warm_start=x"): ["repeats: given 2", "allowed is 1", "not independent"],
+    ("study=x", "extend=true", "repeats=0"): ["repeats: given 0", "at least 1"],
     ("searcher=gp", "searcher.batch=0"): ["searcher.batch: given 0", "at least 1"],
 }
 

@@ -243,6 +243,15 @@ def test_fresh_seeds_pass_over_those_of_a_search():
     assert configurations.fresh_seeds([7, 5], {0: "trial 0"}) == [7, 5]
 
 
+def test_no_two_repeats_have_a_seed_in_common():
+    most = configurations.MOST_SEEDS
+    seeds = [configurations.fresh_seeds(most, {}, repeat) for repeat in (1, 2, 3)]
+    assert len({seed for own in seeds for seed in own}) == 3 * most
+    assert configurations.fresh_seeds([7, 5], {}, 2) == [most + 7, most + 5]
+    with pytest.raises(Refused, match=r"given 7, which a search has used \(trial 3\)"):
+        configurations.fresh_seeds([7, 5], {most + 7: "trial 3"}, 2)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -116,8 +116,8 @@ def frame(*rows):
     """Trials as (rule, state, score, **searched)."""
     return pd.DataFrame(
         {
-            "trial": number, "run_id": str(number), "rule": rule, "state": state, "score": score,
-            "epochs": 2, "seeds": (number,), "saw_test": False, "searched.a": a,
+            "trial": number, "run_id": str(number), "rule": rule, "repeat": 1, "state": state,
+            "score": score, "epochs": 2, "seeds": (number,), "saw_test": False, "searched.a": a,
         }
         for number, (rule, state, score, a) in enumerate(rows)
     )  # fmt: skip
@@ -141,6 +141,14 @@ def test_groups_are_made_by_what_was_searched():
     ]
     with pytest.raises(Refused, match="per: given b, allowed is one of a, trainer"):
         selection.select(rows, ["b"], 1, ACCURACY)
+
+
+def test_each_repeat_has_its_own_best():
+    rows = frame(*(("bp", "complete", score, "x") for score in (1.0, 2.0, 4.0, 3.0)))
+    rows["repeat"] = [1, 2, 1, 2]
+    chosen = selection.select(rows, ["trainer"], 1, ACCURACY)
+    groups = [{"trainer": "bp", "repeat": repeat} for repeat in ("1", "2")]
+    assert [(c.group, c.row["trial"]) for c in chosen] == [(groups[0], 2), (groups[1], 3)]
 
 
 def test_groups_may_be_made_by_an_option_that_each_rule_searches_under_its_own_name():

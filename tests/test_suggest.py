@@ -81,19 +81,22 @@ class Course:
     """A study in small: three epochs a trial; `records` are what its log would have."""
 
     def __init__(self, name="tpe", state=lambda number: COMPLETE, seed=0, rules=RULES, batch=None,
-                 space=space, points=(), past=()):  # fmt: skip
+                 space=space, points=(), past=(), repeats=1):  # fmt: skip
         self.sampler, self.state, self.seed, self.space = sampler(name), state, seed, space
         self.rules, self.batch, self.points, self.past = rules, batch, points, past
+        self.repeats = repeats
         self.records, self.overrides = {}, {}
 
     def history(self, number):
-        return suggest.history(self.records, self.past, number, self.rules, self.batch)
+        return suggest.history(
+            self.records, self.past, number, self.rules, self.batch, repeats=self.repeats
+        )
 
     def propose(self, number):
         return suggest.suggest(
             self.space, self.sampler, self.history(number),
             suggest.sampler_seed(self.seed, number), number,
-            suggest.fixed_params(number, self.points, self.rules),
+            suggest.fixed_params(number, self.points, self.rules, self.repeats),
         )  # fmt: skip
 
     def ask(self, number):
@@ -286,6 +289,35 @@ def test_a_rule_learns_nothing_from_another_if_balanced():
     assert alone.records[19].point != together.records[19].point
 
 
+@given(
+    rules=st.sampled_from([(), ("a",), RULES, (*RULES, "c")]),
+    repeats=st.integers(1, 4),
+    trials=st.integers(1, 20),
+)
+def test_every_repeat_has_all_its_trials_and_shares_them_among_the_rules(rules, repeats, trials):
+    turns = [suggest.turn(number, rules, repeats) for number in range(trials * repeats)]
+    for repeat in range(1, repeats + 1):
+        own = [turn for turn in turns if turn.repeat == repeat]
+        alone = [suggest.turn(number, rules) for number in range(trials)]
+        assert [(turn.rule, turn.index) for turn in own] == [(t.rule, t.index) for t in alone]
+
+
+@pytest.mark.parametrize("rules", [RULES, ()])
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_repeat_learns_nothing_from_another(name, rules):
+    alone, together = (Course(name, mixed, rules=rules, repeats=2) for _ in range(2))
+    for n in range(24):
+        for course in (alone, together):
+            course.ask(n)
+        together.run(n)
+        if n % 2 == 0:
+            alone.run(n)
+    for n in range(0, 24, 2):
+        assert alone.records[n].point == together.records[n].point
+    if rules:  # in a space with branches CMA-ES would draw at random
+        assert alone.proposals != together.proposals
+
+
 @pytest.mark.parametrize("name", LEARNING)
 def test_it_learns(name):
     """Later proposals are better than the first ones, which are random."""
@@ -318,6 +350,14 @@ def test_points_come_first_each_in_its_rules_turn(name):
     assert course.params[3]["b.gain"] != 0.5
     assert course.params[4]["a.gain"] not in (0.25, 0.75)
     assert course.params[0] != free.params[0]
+
+
+def test_every_repeat_tries_the_points():
+    course = Course("random", points=POINTS, repeats=2).go(12)
+    assert [course.params[n] for n in range(4)] == [p for p in POINTS[:2] for _ in range(2)]
+    for n in (4, 5):
+        assert course.params[n].items() > POINTS[2].items()
+    assert course.params[6]["b.gain"] != course.params[7]["b.gain"]
 
 
 def test_points_come_first_in_their_order_if_rules_take_no_turns():

@@ -319,10 +319,15 @@ def method(report: Report) -> list[tuple[str, str]]:
 def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
     """Those of the configurations that were retrained."""
     of_each: dict[Any, set[int]] = {}
+    of_repeat: dict[Any, set[int]] = {}
     for row in retrained:
-        of_each.setdefault(row["configuration"], set()).add(row["seed"])
-    listed = ", ".join(map(str, sorted({row["seed"] for row in retrained})))
-    shared = all(seeds == {row["seed"] for row in retrained} for seeds in of_each.values())
+        of_each.setdefault((row["configuration"], row["repeat"]), set()).add(row["seed"])
+        of_repeat.setdefault(row["repeat"], set()).add(row["seed"])
+    listed = "; ".join(
+        (f"repeat {repeat}: " if len(of_repeat) > 1 else "") + ", ".join(map(str, sorted(seeds)))
+        for repeat, seeds in sorted(of_repeat.items())
+    )
+    shared = all(seeds == of_repeat[repeat] for (_, repeat), seeds in of_each.items())
     how = "the same for every configuration" if shared else "not all for every configuration"
     return f"{listed}, {how}"
 
@@ -360,8 +365,11 @@ def _search(options: Mapping[str, Any], parameters: int) -> dict[str, str]:
     entry = EARLY_STOPPING[stopping]
     epochs = list(entry.decides(options["scheduler"], options["epochs"]))
     when = f"; decides after epochs {', '.join(map(str, epochs))}" if epochs else ""
+    repeats = options.get("repeats", 1)  # earlier versions had none
+    of_each = f" in each of {repeats} repeats" if repeats > 1 else ""
     return {
-        "search": f"space {options['space']} ({parameters} parameters), {options['trials']} trials",
+        "search": f"space {options['space']} ({parameters} parameters), {options['trials']} trials"
+        + of_each,
         "sampler": f"{sampler}, {SAMPLERS[sampler].words} ({given('searcher')})",
         "early stopping": f"{stopping}, {entry.words} ({given('scheduler')}){when}",
     }

@@ -7,7 +7,8 @@ An entry of EARLY_STOPPING has a pure function of the scores so far,
 where `scores` are a trial's by epoch (signed: more is better), `peers` the scores of the trials
 that it is compared with (read only when a decision is due), `budget` the trial's epochs, and
 `options` those of the entry. By default, a trial's peers are trials of its own rule
-(`within_rule`): early on, rules that are slow but good would lose to fast ones.
+(`within_rule`): early on, rules that are slow but good would lose to fast ones. Trials of another
+repeat of the study never are.
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def decide(
         other.scores
         for other in records.values()
         if other.number != number
+        and other.repeat == trial.repeat
         and (first is None or other.number < first)
         and (not options["within_rule"] or other.rule == trial.rule)
         and bracket(other.number, seed, options, budget) == own

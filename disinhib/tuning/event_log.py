@@ -36,6 +36,7 @@ ENDED = (COMPLETE, PRUNED, FAILED)
 STATES = (*ENDED, RUNNING, KILLED)
 
 OF_STUDY = "retrains_study"  # tag of a retraining and its trials: the id of the study
+REPEAT = "repeat"  # tag of a trial, from 1; none in a study that is not repeated
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS events (
@@ -172,6 +173,11 @@ class Record:
     @property
     def rule(self) -> str:
         return self.config["rule"]
+
+    @property
+    def repeat(self) -> int:
+        """Of the tuning of its rule, from 1."""
+        return int(self.tags.get(REPEAT, 1))
 
     @property
     def epochs(self) -> int:

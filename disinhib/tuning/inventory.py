@@ -109,7 +109,8 @@ def _look(folder: Path, driver: Mapping[str, Any] | None) -> Entry:
         status = driver.get("status", {})
         return Entry(folder, kept, begun, [], RUNNING, driver, status, objective)
     records = replay(events)
-    trials = kept["options"].get("trials", len(records))  # of an earlier version's retraining
+    # An earlier version's retraining has no number of trials, nor has any retraining repeats.
+    trials = kept["options"].get("trials", len(records)) * kept["options"].get("repeats", 1)
     paused = [logged.event.on for logged in events if isinstance(logged.event, Paused)][-1:]
     outline = progress.outline(records, trials, objective, paused == [True])
     state = FINISHED if outline["ended"] >= trials and not outline["unfinished"] else INTERRUPTED

@@ -19,7 +19,7 @@ from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
 from disinhib.tuning import lease, provenance, retention, space_tree, suggest
-from disinhib.tuning.event_log import Asked, EventLog, Record, follow, replay
+from disinhib.tuning.event_log import REPEAT, Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
 from disinhib.tuning.resume import FILE, free_name
@@ -193,7 +193,7 @@ def of_resumed(study: Study) -> Manifest:
 def proposer(study: Study, manifest: Manifest) -> Proposer:
     """The study's proposer: (number, records so far) -> the trial of that number; a point that is
     given takes the place of the initial point of that number."""
-    space = study.search_space
+    space, repeats = study.search_space, study.repeats
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
     memory = suggest.SAMPLERS[study.searcher["name"]].memory
@@ -203,16 +203,17 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     def propose(
         number: int, records: Mapping[int, Record], point: Mapping[str, Any] | None = None
     ) -> Asked:
-        known = suggest.history(records, manifest.past, number, rules, study.batch, memory)
+        known = suggest.history(records, manifest.past, number, rules, study.batch, memory, repeats)
         proposal = suggest.suggest(
             space,
             make,
             known,
             suggest.sampler_seed(study.seed, number),
             number,
-            point or suggest.fixed_params(number, manifest.points, rules),
+            point or suggest.fixed_params(number, manifest.points, rules, repeats),
         )
-        return Asked(number, configure(study, number, proposal.overrides), proposal.point)
+        tags = {REPEAT: str(suggest.turn(number, rules, repeats).repeat)} if repeats > 1 else {}
+        return Asked(number, configure(study, number, proposal.overrides), proposal.point, tags)
 
     return propose
 
@@ -220,15 +221,16 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
 def adder(study: Study, manifest: Manifest) -> Adder:
     """(a point, records so far) -> the trials up to that of `point`, asked for at once: it is the
     next one in which its rule has its turn and no initial point is left. Empty if there is none."""
-    propose = proposer(study, manifest)
+    propose, repeats = proposer(study, manifest), study.repeats
     rules = space_tree.rules_of(study.search_space) if study.searcher["balanced"] else []
 
     def add(point: Mapping[str, Any], records: Mapping[int, Record]) -> list[Asked]:
+        fixed = lambda n: suggest.fixed_params(n, manifest.points, rules, repeats)
         free = (
             number
-            for number in range(len(records), study.trials)
-            if not suggest.fixed_params(number, manifest.points, rules).keys() - {space_tree.RULE}
-            and (not rules or rules[number % len(rules)] == point.get(space_tree.RULE))
+            for number in range(len(records), study.all_trials)
+            if not fixed(number).keys() - {space_tree.RULE}
+            and suggest.turn(number, rules, repeats).rule in (None, point.get(space_tree.RULE))
         )
         if (number := next(free, None)) is None:
             return []

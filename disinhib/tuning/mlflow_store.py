@@ -29,6 +29,7 @@ from disinhib.tuning.event_log import (
     FAILED,
     KILLED,
     PRUNED,
+    REPEAT,
     Asked,
     Ended,
     EpochDone,
@@ -233,13 +234,14 @@ class MlflowStore:
         self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
         score, angle = (f"metrics.`{name}`" for name in (self.objective.metric, ANGLE))
         records = self.records.values()
+        repeat = [f"tags.`{REPEAT}`"] * any(REPEAT in record.tags for record in records)
         aligned = any(measures(record.config["options"], ANGLE) for record in records)
         view = {
             "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
             "orderByKey": score,
             "orderByAsc": self.objective.sign < 0,
             "selectedColumns": [
-                *dict.fromkeys(["tags.`rule`", score, *([angle] if aligned else [])]),
+                *dict.fromkeys(["tags.`rule`", *repeat, score, *([angle] if aligned else [])]),
                 *("tags.`trial_state`", "tags.`epochs`"),
                 *(f"params.`{name}`" for name in self.params),
             ],

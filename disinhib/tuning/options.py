@@ -42,7 +42,8 @@ class Study:
     resume: bool
     plan: bool
     space: str
-    trials: int
+    trials: int  # of each repeat
+    repeats: int
     epochs: int
     replicates: int
     seed: int
@@ -64,6 +65,10 @@ class Study:
     @property
     def search_space(self) -> Space:
         return space_tree.narrowed(SPACES[self.space], self.fixed, self.ranges)
+
+    @property
+    def all_trials(self) -> int:
+        return self.trials * self.repeats
 
     @property
     def objective(self) -> Objective:

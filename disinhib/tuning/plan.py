@@ -28,11 +28,11 @@ from disinhib.checks import flatten, in_hydra
 from disinhib.hyperparameters import Architecture
 from disinhib.tuning import cluster, engine, manifest, progress, provenance, retention
 from disinhib.tuning.engine import Job
-from disinhib.tuning.event_log import Asked, EpochDone, EventLog, Record, TrialConfig
+from disinhib.tuning.event_log import REPEAT, Asked, EpochDone, EventLog, Record, TrialConfig
 from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
-from disinhib.tuning.suggest import SAMPLERS
+from disinhib.tuning.suggest import SAMPLERS, turn
 from disinhib.tuning.worker import GPU_MB, LANES
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
@@ -87,11 +87,11 @@ def previews(
 ) -> list[Preview]:
     """The first trial of each kind for each of `rules` rules; GIVEN are those of `points`.
 
-    Proposes at most ten trials a rule beyond `points`, and no more than the study has.
+    Proposes at most ten trials a rule and repeat beyond `points`, and no more than the study has.
     """
     shown: dict[tuple[str, str], Preview] = {}
     records: dict[int, Record] = {}
-    for number in range(min(study.trials, (len(points) + 10) * rules)):
+    for number in range(min(study.all_trials, (len(points) + 10) * rules * study.repeats)):
         asked = propose(number, records)
         records[number] = Record(asked.config, asked.point)
         searched = asked.config["searched"]
@@ -138,14 +138,15 @@ def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) 
     A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget to get half
     way. `stops(records, trial)` decides which trials end early.
     """
-    draw = np.random.default_rng(seed)
-    quality = draw.uniform(size=study.trials)
-    half_way = study.epochs * 2.0 ** draw.uniform(-4, -2, study.trials)
-    rules, batch = list(costs), study.batch or study.trials
+    draw, trials = np.random.default_rng(seed), study.all_trials
+    quality = draw.uniform(size=trials)
+    half_way = study.epochs * 2.0 ** draw.uniform(-4, -2, trials)
+    rules, batch = list(costs), study.batch or trials
     records: dict[int, Record] = {}
-    for number in range(study.trials):
-        trial = TrialConfig(number=number, rule=rules[number % len(rules)], epochs=study.epochs)  # pyright: ignore
-        records[number] = Record(trial)
+    for number in range(trials):
+        rule, repeat, _ = turn(number, rules, study.repeats)
+        trial = TrialConfig(number=number, rule=rule, epochs=study.epochs)  # pyright: ignore
+        records[number] = Record(trial, tags={REPEAT: str(repeat)})
     waiting = deque(number for number, record in records.items() if costs[record.rule])
     free, running = list(range(at_once)), []
     known: set[tuple[int, Cost]] = set()  # structures that a worker has traced already
@@ -176,7 +177,7 @@ def without_stopping(study: Study, costs: Costs, at_once: int) -> Estimate:
 
 def with_stopping(study: Study, costs: Costs, at_once: int) -> Estimate:
     """The mean over several simulated studies, with the study's early stopping."""
-    seeds = max(1, min(SEEDS, EPOCHS_ASKED // (study.trials * study.epochs)))
+    seeds = max(1, min(SEEDS, EPOCHS_ASKED // (study.all_trials * study.epochs)))
     each = [simulate(study, costs, at_once, study.stops, seed) for seed in range(seeds)]
     return Estimate(*np.mean(each, axis=0).tolist())
 
@@ -313,7 +314,7 @@ def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list
     ):
         seconds = startup + estimate.seconds
         hours = f"{seconds / 3600:.2f} h ({progress.clock(seconds)})"
-        rate = f"{3600 * study.trials / estimate.seconds:.0f} trials an hour"
+        rate = f"{3600 * study.all_trials / estimate.seconds:.0f} trials an hour"
         lines.append(f"{name}: {hours}, {estimate.epochs:.0f} epochs, {rate}")
     lines.append(
         f"assumed: {at_once} trials at a time, rules in turn, a rule's structures equally often,"

@@ -42,6 +42,7 @@ PRIOR = 3  # trials by which what early stopping could do outweighs what it has 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 40
 TREND = "trend"  # of a rule's best score
+OF_REPEATS = "of each repeat"  # the best scores, the lowest and the highest
 UNBOUNDED = 1000  # characters: more than a table needs
 
 
@@ -265,11 +266,22 @@ def _leaders(records: Sequence[Record], objective: Objective) -> list[list[str]]
     """The leaderboard's rows; the first has the names of its columns."""
     whole = tally(records)._asdict()
     shown = [state for state in STATES if state in ENDED or whole[state]]
-    rows = [["rule", f"best {objective.metric}", "trial", *shown]]
+    repeated = any(record.repeat > 1 for record in records)
+    of_repeats = [OF_REPEATS] if repeated else []
+    rows = [["rule", f"best {objective.metric}", "trial", *of_repeats, *shown]]
     for rule, top, now in standings(records):
-        first = (in_words(top.score, objective), str(top.number)) if top else ("none complete", "")
+        first = [in_words(top.score, objective), str(top.number)] if top else ["none complete", ""]
+        if repeated:
+            first.append(_of_repeats([r for r in records if r.rule == rule], objective))
         rows.append([rule, *first, *(str(now._asdict()[state]) for state in shown)])
     return rows
+
+
+def _of_repeats(records: Sequence[Record], objective: Objective) -> str:
+    """The best scores of a rule's repeats, the lowest and the highest."""
+    own = (best(r for r in records if r.repeat == k) for k in {r.repeat for r in records})
+    scores = sorted(objective.sign * merit(top) for top in own if top)
+    return " to ".join(f"{score:.2f}" for score in dict.fromkeys(scores[:1] + scores[-1:]))
 
 
 def outline(

@@ -143,5 +143,5 @@ def events_of(
                 say(f"a point is not added: {why} ({len(records)} trials are asked for)")
                 return []
             say(f"trial {asked[-1].trial} is added by hand")
-            return [*asked[:-1], replace(asked[-1], tags={ADDED: id})]
+            return [*asked[:-1], replace(asked[-1], tags={**asked[-1].tags, ADDED: id})]
     return []

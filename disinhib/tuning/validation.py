@@ -51,6 +51,7 @@ CHECKS: dict[str, Check] = {
         "a folder that all machines share (a server at tracking.uri may keep artifacts elsewhere)",
     ),
     "trials": COUNT,
+    "repeats": COUNT,
     "epochs": COUNT,
     "replicates": COUNT,
     "metric": TEXT,  # the same
@@ -110,6 +111,9 @@ def check(options: Mapping[str, Any]) -> None:
     sampler = SAMPLERS[searcher["name"]]
     if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
         raise refusal("searcher", searcher["name"], f"another without the package {sampler.needs}")
+    if options["repeats"] > 1 and options["warm_start"] is not None:
+        allowed = "1, as repeats that learn from the same earlier trials are not independent"
+        raise refusal("repeats", options["repeats"], allowed)
     if sampler.grid and searcher["balanced"]:
         raise refusal("searcher.balanced", True, "false with searcher=grid")
     if searcher.get("group") and not searcher["multivariate"]:
