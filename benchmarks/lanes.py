@@ -61,7 +61,7 @@ def row(rule: str, network: Network, count: int, steps: int, repeats: int) -> li
     structure = Architecture(RULES[rule].family.name, circuit, network.sizes, batch_size=BATCH)
     hyper = published(structure, rule)
     config = RunConfig(
-        *(rule, structure, hyper, "none", None, 0.1, 1, 0, 0.0),
+        *(rule, structure, hyper, "none", None, 0.1, None, 1, 0, 0.0),
         *(False, False, "auto", 0, 0.0, 1e9),
     )
     data = random_data(network, steps)

@@ -74,7 +74,7 @@ def prepared(
     structure = architecture(rule, hidden, solver)
     hyper = published(structure, rule)
     config = RunConfig(
-        *(rule, structure, hyper, "fmnist", None, 0.1, 1, 0, 0.0),
+        *(rule, structure, hyper, "fmnist", None, 0.1, None, 1, 0, 0.0),
         *(False, False, "auto", 0, 0.9, 1e3),
     )
     state, hyper = training.initial_state(config, range(lanes)), training.for_lanes(hyper, lanes)

@@ -56,6 +56,7 @@ class RunConfig:
     dataset: str
     dataset_path: str | None
     valid_split: float
+    valid_seed: int | None
     epochs: int
     seed: int | None
     evaluated_share_of_train: float  # 0: none (OL_eval_on_train)
@@ -181,6 +182,7 @@ def parse(options: Mapping[str, Any]) -> RunConfig:
         dataset=dataset,
         dataset_path=data["path"],
         valid_split=data["valid_split"],
+        valid_seed=data["valid_seed"],
         epochs=take("epochs", COUNT),
         seed=take("seed", SEED),
         evaluated_share_of_train=data["OL_eval_subset_split"] if on_train else 0.0,

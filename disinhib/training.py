@@ -78,9 +78,7 @@ class TrainingState(NamedTuple):
 
 def check_data(config: RunConfig) -> None:
     """Raises what `prepare` does, but touches no device: for a driver, which trains nothing."""
-    version = datasets.version(config.dataset_path)
-    shape = _shape_of_train(config.dataset, config.dataset_path, config.valid_split, version)
-    _check_fit(config, shape)
+    _check_fit(config, _shape_of_train(_source(config), datasets.version(config.dataset_path)))
 
 
 def prepare(config: RunConfig) -> Data:
@@ -89,11 +87,17 @@ def prepare(config: RunConfig) -> Data:
     Raises data.DataError (files), ConfigError (a batch larger than the training set, inputs or
     outputs that are not the data set's).
     """
-    path, share = config.dataset_path, config.evaluated_share_of_train
-    version = datasets.version(path)
-    data, shape = _on_device(config.dataset, path, config.valid_split, share, version)
+    share, version = config.evaluated_share_of_train, datasets.version(config.dataset_path)
+    data, shape = _on_device(_source(config), share, version)
     _check_fit(config, shape)
     return data
+
+
+_Source = tuple[str, str | None, float, int | None]  # the arguments of data.load
+
+
+def _source(config: RunConfig) -> _Source:
+    return config.dataset, config.dataset_path, config.valid_split, config.valid_seed
 
 
 class _Shape(NamedTuple):
@@ -121,17 +125,15 @@ def _check_fit(config: RunConfig, shape: _Shape) -> None:
 
 
 @lru_cache(maxsize=16)  # numbers only: a driver asks for many configurations of the same data
-def _shape_of_train(name: str, path: str | None, valid_split: float, version: Any) -> _Shape:
-    """`version` is data.version(path)."""
-    return _shape_of(datasets.load(name, path, valid_split))
+def _shape_of_train(source: _Source, version: Any) -> _Shape:
+    """`version` is data.version of its path."""
+    return _shape_of(datasets.load(*source))
 
 
-@lru_cache(maxsize=4)
-def _on_device(
-    name: str, path: str | None, valid_split: float, subset_share: float, version: Any
-) -> tuple[Data, _Shape]:
-    """`version` is data.version(path)."""
-    splits = datasets.load(name, path, valid_split)
+@lru_cache(maxsize=8)  # repeats of a study may each have a split of their own
+def _on_device(source: _Source, subset_share: float, version: Any) -> tuple[Data, _Shape]:
+    """`version` is data.version of its path."""
+    splits = datasets.load(*source)
     put = lambda split: Images(jnp.asarray(split.images), jnp.asarray(split.labels))
     subset = math.ceil(subset_share * len(splits.train.labels))
     data = Data(

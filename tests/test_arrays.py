@@ -235,6 +235,13 @@ def test_a_file_that_changes_is_read_again(save):
     assert not np.array_equal(images, changed) and recorded != recorded_now
 
 
+def test_a_validation_set_of_its_own_is_not_drawn(save):
+    parts = {"x_train": numbered(), "y_train": Y, "x_valid": numbered(), "y_valid": Y}
+    file = save(**parts, x_test=numbered(), y_test=Y)
+    with pytest.raises(data.DataError, match=r"valid_seed must be null .* \(got 3\)"):
+        data.load("arrays", str(file), 0.1, 3)
+
+
 def test_a_path_is_needed():
     options, _ = hydra_config.compose("train", ["dataset=arrays"])
     with pytest.raises(config.ConfigError, match=r"dataset\.path: given null, allowed is a file"):

@@ -192,6 +192,24 @@ def test_splits_are_disjoint_and_lose_nothing(valid_split):
         assert len(train) and len(validation)
 
 
+@given(seed=st.integers(0, 2**31 - 1))
+@settings(max_examples=10, deadline=None)
+def test_a_seed_draws_validation_from_the_same_images(seed):
+    first, drawn, again = (
+        load("digits", valid_split=0.2, valid_seed=s) for s in (None, seed, seed)
+    )
+    images = lambda *splits: sorted(map(bytes, np.concatenate([s.images for s in splits])))
+    assert images(drawn.train, drawn.validation) == images(first.train, first.validation)
+    assert [len(split.labels) for split in drawn[:3]] == [len(split.labels) for split in first[:3]]
+    assert images(drawn.validation) != images(first.validation)
+    for split, other in zip(drawn[:3], again[:3], strict=True):
+        np.testing.assert_array_equal(split.images, other.images)
+        np.testing.assert_array_equal(split.labels, other.labels)
+    np.testing.assert_array_equal(drawn.test.images, first.test.images)
+    label = {bytes(i): n for split in first[:2] for i, n in zip(*split, strict=True)}
+    assert all(label[bytes(i)] == n for i, n in zip(*drawn.validation, strict=True))
+
+
 @pytest.mark.parametrize("valid_split", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [name for name in DATASETS if DATASETS[name].features])
 def test_valid_split_outside_its_range_is_refused(name, valid_split):

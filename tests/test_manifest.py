@@ -62,6 +62,18 @@ def test_repeats_are_tuned_side_by_side_each_from_the_published_defaults(tmp_pat
     assert propose(6, records).tags == {REPEAT: "1"}  # more trials go on in the same turns
 
 
+def test_each_repeat_may_validate_on_images_of_its_own(tmp_path):
+    study = composed(tmp_path, "space=bp", "repeats=2", "repeat_splits=true")
+    propose, records = manifest.proposer(study, manifest.of_search(study)), {}
+    for number in range(4):
+        follow(records, propose(number, records))
+    trials = [record.config for record in records.values()]
+    drawn = [trial["options"]["dataset"]["valid_seed"] for trial in trials]
+    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
+    for seed, trial in zip(drawn, trials, strict=True):
+        assert f"dataset.valid_seed={seed}" in trial["command"]
+
+
 @pytest.mark.parametrize(
     ("space", "earlier", "there"),
     [("bp_ei", "bp_ei", 4), ("bp", "bp", 4), ("rules", "bp", 4)],

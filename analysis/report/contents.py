@@ -335,14 +335,22 @@ def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
 def _data(options: Mapping[str, Any], data: Mapping[str, Any], retrained: set[str]) -> str:
     """The splits, as far as they were recorded: their sizes, and where validation comes from; and
     further data sets of a grid."""
-    share = 100 * options["dataset"]["valid_split"]
     samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
     parts = [
         *([f"{samples} samples"] if samples else []),
-        data.get("words") or f"validation: the first {share:g} % of the training file",
+        data.get("words") or f"validation: {split(options)}",
         *([f"also {', '.join(sorted(others))}"] if (others := retrained - {data["name"]}) else []),
     ]
     return f"{data['name']}: {'; '.join(parts)}"
+
+
+def split(options: Mapping[str, Any]) -> str:
+    """What validates a study's configurations, in words."""
+    share, seed = options["dataset"]["valid_split"], options["dataset"].get("valid_seed")
+    of_file = f"{100 * share:g} % of the training file"
+    if options.get("repeat_splits"):  # earlier versions had none
+        return f"{of_file}, drawn for each repeat"
+    return f"the first {of_file}" if seed is None else f"{of_file}, drawn by the seed {seed}"
 
 
 def _layers(study: StudyRun) -> str:

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from disinhib.data.arrays import ARRAYS
 from disinhib.data.base import DataError, Dataset, Loaded, Split
 from disinhib.data.digits import DIGITS
@@ -79,18 +81,20 @@ def _loaded(name: str, path: str | None) -> Loaded:
     return found if isinstance(found, Loaded) else Loaded(*found)
 
 
-def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits:
+def load(
+    name: str, path: str | None = None, valid_split: float = 0.1, valid_seed: int | None = None
+) -> Splits:
     """The data set `name` of DATASETS as train, validation and test.
 
-    Validation is the first int(valid_split * n) images of the training file and train is the rest,
-    so the two are disjoint. (The published code takes tfds' train[:10%]: the same share, of a file
-    that tfds has shuffled.) A file may have a validation set of its own. `path` is the entry's: of
-    IDX files, the folder that holds them.
+    Validation is the first int(valid_split * n) images of the training file, or as many drawn by
+    `valid_seed`, and train is the rest, so the two are disjoint. (The published code takes tfds'
+    train[:10%]: the same share, of a file that tfds has shuffled.) A file may have a validation set
+    of its own. `path` is the entry's: of IDX files, the folder that holds them.
 
     Raises:
-        DataError: unknown name, valid_split outside (0, 1) or too small for one image, and what
-            the entry's `load` raises: a `path` that lacks the files, a damaged file, no mirror
-            that answers.
+        DataError: unknown name, valid_split outside (0, 1) or too small for one image, a valid_seed
+            where validation is the file's own, and what the entry's `load` raises: a `path` that
+            lacks the files, a damaged file, no mirror that answers.
     """
     if name not in DATASETS:
         hint = nearest(str(name).lower(), DATASETS)
@@ -103,6 +107,11 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
     classes = dataset.classes if loaded.classes is None else loaded.classes
     assert classes is not None
     if own is not None:
+        if valid_seed is not None:
+            raise DataError(
+                f"dataset.valid_seed must be null where validation is the data set's own (got"
+                f" {valid_seed})"
+            )
         words = loaded.words or "validation is the data set's own"
         return Splits(training, own, loaded.test, scale, classes, words)
     held_out = int(valid_split * len(training.labels))
@@ -111,6 +120,11 @@ def load(name: str, path: str | None = None, valid_split: float = 0.1) -> Splits
             f"dataset.valid_split must hold out at least one of the {len(training.labels)} images"
             f" (got {valid_split!r})"
         )
+    if valid_seed is not None:
+        order = np.random.default_rng(valid_seed).permutation(len(training.labels))
+        training = Split(*(array[order] for array in training))
+        for array in training:
+            array.setflags(write=False)
     return Splits(
         train=Split(*(array[held_out:] for array in training)),
         validation=Split(*(array[:held_out] for array in training)),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disinhib.checks import COUNT, FLAG, OPTIONAL_TEXT, SHARE, TEXT, Option
+from disinhib.checks import COUNT, FLAG, OPTIONAL_TEXT, SEED, SHARE, TEXT, Option
 from disinhib.errors import InputError
 
 FILE = (TEXT[0], "a file: dataset.path=FILE")
@@ -69,9 +69,8 @@ class Dataset:
             path if self.features else path._replace(check=FILE),
             Option("dim_input", self.features, COUNT, "values of an image, flattened"),
             Option("dim_output", self.classes, COUNT, "classes"),
-            Option(
-                "valid_split", self.valid_split, SHARE, "first share of the training file, held out"
-            ),
+            Option("valid_split", self.valid_split, SHARE, "share of the training file, held out"),
+            Option("valid_seed", None, SEED, "draws that share; null: it is the file's first"),
             Option("OL_eval_subset_split", 0.1, SHARE, "share that OL_eval_on_train evaluates"),
             Option("soft_targets", True, FLAG, "else one-hot targets"),
             Option("soft_target_val", 0.99, SHARE, "a soft target's value on the right class"),

@@ -113,8 +113,9 @@ class Server:
             state, reports = checkpoint.load(file, run)
         else:
             state = training.initial_state(run, order["seeds"])
+        trained_on = run.dataset, run.dataset_path, run.valid_split, run.valid_seed
         evaluated = run.epochs, run.test_at_end, run.evaluated_share_of_train, run.alignment
-        key = str((run.architecture, run.dataset, run.dataset_path, run.valid_split, *evaluated))
+        key = str((run.architecture, *trained_on, *evaluated))
         with self.lock:
             new = Group(key, run, data, self.slots, self.process)
             group = self.groups.setdefault(key, new)

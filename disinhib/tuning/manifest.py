@@ -25,6 +25,8 @@ from disinhib.tuning.options import Study, check_space, configure, first_points
 from disinhib.tuning.resume import FILE, free_name
 from disinhib.tuning.steering import Adder
 
+# Options that decide what validates a configuration.
+OF_SPLIT = ("dataset.name", "dataset.valid_split", "dataset.valid_seed", "repeat_splits")
 MANIFEST = "manifest.json"  # in the study's folder
 
 
@@ -96,7 +98,7 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
         allowed = f"a study that you can read ({folder / FILE}: {error.strerror})"
         raise refusal("warm_start", name, allowed) from error
     now = flatten(study.options)
-    for option in ("metric", "epochs", "dataset.name", "dataset.valid_split"):
+    for option in ("metric", "epochs", *OF_SPLIT):
         if then.get(option) != now[option]:
             raise ConfigError(
                 f"warm_start: {name} had {option}={then.get(option)}, and this study has"

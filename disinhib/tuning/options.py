@@ -44,6 +44,7 @@ class Study:
     space: str
     trials: int  # of each repeat
     repeats: int
+    repeat_splits: bool
     epochs: int
     replicates: int
     seed: int
@@ -282,6 +283,9 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
         if not hydra_config.is_group(name):
             _set(options, name, value)
     options["seed"] = seeds[0]
+    if study.repeat_splits:
+        repeat = suggest.turn(number, repeats=study.repeats).repeat
+        options["dataset"]["valid_seed"] = suggest.split_seed(study.seed, repeat)
     # A trial writes no folder of its own, so out_dir is not part of its command.
     options["out_dir"] = _cached(hydra_config.TRAINING, ())[0]["out_dir"]
     choices = {group: choice for group, choice in choices.items() if group not in STUDY_GROUPS}

@@ -267,6 +267,11 @@ def sampler_seed(study_seed: int, number: int) -> int:
     return _seeds(study_seed, (number, 0))[0]
 
 
+def split_seed(study_seed: int, repeat: int) -> int:
+    """The seed that draws the validation set of a repeat (from 1)."""
+    return _seeds(study_seed, (repeat, 0, 0))[0]
+
+
 def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
     """`points`, shuffled by the study's seed."""
     order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))

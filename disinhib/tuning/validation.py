@@ -52,6 +52,7 @@ CHECKS: dict[str, Check] = {
     ),
     "trials": COUNT,
     "repeats": COUNT,
+    "repeat_splits": FLAG,
     "epochs": COUNT,
     "replicates": COUNT,
     "metric": TEXT,  # the same
