@@ -82,9 +82,13 @@ def list_studies(options: dict[str, Any]) -> int:
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             print("  ".join(cells).rstrip())
-    for why in broken:
-        print(f"left out: {why}")
+    _print_left_out(broken)
     return 0
+
+
+def _print_left_out(reasons: list[str]) -> None:
+    for why in reasons:
+        print(f"left out: {why}")
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -129,8 +133,10 @@ def show(options: dict[str, Any]) -> int:
         say("best: " + ", ".join(f"{r} {score}" for r, score in entry.outline["best"].items()))
     say(f"folder: {entry.folder} ({entry.size / 1e6:.1f} MB)")
     say(f"MLflow: {masked(entry.tracking_uri)}")
-    for retraining in inventory.retrainings(entry) if entry.search else ():
+    beside, broken = inventory.retrainings(entry) if entry.search else ([], [])
+    for retraining in beside:
         say(f"retrained in: {retraining.name} ({_state(retraining)})")
+    _print_left_out(broken)
     for purpose, command in _next_commands(entry):
         say(f"{purpose}: {command}")
     return 0
@@ -190,9 +196,11 @@ def delete(options: dict[str, Any]) -> int:
         print(f"deleted: {name}: what an interrupted deletion had left of its folder")
         return 0
     entry = inventory.find(out_dir, name)
-    family = [*inventory.retrainings(entry), entry]
+    beside, broken = inventory.retrainings(entry)
+    family = [*beside, entry]
     for one in family:
         upkeep.refuse_running(one)
+    _print_left_out(broken)
     addresses = {one.name: upkeep.address(one, options["tracking.uri"]) for one in family}
     if not options["yes"]:
         if not sys.stdin.isatty():
@@ -216,9 +224,11 @@ def export(options: dict[str, Any]) -> int:
     entry = inventory.find(options["out_dir"], options["study"])
     if not entry.search and entry.of != entry.manifest.id:  # nor a grid
         raise refusal("study", entry.name, "a search: with it its retrainings are exported")
-    studies = [entry, *inventory.retrainings(entry)]
+    beside, broken = inventory.retrainings(entry)
+    studies = [entry, *beside]
     for one in studies:
         upkeep.refuse_running(one)
+    _print_left_out(broken)
     uri = upkeep.address(entry, options["tracking.uri"])
     models, more = supplement.files(studies, uri, options["models"])
     archive.write(file := Path(options["file"] or f"{entry.name}.zip"), studies, models, more)

@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disinhib.errors import ConfigError, nearest, reason_of
+from disinhib.errors import ConfigError, nearest, one_line, reason_of
 
 GROUP = "disinhib.plugins"  # of entry points: a name that a package gives to its module
 NAME = r"[A-Za-z][\w-]*"  # of an entry, which is a choice on the command line
@@ -113,15 +113,17 @@ def read(given: str) -> Plugin:
     module = resolved(given)
     if given.endswith(".py"):
         return Plugin(name_of(given), module, _text(given, module))
+    spec, why = None, ""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):  # a package of it is missing
-        spec = None
+    except (ImportError, ValueError, AttributeError) as error:  # a package of it is missing, or bad
+        why = f" ({one_line(error)})"
     if spec is None or not (spec.origin or "").endswith(".py"):
         named = _named_modules()
         names = f", or one of {', '.join(named)}" if named else ""
         allowed = f"a file that ends in .py, or an installed module in Python{names}"
-        raise ConfigError(f"plugins: given {given}, allowed is {allowed}{nearest(given, named)}")
+        suggested = nearest(given, named)
+        raise ConfigError(f"plugins: given {given}, allowed is {allowed}{suggested}{why}")
     assert spec.origin is not None
     return Plugin(module, spec.origin, _text(given, spec.origin), installed=True)
 

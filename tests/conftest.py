@@ -99,6 +99,32 @@ def copied_stores(mlflow_template):
         yield
 
 
+def bring_mlflow_here(patch: pytest.MonkeyPatch) -> None:
+    """MLflow is called in this process, as each of its own takes seconds to start."""
+    from disinhib.tuning import engine, mlflow_process, mlflow_settings, upkeep
+
+    class Here(mlflow_process.Service):
+        def call(self, name: str, *arguments: Any) -> Any:
+            with mlflow_settings.requests():
+                return getattr(self, name)(*arguments)
+
+        def close(self, *arguments: Any) -> None:
+            """Closes the store, if any: the process itself has nothing to end."""
+            if arguments:
+                super().close(*arguments)
+
+    for module in (engine, upkeep):
+        patch.setattr(module, "MlflowProcess", Here)
+
+
+@pytest.fixture(scope="module")
+def mlflow_here():
+    """The module's studies have no process of MLflow's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        bring_mlflow_here(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_ray():
     """The module's studies share one Ray on this machine, whose workers have a core each."""

@@ -108,11 +108,14 @@ class Host:
 
     def kill(self) -> None:
         """Ends all of its processes, as if its power had failed."""
-        while pids := self.pids():
-            for pid in pids:
+
+        def dead() -> bool:
+            for pid in (pids := self.pids()):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+            return not pids
+
+        wait_until(dead, f"{self.name} is dead")
 
     def cut(self) -> None:
         call("ip", "link", "set", self.namespace, "down")
@@ -376,10 +379,10 @@ def _left_out(study: Study, mounts: Sequence[tuple[Path, Path]], why: str) -> No
 
 
 def database(study: Study) -> None:
-    """PostgreSQL is ended at once, and started again after 10 s"""
+    """PostgreSQL is ended at once, and started again when the study has noticed"""
     study.amid_trials()
     study.server.postgres("stop", "-m", "immediate")
-    time.sleep(10)
+    study.notices("does not take records")
     study.server.postgres("start")
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 
@@ -26,13 +26,16 @@ def serve(host: str, port: int, store: str, folder: Path) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # its workers go with it
     )
-    while True:
+
+    def answers() -> bool:
         assert process.poll() is None, "mlflow server ended"
-        try:
+        with suppress(OSError):
             urllib.request.urlopen(f"http://{host}:{port}/health", timeout=1).close()
-            return process
-        except OSError:
-            time.sleep(0.1)
+            return True
+        return False
+
+    wait(answers)
+    return process
 
 
 class Server:

@@ -29,7 +29,9 @@ from rich.table import Table
 
 from disinhib import cli
 from disinhib.checks import FLAG, OPTIONAL_TEXT, Option
-from disinhib.errors import InputError
+from disinhib.errors import ConfigError, InputError
+from disinhib.tuning import event_log
+from disinhib.tuning.event_log import EpochDone
 from tests import kill
 
 SCRIPT = kill.ROOT / "cluster" / "slurm.sbatch"
@@ -42,7 +44,6 @@ LONGER = (*LONG, "trials=48", "epochs=400", "scheduler=none")  # than LIMIT
 LIMIT = ("--time=2", "--signal=B:USR1@30")  # SLURM looks at limits twice a minute
 PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-AMID = 5.0  # s after the study's first words: amid its trials
 START = 60.0  # s in which SLURM starts
 
 # Credentials expire soon, as SLURM waits for that before it starts a requeued job.
@@ -122,7 +123,7 @@ class Slurm:
 
     def processes(self, kind: str = "") -> list[psutil.Process]:
         """Those of this SLURM and its jobs, which have its environment or, as slurmstepd writes its
-        title there, its log; `ray`: of Ray alone."""
+        title there, its log; those whose command has `kind` in it."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -140,7 +141,7 @@ class Slurm:
         """Ends the jobs and the daemons that were started here, and no other process."""
         with suppress(kill.Failure):
             self.call("scancel", f"--user={getpass.getuser()}", "--signal=KILL", "--full")
-            time.sleep(2)
+            psutil.wait_procs(self.processes("slurmstepd"), timeout=10)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -158,7 +159,8 @@ class Slurm:
         where = (f"study={study}", f"out_dir={self.folder / 'out'}", "seeds=1")
         words = (*EDITED, *limits, f"--output={log}", str(SCRIPT), *where, *options)
         number = self.call("sbatch", "--parsable", *words)
-        self.jobs.append(Job(self, number, Path(str(log).replace("%j", number))))
+        log = Path(str(log).replace("%j", number))
+        self.jobs.append(Job(self, number, log, self.folder / "out" / study))
         return self.jobs[-1]
 
 
@@ -167,6 +169,7 @@ class Job:
     slurm: Slurm
     number: str
     log: Path
+    study: Path  # its folder
 
     def about(self) -> dict[str, str]:
         words = self.slurm.call("scontrol", "--oneliner", "show", "job", self.number)
@@ -189,9 +192,20 @@ class Job:
         return self.about()["JobState"] in OVER
 
     def amid_trials(self) -> None:
-        said = lambda: self.log.exists() and "trials: " in self.log.read_text()
-        self.wait(said, "shows its trials")
-        time.sleep(AMID)
+        """Waits until a trial has ended an epoch since this call, and has not ended itself."""
+        began = time.time()
+
+        def amid() -> bool:
+            with suppress(ConfigError):  # no log yet, or it was copied while it was being written
+                events = event_log.read(self.study, copied=True) or []
+                records = event_log.replay(events)
+                return any(
+                    isinstance(event, EpochDone) and when > began and not records[event.trial].ended
+                    for _, when, event in events
+                )
+            return False
+
+        self.wait(amid, "is amid its trials")
 
     def end(self) -> Job:
         self.wait(self.over, "ends")

@@ -13,9 +13,9 @@ from disinhib.hyperparameters import Newton
 from disinhib.rules import RULES
 
 LAYERS = ("", "_0", "_1", "_out")
-
-
-# Training is float32; these come first, because float64 then holds for the rest of the module.
+# Degrees by which weak control may turn an update: it moves every rate by its own size, which is
+# 2e-6 of the error, and a layer has less than ten.
+CHANGED = 1e-3
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,9 @@ def test_it_is_measured_of_each_lane_and_changes_nothing():
 
 @pytest.fixture
 def measured(problem):
+    """What is measured of a rule in float64, while training is float32."""
+
+    @jax.enable_x64(True)
     def measure(rule, kept=lambda state, parameters: state, **fields):
         family = RULES[rule].family
         small = problem(family=family.name, solver=Newton(1e-12, 60), **fields)
@@ -77,7 +80,6 @@ def measured(problem):
     return measure
 
 
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("circuit", ["dale", "non-dale"])
 def test_back_propagation_points_where_the_gradient_does(measured, circuit):
     found = measured("bp", circuit=circuit)
@@ -89,7 +91,6 @@ def test_back_propagation_points_where_the_gradient_does(measured, circuit):
         assert found[NORM_RATIO + layer] == 1
 
 
-@pytest.mark.usefixtures("float64")
 def test_weak_control_of_a_linear_network_points_where_the_gradient_does(measured):
     """The control then is the error, times one number. Interneurons damp every layer by one number,
     1 + g_IE g_EI, which the feedback weights do not know: each layer's angle is 0, but not that of
@@ -97,15 +98,14 @@ def test_weak_control_of_a_linear_network_points_where_the_gradient_does(measure
     linear = {"activation_e": "linear", "activation_i": "linear"}
     found = measured("exact-inv", **linear)
     for layer in LAYERS[1:]:
-        assert found[ANGLE + layer] < 0.01
+        assert found[ANGLE + layer] < CHANGED
     damping = 1 + 1.3 * 0.7
     ratios = [found[NORM_RATIO + layer] for layer in LAYERS[1:]]
-    np.testing.assert_allclose(ratios[0] / ratios[1], damping, rtol=1e-3)
-    # With soft rectifiers the damping is each neuron's own.
-    assert 1 < measured("exact-inv")[f"{ANGLE}_0"] < 60
+    np.testing.assert_allclose(ratios[0] / ratios[1], damping, rtol=np.radians(CHANGED))
+    # With soft rectifiers the damping is each neuron's own: downhill, not straight.
+    assert CHANGED < measured("exact-inv")[f"{ANGLE}_0"] < 90
 
 
-@pytest.mark.usefixtures("float64")
 def test_feedback_alignment_on_the_forward_weights_is_back_propagation(measured):
     forward = lambda state, parameters: state._replace(
         layered={name: jnp.asarray(parameters[name]) for name in state.layered}
@@ -115,4 +115,4 @@ def test_feedback_alignment_on_the_forward_weights_is_back_propagation(measured)
         assert found[ANGLE + layer] < 1e-10
         np.testing.assert_allclose(found[NORM_RATIO + layer], 1, rtol=1e-12)
     other = measured("fa", circuit="non-dale")  # on random weights
-    assert other[f"{ANGLE}_0"] > 30 and other[f"{ANGLE}_out"] < 1e-10
+    assert other[f"{ANGLE}_0"] > CHANGED and other[f"{ANGLE}_out"] < 1e-10

@@ -37,6 +37,12 @@ def numbered(high: float = 200, kind: type = np.uint8, shape=(3, 2)):
     return np.broadcast_to(first[:, None, None], (N, *shape)).astype(kind)
 
 
+def paired(split):
+    """Whether each image of `numbered()` still has its label of Y."""
+    (rows,) = np.nonzero(split.images[:, :1] == numbered()[:, 0, 0])[1:]
+    return list(Y[rows]) == list(split.labels)
+
+
 def refusal(path, **options):
     with pytest.raises(DataError) as refused:
         load("arrays", path, **options)
@@ -65,8 +71,10 @@ def test_splits_are_those_of_the_file(save, x, y, test):
     assert sizes == [30, 10, 8] and splits.classes == 4
     np.testing.assert_array_equal(splits.test.images, images[:8].reshape(8, 6))
     together = np.concatenate([splits.train.images, splits.validation.images])[:, 0]
-    assert sorted(together) == sorted(images[:, 0, 0])  # disjoint, as all differ
-    assert len({*splits.validation.labels}) > 1  # it is shuffled
+    assert sorted(together) == sorted(first := [*images[:, 0, 0]])  # disjoint, as all differ
+    assert all(paired(split) for split in splits[:3])
+    held = sorted(splits.validation.images[:, 0])
+    assert held not in (first[:10], first[-10:])  # it is shuffled
 
 
 def test_a_file_may_have_a_validation_set(save):
@@ -74,6 +82,7 @@ def test_a_file_may_have_a_validation_set(save):
     held = {"X_valid": images[:5], "y_valid": Y[:5], "X_test": images[5:9], "y_test": Y[5:9]}
     splits = load("arrays", save(X=images[9:], y=Y[9:], **held), 0.9)
     np.testing.assert_array_equal(splits.train.images, images[9:].reshape(-1, 6))  # in its order
+    np.testing.assert_array_equal(splits.train.labels, Y[9:])
     np.testing.assert_array_equal(splits.validation.labels, Y[:5])
 
 
@@ -84,6 +93,7 @@ def test_a_test_set_is_drawn_once_and_for_all(save):
     np.testing.assert_array_equal(one.test.images, other.test.images)
     parts = [split.images[:, 0] for split in one[:3]]
     assert sorted(np.concatenate(parts)) == sorted(numbered()[:, 0, 0])
+    assert all(paired(split) for split in one[:3])
     assert "no test set: 8 samples (20%) are drawn for it" in words("arrays", path)
     assert "by seed 0" in words("arrays", path)
 

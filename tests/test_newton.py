@@ -435,6 +435,7 @@ def test_lanes_are_solved_as_if_they_were_alone(problem, monkeypatch):
 def test_few_samples_at_a_time_are_solved_as_if_all_were(problem, monkeypatch):
     small = problem(weight_scale=8.0, **SMALL)
     _, together, _ = solved(small, STRONG)
+    assert np.sum(together.iterations > newton.COMMON_EVALUATIONS) > 3
     monkeypatch.setattr(newton, "FEW_SAMPLES", 3)
     program = jax.jit(lambda *arguments: both_loops(*arguments), static_argnums=0)
     _, few, _ = solved(small, STRONG, program)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,26 +154,33 @@ def test_a_checkpoint_without_its_options_is_refused(learnt, tmp_path):
         disinhib.load(tmp_path)
 
 
+# The residual, 1e-5 at most, is relative to 1 + the layer's norm.
+SETTLED: Any = {"rtol": 0, "atol": 1e-4}
+FLOAT32: Any = {"rtol": 1e-5, "atol": 1e-6}
+
+
 def test_open_loop_is_the_equilibrium_of_every_layer(trained, images):
-    """Truth: the equations of DESIGN section 2, to the solver's tolerance."""
+    """Truth: the equations of DESIGN section 2, to the solver's tolerance or, of what is not solved
+    for, that of float32."""
     overrides, result = trained
     parameters, network = result.parameters[3], result.network
     states = network.states(parameters, images[0])
     hyper = network.hyperparameters
     assert np.all(states.converged) and not np.any(states.control)
-    np.testing.assert_allclose(states.u_y, network(parameters, images[0]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states.u_y, network(parameters, images[0]), **FLOAT32)
+    bounds = FLOAT32 if "trainer=bp" in overrides else SETTLED
     rate = images[0]
     for layer in range(2):
         a = rate @ parameters[f"kernel_{layer}"] + parameters[f"bias_{layer}"]
         if "trainer=bp" not in overrides:
-            np.testing.assert_allclose(states.u_i[layer], 1.3 * states.r_e[layer], atol=1e-4)
+            np.testing.assert_allclose(states.u_i[layer], 1.3 * states.r_e[layer], **bounds)
             a = a - 0.7 * states.r_i[layer]
-        np.testing.assert_allclose(states.u_e[layer], a, atol=1e-4)
+        np.testing.assert_allclose(states.u_e[layer], a, **bounds)
         rate = states.r_e[layer]
         phi = activations.bind("softrelu", hyper.activation_e)
         np.testing.assert_allclose(rate, phi.value(states.u_e[layer]), rtol=1e-5)
         assert rate.shape == (7, 12)
-    np.testing.assert_allclose(states.u_y, rate @ parameters["kernel_out"], atol=1e-4)
+    np.testing.assert_allclose(states.u_y, rate @ parameters["kernel_out"], **bounds)
     if "trainer=bp" in overrides:
         assert states.u_i == states.r_i == ()
 
@@ -186,12 +194,12 @@ def test_closed_loop_is_the_equilibrium_under_control_on_the_kept_weights(learnt
     target = np.full((7, 10), 0.01 / 9)
     target[np.arange(7), labels] = 0.99
     error = target - jax.nn.softmax(states.u_y)
-    np.testing.assert_allclose(states.control, (0.2 + 0.4) * error, atol=1e-4)
+    np.testing.assert_allclose(states.control, (0.2 + 0.4) * error, **SETTLED)
     for layer in range(2):
         q = parameters[f"feedback_{layer}"]
         moved = states.control @ (q / np.linalg.norm(q))
         expected = 1.3 * states.r_e[layer] - moved
-        np.testing.assert_allclose(states.u_i[layer], expected, atol=1e-4)
+        np.testing.assert_allclose(states.u_i[layer], expected, **SETTLED)
     same(states, network.states(parameters, x, target.astype(np.float32)))
     opened = network.states(parameters, x)
     assert np.max(np.abs(states.u_i[1] - opened.u_i[1])) > 1e-3
@@ -320,6 +328,9 @@ def test_importing_analysis_leaves_mlflow_and_jax_alone():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True"]
+
+
+assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)

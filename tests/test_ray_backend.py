@@ -224,11 +224,12 @@ def test_ctrl_c_ends_the_study_and_the_next_session_has_the_rest(tmp_path):
         if isinstance(event, EpochDone) and event.trial == 1:
             signal.raise_signal(signal.SIGINT)
 
-    slow = {str(epoch): "stay" for epoch in range(1, EPOCHS + 1)}
-    first = play(tmp_path, {}, slow, slow, observe=interrupt)
+    trials = {}, {"2": "wait"}, {}
+    first = play(tmp_path, *trials, observe=interrupt)
     assert [r.state for r in first.records.values()] == [COMPLETE, RUNNING]
     (tmp_path / ray_backend.FOLDER).rename(tmp_path / "before")
-    second = play(tmp_path, {}, slow, slow)
+    (tmp_path / "go").touch()
+    second = play(tmp_path, *trials)
     assert [r.state for r in second.records.values()] == [COMPLETE] * 3
     assert sorted(second.ray) == [1, 2]
     assert sorted(second.epochs) == [(n, e) for n in range(3) for e in range(1, EPOCHS + 1)]

@@ -441,9 +441,11 @@ def test_a_study_whose_name_has_a_comma_is_one_study(two):
     store = stores.connect(two.uri)
     run = stores.find_study(store, "other").run.info.run_id
     store.client.set_tag(run, "mlflow.runName", "under_score,other")
-    (study,) = stores.find_studies(store, "under_score,other")
+    try:
+        (study,) = stores.find_studies(store, "under_score,other")
+    finally:
+        store.client.set_tag(run, "mlflow.runName", "other")
     assert study.run.info.run_id == run
-    store.client.set_tag(run, "mlflow.runName", "other")
 
 
 def test_seeds_without_a_partner_are_compared_unpaired():

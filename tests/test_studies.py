@@ -39,31 +39,12 @@ from analysis.report import __main__ as report
 from disinhib.errors import ConfigError, InputError
 from disinhib.tuning import event_log, inventory, lease, manifest, options, steering, upkeep
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone, Logged
-from disinhib.tuning.mlflow_process import Service
 
 source = tiny.source
 pytestmark = pytest.mark.usefixtures("source", "copied_stores", "mlflow_here")
 
 BEGAN = 1_700_000_000.0  # s since 1970
 SCORES = ((80.0, 90.0), (60.0,), (70.0, 85.0))  # of trials, by epoch
-
-
-@pytest.fixture(scope="module")
-def mlflow_here():
-    """MLflow in this process, as each of its own takes seconds to start."""
-
-    class Here(Service):
-        def call(self, name, *arguments):
-            return getattr(self, name)(*arguments)
-
-        def close(self, *arguments):
-            """Closes the store, if any: the process itself has nothing to end."""
-            if arguments:
-                super().close(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upkeep, "MlflowProcess", Here)
-        yield
 
 
 def call(*arguments):
@@ -172,7 +153,6 @@ class World(NamedTuple):
     known: Told
     archive: Path
     elsewhere: Path
-    printed: str
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +188,8 @@ def world(source, copied_stores, mlflow_here, tmp_path_factory):
     assert "second, second-retrained" in call(
         "export", "second", f"file={archive}", f"out_dir={out_dir}"
     )
-    printed = call("import", archive, f"out_dir={elsewhere}")
-    return World(out_dir, before, known, archive, elsewhere, printed)
+    call("import", archive, f"out_dir={elsewhere}")
+    return World(out_dir, before, known, archive, elsewhere)
 
 
 def test_a_study_that_was_renamed_has_its_new_name_everywhere(world):
@@ -300,6 +280,14 @@ def outside(files):
     return {**files, "../evil": b"evil", "archive.json": json.dumps(index)}
 
 
+def twice(files):
+    """Whose log has an event twice, index and all."""
+    index, name = json.loads(files["archive.json"]), "second/events.jsonl"
+    text = files[name] + files[name].splitlines()[0]
+    index["files"][name] = hashlib.sha256(text).hexdigest()
+    return {**files, name: text, "archive.json": json.dumps(index)}
+
+
 def indexed(**own):
     return lambda files: {
         **files, "archive.json": json.dumps({**json.loads(files["archive.json"]), **own})
@@ -335,6 +323,13 @@ def test_a_file_that_is_no_whole_archive_is_refused_and_leaves_nothing(words, wo
     assert not [*(tmp_path / "there").iterdir()] and not (tmp_path / "evil").exists()
 
 
+def test_a_log_that_has_an_event_twice_is_refused(world, tmp_path):
+    file = changed(world.archive, tmp_path / "bad.zip", twice)
+    line = refused("import", file, f"out_dir={tmp_path / 'there'}")
+    assert "a whole archive of `export` (IntegrityError: UNIQUE constraint" in line
+    assert inventory.listed(tmp_path / "there") == ([], [])
+
+
 def test_half_a_file_and_no_file_are_refused(world, tmp_path):
     (tmp_path / "half.zip").write_bytes(world.archive.read_bytes()[:999])
     for name, words in (("half.zip", "a whole archive"), ("none.zip", "that can be read")):
@@ -354,6 +349,8 @@ def test_a_study_that_is_there_under_another_name_is_not_imported(world, tmp_pat
     line = refused("import", world.archive, f"out_dir={out_dir}")
     assert line.endswith(f"are not there yet ({out_dir / 'mine'} is)")
     shutil.rmtree(out_dir / "mine")
+    file = out_dir / "mine-retrained" / manifest.MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "more": "of a later version"}))
     assert f"({out_dir / 'mine-retrained'} is)" in refused(
         "import", world.archive, f"out_dir={out_dir}"
     )
@@ -478,6 +475,18 @@ def test_a_study_of_a_plugins_metric_needs_no_plugin_to_be_listed_renamed_or_del
     assert printed.startswith("no study") and "second has no study.yaml that can be read" in printed
 
 
+def test_a_retraining_that_cannot_be_read_is_named_by_what_leaves_it_out(copy):
+    damaged = Path(shutil.copytree(copy / "stopped", copy / "first-retrained"))
+    (damaged / manifest.MANIFEST).write_text("{}")
+    for words in (
+        ("show", "first"),
+        ("export", "first", f"file={copy / 'first.zip'}"),
+        ("rename", "first", "second"),
+        ("delete", "second", "yes=true"),
+    ):
+        assert "left out: study: first-retrained in " in call(*words, f"out_dir={copy}"), words
+
+
 def test_a_retraining_that_was_interrupted_is_not_finished(world, tmp_path):
     """Its trials are asked for one after another: the log does not say how many there will be."""
     folder = Path(shutil.copytree(world.out_dir / "second-retrained", tmp_path / "copy"))
@@ -505,15 +514,17 @@ def test_the_log_of_a_study_that_another_machine_may_run_is_not_opened(copy, mon
 
 
 def test_nobody_begins_to_run_a_study_while_it_is_renamed(copy, monkeypatch):
-    check = upkeep.engine.check_stores
+    check, checked = upkeep.engine.check_stores, []
 
     def resumed(job, mlflow):
+        checked.append(job.name)
         with pytest.raises(ConfigError, match="is open in another process"):
             event_log.EventLog(copy / "first", existing=True)
         check(job, mlflow)
 
     monkeypatch.setattr(upkeep.engine, "check_stores", resumed)
     assert "first is now second" in call("rename", "first", "second", f"out_dir={copy}")
+    assert checked == ["second"]
 
 
 def test_show_says_what_can_be_done(shelf):
@@ -563,10 +574,10 @@ def test_what_cannot_be_is_refused(words, line, shelf):
 @pytest.mark.parametrize(("trial", "code"), [(2, 0), (0, 1)])
 def test_the_command_says_what_the_driver_answers(trial, code, copy, capsys):
     """The driver knows more than the command: the trial may have ended since."""
-    entry, said = inventory.find(copy, "stopped"), []
+    entry, said, over = inventory.find(copy, "stopped"), [], threading.Event()
 
     def drive():
-        while not said:
+        while not said and not over.is_set():
             for order in steering.take(entry.folder, said.append):
                 steering.carry_out(entry.folder, order, entry.records, None, said.append)
 
@@ -575,8 +586,11 @@ def test_the_command_says_what_the_driver_answers(trial, code, copy, capsys):
         own.write()
         driver = threading.Thread(target=drive)
         driver.start()
-        assert studies.main(["end", "stopped", str(trial), f"out_dir={copy}"]) == code
-        driver.join()
+        try:
+            assert studies.main(["end", "stopped", str(trial), f"out_dir={copy}"]) == code
+        finally:
+            over.set()
+            driver.join()
     assert capsys.readouterr().out == f"stopped: {said[0]}\n"
     assert not [*(entry.folder / steering.FOLDER).iterdir()]
 

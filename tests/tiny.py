@@ -88,8 +88,9 @@ def quiet():
 
 def played():
     """A trainable that plays what the trial's `searched` says of an epoch: `raise`, `die`, `die
-    once`, `die twice` or `die in each` (its worker), `hang` (once), `stay` for a moment, `full`
-    (the disk), `over cap`, or `diverge` (its last seed); else its score is the number there, or 50.
+    once`, `die twice` or `die in each` (its worker), `hang` (once), `stay` for a moment, `wait`
+    (until a file `go` is in its folder), `full` (the disk), `over cap`, or `diverge` (its last
+    seed); else its score is the number there, or 50.
     A final trial has a test set. (A local class: Ray sends it to workers, which cannot import this
     file.)
     """
@@ -125,6 +126,8 @@ def played():
                 os.kill(os.getpid(), signal.SIGKILL)
             if act == "stay":
                 time.sleep(0.2)
+            while act == "wait" and not mark.with_name("go").exists():
+                time.sleep(0.01)
             score = act if isinstance(act, float) else 50.0
             names = ["valid_accuracy"]
             if self.trial["final"] and self.epoch == self.trial["epochs"]:

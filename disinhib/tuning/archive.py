@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import sqlite3
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -271,8 +272,12 @@ def _write_log(file: Path, folder: Path, runs: Mapping[str, str]) -> None:
     runs are `runs`."""
     try:
         lines = (folder / EVENTS).read_text("utf-8").splitlines()
-        event_log.write(folder, [_logged(json.loads(line), runs) for line in lines])
-    except Exception as error:  # of another version
+        events = [_logged(json.loads(line), runs) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # another version's
+        raise _damaged(file, error) from error
+    try:
+        event_log.write(folder, events)
+    except sqlite3.IntegrityError as error:  # two have one id
         raise _damaged(file, error) from error
     (folder / EVENTS).unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -151,17 +152,19 @@ def _folders(out_dir: Path) -> list[Path]:
 
 
 def folders_by_id(out_dir: Path) -> dict[str, Path]:
-    """The folders of the studies in `out_dir` whose manifest can be read, by the study's id."""
+    """The folders of the studies in `out_dir`, by their ids, which every version keeps alike."""
     found = {}
     for folder in _folders(out_dir):
-        with suppress(ConfigError):
-            found[manifest.read(folder, folder.name).id] = folder
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it has none: it is nobody's copy
+            found[json.loads((folder / MANIFEST).read_text("utf-8"))["id"]] = folder
     return found
 
 
-def retrainings(entry: Entry) -> list[Entry]:
-    """The retrainings of a study that lie beside it."""
-    beside, _ = listed(entry.folder.parent)
+def retrainings(entry: Entry) -> tuple[list[Entry], list[str]]:
+    """(the retrainings of a study that lie beside it; of every folder there that is no whole
+    study, and so may be one, why)."""
+    beside, broken = listed(entry.folder.parent)
     named = entry.name + RETRAINED
     of_it = lambda e: e.of == entry.manifest.id or (e.state == RUNNING and e.name == named)
-    return [e for e in beside if e.manifest.id != entry.manifest.id and not e.search and of_it(e)]
+    others = [e for e in beside if e.manifest.id != entry.manifest.id and not e.search]
+    return [e for e in others if of_it(e)], broken

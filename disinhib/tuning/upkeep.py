@@ -93,7 +93,8 @@ def refuse_running(entry: Entry) -> None:
 
 
 def rename(out_dir: Path, old: str, new: str, uri: str | None = None) -> list[str]:
-    """Renames a study, and the retraining that is named after it. Returns what was done.
+    """Renames a study, and the retraining that is named after it. Returns what was done, and which
+    folders were left out, a line each.
 
     Raises ConfigError if the new name is taken, if somebody runs the study, or if a store does not
     answer.
@@ -105,7 +106,8 @@ def rename(out_dir: Path, old: str, new: str, uri: str | None = None) -> list[st
     if done and not (out_dir / old).exists():
         return done
     entry = find(out_dir, old)
-    family = [e for e in (*retrainings(entry), entry) if e.name in names]
+    beside, broken = retrainings(entry)
+    family = [e for e in (*beside, entry) if e.name in names]
     with closing(MlflowProcess()) as mlflow, ExitStack() as logs:
         for one in family:
             refuse_running(one)
@@ -120,7 +122,7 @@ def rename(out_dir: Path, old: str, new: str, uri: str | None = None) -> list[st
     for one in family:
         there = look(out_dir / names[one.name])
         done.append(_renamed(there, one.name, address(there, uri)))
-    return done
+    return [*done, *(f"left out: {why}" for why in broken)]
 
 
 def _half_renamed(out_dir: Path, old: str, new: str) -> Entry | None:
