@@ -88,14 +88,26 @@ def mlflow_template(tmp_path_factory) -> Path:
 def copied_stores(mlflow_template):
     """The module's studies begin with a copy of an MLflow store, where they would make one."""
     from disinhib.tuning import mlflow_connection
+    from disinhib.tuning.mlflow_process import MlflowProcess
+
+    call = MlflowProcess.call
 
     def copy(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             shutil.copyfile(mlflow_template, file)
 
+    def copied(self: MlflowProcess, name: str, *arguments: Any) -> Any:
+        if name == "open":  # in the other process, which is not patched
+            uri, _, folder = arguments
+            file = mlflow_connection.sqlite_file(mlflow_connection.address(uri, folder))
+            if file is not None:
+                copy(file)
+        return call(self, name, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlflow_connection, "_make_sqlite", copy)
+        patch.setattr(MlflowProcess, "call", copied)
         yield
 
 

@@ -16,6 +16,7 @@ import jax
 import pytest
 import ray
 import tiny
+from conftest import bring_mlflow_here
 from mlflow import MlflowClient
 from ray import tune
 from rich.console import Console
@@ -166,6 +167,7 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray, ending):
 
 
 def test_a_choice_that_is_refused_in_the_midst_deletes_nothing(tmp_path, monkeypatch, one_ray):
+    bring_mlflow_here(monkeypatch)
     asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine", "trials=4"])
     configure = manifest.configure
 
@@ -175,10 +177,10 @@ def test_a_choice_that_is_refused_in_the_midst_deletes_nothing(tmp_path, monkeyp
         return configure(study, number, overrides)
 
     job = study.job(asked)
-    monkeypatch.setattr(manifest, "configure", refused)
-    with pytest.raises(ConfigError, match="x: unknown option"):
-        engine.run(job, tiny.quiet(), tiny.played())
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "configure", refused)
+        with pytest.raises(ConfigError, match="x: unknown option"):
+            engine.run(job, tiny.quiet(), tiny.played())
     job = study.job(options.compose([f"out_dir={tmp_path}", "study=mine", "resume=true"]))
     assert [r.state for r in engine.run(job, tiny.quiet(), tiny.played()).records] == [COMPLETE] * 4
 
@@ -193,7 +195,9 @@ def test_a_study_without_its_log_is_refused(content, tmp_path):
         engine.run(job, tiny.quiet())
 
 
-def test_a_fault_of_a_machine_is_no_failed_trial(tmp_path, one_ray):
+def test_a_fault_of_a_machine_is_no_failed_trial(tmp_path, monkeypatch, one_ray):
+    bring_mlflow_here(monkeypatch)
+
     class Hindered(tiny.played()):
         def step(self):
             if self.trial["number"] == 2 and not Path(self.trial["searched"]["mended"]).exists():

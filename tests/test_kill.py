@@ -17,7 +17,8 @@ from ray import tune
 
 from disinhib.tuning import options, study
 
-pytestmark = pytest.mark.usefixtures("copied_stores", "one_ray")
+pytestmark = pytest.mark.usefixtures("copied_stores", "mlflow_here", "one_ray")
+ALONE = "cluster.max_concurrent=1"  # as each worker takes seconds to start
 SMALL = ("space=bp", "epochs=4", "model.vf.sizes_hidden=[16]")
 
 
@@ -82,9 +83,9 @@ def test_what_would_be_wrong_is_seen(damage, tmp_path, whole):
 
 
 @pytest.fixture(scope="module")
-def whole(copied_stores, one_ray, tmp_path_factory):
+def whole(copied_stores, mlflow_here, one_ray, tmp_path_factory):
     """The folder of a small study that nothing happened to."""
     place = [f"study={kill.NAME}", f"out_dir={tmp_path_factory.mktemp('whole')}"]
-    asked = options.compose(["experiment=smoke", "space=bp", "trials=3", *place])
+    asked = options.compose(["experiment=smoke", "space=bp", "trials=3", ALONE, *place])
     study.run(asked, tiny.quiet(), tiny.played())
     return asked.folder

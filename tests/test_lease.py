@@ -91,10 +91,11 @@ def test_a_removed_lease_is_not_made_again(tmp_path):
 @pytest.fixture
 def asked(tmp_path):
     place = f"out_dir={tmp_path / 'out'}"
-    return options.compose(["experiment=smoke", "space=bp", "trials=2", "study=mine", place])
+    small = ("experiment=smoke", "space=bp", "trials=2", "cluster.max_concurrent=1")
+    return options.compose([*small, "study=mine", place])
 
 
-@pytest.mark.usefixtures("copied_stores", "one_ray")
+@pytest.mark.usefixtures("copied_stores", "mlflow_here", "one_ray")
 def test_a_driver_whose_study_another_has_taken_over_ends(asked):
     file, text = asked.folder / lease.FILE, json.dumps(OTHER)
 
@@ -108,7 +109,7 @@ def test_a_driver_whose_study_another_has_taken_over_ends(asked):
     assert json.loads(file.read_text()) == OTHER
 
 
-@pytest.mark.usefixtures("copied_stores", "one_ray")
+@pytest.mark.usefixtures("copied_stores", "mlflow_here", "one_ray")
 def test_the_same_command_again_is_refused_and_the_first_goes_on(asked):
     said = []
 

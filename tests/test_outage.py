@@ -11,6 +11,7 @@ from functools import partial
 import mlflow
 import pytest
 import tiny
+from conftest import bring_mlflow_here
 from mlflow_server import Outage, Server
 from rich.console import Console
 
@@ -132,8 +133,10 @@ FULL = {
 def test_a_full_disk_ends_the_study_and_it_resumes_when_there_is_room(
     tmp_path, monkeypatch, capsys
 ):
+    bring_mlflow_here(monkeypatch)
     run, out = study.run, f"out_dir={tmp_path / 'out'}"
-    words = ["experiment=smoke", "space=bp", "trials=2", "epochs=3", "study=full", out]
+    small = ("experiment=smoke", "space=bp", "trials=2", "epochs=3", "cluster.max_concurrent=1")
+    words = [*small, "study=full", out]
     for fault, says in FULL.items():
         with monkeypatch.context() as patch:
             patch.setattr(study, "run", partial(run, trainable=fault(patch)))

@@ -32,10 +32,11 @@ from disinhib.tuning import engine, environment, mlflow_connection, mlflow_store
 from disinhib.tuning.event_log import OF_STUDY, Objective
 
 source = tiny.source
-pytestmark = pytest.mark.usefixtures("source", "copied_stores", "one_ray")
+pytestmark = pytest.mark.usefixtures("source", "copied_stores", "mlflow_here", "one_ray")
 
 SELECTED = {"bp": 0, "exact-inv": 1, "lin-thresh": 2}  # the trials of `planted`
 SEEDS = 2
+ALONE = "cluster.max_concurrent=1"  # as each worker takes seconds to start
 GRID = ("experiment=smoke_table1", "checkpoints.every_seconds=0", "trainer=bp,exact-inv")
 
 
@@ -60,10 +61,9 @@ def selected(study):
 
 
 @pytest.fixture(scope="module")
-def done(study, selected, one_ray):
+def done(study, selected, mlflow_here, one_ray):
     """What the retraining printed."""
-    alone = "cluster.max_concurrent=1"  # or several workers compile the same
-    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}", alone)
+    code, printed = call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}", ALONE)
     assert code == 0, printed
     return printed
 
@@ -384,7 +384,7 @@ def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
     ]
     seeds = set()
     for words, new in parts:
-        code, printed = call(GRID[0], *words, f"out_dir={tmp_path}")
+        code, printed = call(GRID[0], *words, ALONE, f"out_dir={tmp_path}")
         assert code == 0, printed
         rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
         assert {*epochs} - seeds == new and {*epochs} >= seeds
@@ -395,7 +395,7 @@ def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
 
 
 def test_what_raised_is_trained_again_and_a_seed_that_diverged_is_a_result(tmp_path, monkeypatch):
-    words = [*GRID, "epochs=3", f"out_dir={tmp_path}"]
+    words = [*GRID, "epochs=3", ALONE, f"out_dir={tmp_path}"]
     diverged = "1 of 2 seeds complete, test accuracy 50.00 %, seed 1 Diverged: planted"
     play(monkeypatch, acts_of(**{"bp": {"2": "diverge"}, "exact-inv": {"2": "raise"}}))
     code, printed = call(*words)
