@@ -248,7 +248,7 @@ def outcome(folder):
 
 
 @pytest.fixture(scope="module")
-def apart(source, copied_stores, one_ray, tmp_path_factory):
+def apart(source, copied_stores, mlflow_here, one_ray, tmp_path_factory):
     """What a study leaves whose trials have a worker each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SPACES, "of_lanes", space)
@@ -256,7 +256,8 @@ def apart(source, copied_stores, one_ray, tmp_path_factory):
 
 
 def of_workers(tmp_path_factory):
-    described = asked(tmp_path_factory.mktemp("apart"), "cluster.lanes=1")
+    alone = "cluster.max_concurrent=1"  # as each worker takes seconds to start
+    described = asked(tmp_path_factory.mktemp("apart"), "cluster.lanes=1", alone)
     done = study.run(described, tiny.quiet())
     assert {record.state for record in done.records} == {COMPLETE, PRUNED, FAILED}
     return outcome(described.folder)
