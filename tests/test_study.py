@@ -11,18 +11,19 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow_server
 import optuna
 import pytest
 import requests
 import tiny
 import yaml
+from conftest import bring_mlflow_here
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
@@ -200,15 +201,17 @@ def test_optuna_dashboard_shows_the_store(finished, tmp_path):
 
 def answer(address, server):
     """What `server` says at `address`, as soon as it answers."""
-    while server.poll() is None:
-        try:
-            response = requests.get(address, timeout=60)
-        except requests.ConnectionError:
-            time.sleep(0.1)
-            continue
-        response.raise_for_status()
-        return response.json()
-    raise AssertionError(f"it ended with {server.returncode}")
+    responses = []
+
+    def answers():
+        assert server.poll() is None, f"it ended with {server.returncode}"
+        with suppress(requests.ConnectionError):
+            responses.append(requests.get(address, timeout=60))
+        return responses
+
+    mlflow_server.wait(answers)
+    responses[0].raise_for_status()
+    return responses[0].json()
 
 
 def test_every_rule_gets_as_many_trials(finished):
@@ -405,7 +408,9 @@ def extended(finished, tmp_path_factory):
             *("trials=4", "replicates=2", f"points={points}"),
         ]
     )
-    return asked, study.run(asked, tiny.quiet(), Poisoned)
+    with pytest.MonkeyPatch.context() as patch:
+        bring_mlflow_here(patch)
+        return asked, study.run(asked, tiny.quiet(), Poisoned)
 
 
 def test_a_study_that_extends_another_is_a_new_one_with_its_options(finished, extended):
