@@ -17,7 +17,9 @@ from disinhib.tuning.event_log import COMPLETE, Asked, Ended, EpochDone, EventLo
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
+ALONE = ("experiment=smoke", "cluster.max_concurrent=1")  # as each worker takes seconds to start
 source, tiny_space = tiny.source, tiny.tiny_space
+pytestmark = pytest.mark.usefixtures("copied_stores", "mlflow_here")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_study_is_not_resumed_with_other_options(go_on):
 def test_it_may_have_more_trials_but_not_fewer(go_on, tiny_space, one_ray, tmp_path):
     """For good: whoever resumes it later need not say so again."""
     assert "trials: given 6, allowed is at least 7, which the study has" in go_on("trials=6")
-    words = ["experiment=smoke", "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
+    words = [*ALONE, "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
     run = lambda *more: study.run(options.compose([*words, *more]), tiny.quiet(), tiny.played())
     first = [record.config for record in run("trials=2").records]
     more = options.compose([*words, "trials=4"])
@@ -88,7 +90,7 @@ def test_it_may_have_more_trials_but_not_fewer(go_on, tiny_space, one_ray, tmp_p
 
 
 def test_what_is_fixed_stays_so(tiny_space, one_ray, tmp_path):
-    words = ["experiment=smoke", "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
+    words = [*ALONE, "space=tiny", "study=mine", f"out_dir={tmp_path}", "resume=auto"]
     fixed = "optimizer.learning_rate=0.004"
     run = lambda *more: study.run(options.compose([*words, *more]), tiny.quiet(), tiny.played())
     for trials in (2, 4):
