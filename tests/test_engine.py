@@ -23,7 +23,16 @@ from rich.console import Console
 
 from disinhib import process
 from disinhib.errors import ConfigError
-from disinhib.tuning import cluster, engine, event_log, manifest, mlflow_process, options, study
+from disinhib.tuning import (
+    cluster,
+    engine,
+    event_log,
+    lease,
+    manifest,
+    mlflow_process,
+    options,
+    study,
+)
 from disinhib.tuning.event_log import COMPLETE, KILLED
 from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE
@@ -164,6 +173,33 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray, ending):
     said = f"resumed with {at} of {trials} trials ended; unfinished: trial {at} after epoch 1"
     assert said in printed.getvalue()
     assert in_mlflow(done) == ("FINISHED", dict.fromkeys(range(trials), COMPLETE))
+
+
+def test_the_lease_says_how_the_study_stands_once_a_beat(tmp_path, monkeypatch, one_ray):
+    """Not after each event, as it takes a look at all trials."""
+    asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine", "trials=4"])
+    outlines, known = [], []
+    whole = engine.progress.outline
+    noted = lambda *arguments: outlines.append(whole(*arguments)) or outlines[-1]
+    monkeypatch.setattr(engine.progress, "outline", noted)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    beat = lambda: (lease.read(asked.folder) or {}).get("beat", 0)
+
+    class Wait(tune.Callback):
+        def on_trial_complete(self, **_):
+            known.append((outlines[-1]["ended"], len(outlines)))
+            before = beat()
+            while beat() <= before:  # what is not said by now is said after this step
+                pass
+
+    study.run(asked, tiny.quiet(), tiny.played(), [Wait()])
+    assert all(ended >= n for n, (ended, _) in enumerate(known)) and len(known) == 4
+
+    outlines.clear()
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 3600.0)
+    again = options.compose([f"out_dir={tmp_path}", "study=mine", "resume=true", "trials=8"])
+    assert study.run(again, tiny.quiet(), tiny.played()).whole
+    assert [outline["ended"] for outline in outlines] == [4]
 
 
 def test_a_choice_that_is_refused_in_the_midst_deletes_nothing(tmp_path, monkeypatch, one_ray):

@@ -303,19 +303,24 @@ def _run_loop(
     """Runs the study loop on Ray Tune, tidies checkpoints and shows progress."""
     folder, cap = job.checkpoint_folder, job.checkpoints["cap_gb"] * 1e9
     say_once = cache(shown.say)
-    update = lambda: shown.update(records.values())
     retention.remove(folder, retention.PARTS)
     kept = retention.tidy(folder, records.values(), job.keep_best)
+    outlined = own.beats
 
     def outline() -> None:
+        nonlocal outlined
+        outlined = own.beats
         own.status = progress.outline(records, job.trials(records), job.objective, log.paused())
+
+    def update() -> None:
+        shown.update(records.values())
+        if own.beats != outlined:  # not after every event: it looks at all trials
+            outline()
 
     def observe(event: Event) -> None:
         nonlocal kept
         if isinstance(event, EpochDone):
             shown.epoch(event, records[event.trial])
-        else:
-            outline()
         if isinstance(event, Ended):
             concerned = [records[number] for number in {*kept, event.trial}]
             kept = retention.tidy(folder, concerned, job.keep_best)

@@ -61,8 +61,8 @@ class Tally(NamedTuple):
 
 
 def tally(records: Iterable[Record]) -> Tally:
-    states = [record.state for record in records]
-    return Tally(*(states.count(state) for state in STATES))
+    count = Counter(record.state for record in records)
+    return Tally(*(count[state] for state in STATES))
 
 
 class Standing(NamedTuple):
@@ -81,15 +81,17 @@ def best(records: Iterable[Record]) -> Record | None:
 
 def standings(records: Sequence[Record]) -> list[Standing]:
     """Rules, the best first; those without a complete trial last."""
-    rules = sorted({record.rule for record in records})
-    own = {rule: [record for record in records if record.rule == rule] for rule in rules}
-    every = [Standing(rule, best(own[rule]), tally(own[rule])) for rule in rules]
+    own: dict[str, list[Record]] = {}
+    for record in records:
+        own.setdefault(record.rule, []).append(record)
+    every = [Standing(rule, best(own[rule]), tally(own[rule])) for rule in sorted(own)]
     return sorted(every, key=lambda standing: merit(standing.best), reverse=True)
 
 
 def merit(record: Record | None) -> float:
     """A trial's score, signed: more is better; minus infinity if it has none."""
-    return -math.inf if record is None or record.score is None else record.score
+    score = None if record is None else record.score
+    return -math.inf if score is None else score
 
 
 def in_words(score: float | None, objective: Objective) -> str:
