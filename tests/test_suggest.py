@@ -555,17 +555,20 @@ def test_optuna_is_told_every_state_by_its_name_and_failed_trials_have_no_value(
 
 
 def test_the_newest_trials_and_the_best_of_the_others_are_remembered():
-    states = {3: PRUNED, 4: FAILED}
-    scores = {n: [float(n % 50)] for n in range(100)} | {3: [1e3], 4: [math.nan], 7: [99.0]}
+    """And all that run, however many: more may run at once than are remembered."""
+    states = {3: PRUNED, 4: FAILED, 5: RUNNING, 90: RUNNING}
+    scores = {n: [float(n % 50)] for n in range(101)} | {3: [1e3], 4: [math.nan], 7: [99.0]}
     ends = [(states.get(n, COMPLETE), s) for n, s in scores.items()]
-    known = suggest.remembered(ends, suggest.BEST + 30)
-    assert known == [7, *range(26, 50), *range(70, 100)]
-    assert suggest.remembered(ends, 100) == suggest.remembered(ends, None) == list(range(100))
+    assert suggest.good(30) == 3
+    assert suggest.remembered(ends, 30) == [5, 7, 48, 49, *range(73, 101)]
+    running = [(RUNNING, [])] * 200
+    assert suggest.remembered(ends + running, 30)[-200:] == [*range(101, 301)]
+    assert suggest.remembered(ends, 99) == suggest.remembered(ends, None) == list(range(101))
 
 
 def test_a_history_that_is_too_long_is_that_of_the_remembered_trials():
     """Of an earlier study's and its own, of the rule whose turn it is."""
-    most = suggest.BEST + 3
+    most = 28
     course = Course(past=earlier().tried()).go(3 * most)
     whole = course.history(3 * most)
     kept = suggest.history(course.records, course.past, 3 * most, RULES, None, most)
