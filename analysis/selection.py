@@ -2,8 +2,8 @@
 
 Uses validation data only. Writes the selected trials to a file for `python -m analysis.retrain`.
 Prints how close the runners-up were, and warns if a best value lies at the edge
-of its range, if trials nearby failed, if the groups had unequal budgets or hardly any complete
-trials, if a choice was hardly tried, or if a trial has seen the test set.
+of its range, if trials nearby failed, if the groups had unequal budgets or few complete trials, if
+a choice was hardly tried, or if a trial has seen the test set.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ OPTIONS = (
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
 RUNNERS_UP = 3  # shown
 EDGE = 0.05  # share of a range, on its scale: a value as close to an end is at the edge
-FEW_COMPLETE = 2  # complete trials of a group
+NEXT_BEST = 4  # complete trials of the rule, of which it is said how many lie at the same edge
+FEW_COMPLETE = 5  # complete trials of a group
 RARE = 3  # trials that had a choice
+RARE_SHARE = 0.05  # of the trials that could have had it
 NEIGHBOURS = 8  # nearest trials of the same rule, around a selected one
 TOO_MANY_FAILED = 0.25  # share of the neighbours
 UNEQUAL = 1.25  # ratio of the largest and the smallest number of epochs of a group
@@ -156,13 +158,15 @@ def warnings(
     chosen: Sequence[Choice],
     per: Sequence[str],
     space: Mapping[str, Any] | None,
+    metric: Criterion,
 ) -> list[str]:
     """Reasons to doubt a selection, a line each."""
     rows = trials.to_dict("records")
     lines = []
     if space is not None:
         for choice in chosen:
-            lines += [*_on_the_edge(choice, space), *_failed_nearby(choice, rows, space)]
+            lines += _on_the_edge(choice, rows, space, metric)
+            lines += _failed_nearby(choice, rows, space)
     of_groups = [(_words(group), of_group) for group, of_group in groups(trials, per)]
     lines += _unequal_budgets(of_groups)
     if space is not None:
@@ -173,8 +177,8 @@ def warnings(
             lines.append(f"{name}: no trial ran its whole budget, none is selected")
         elif complete < FEW_COMPLETE:
             lines.append(
-                f"{name}: {complete} of {len(of_group)} trials ran the whole budget, too few for"
-                " the best of them to mean anything"
+                f"{name}: {complete} of {len(of_group)} trials ran the whole budget; the best of so"
+                " few says little about the rule"
             )
     saw_test = [str(row["trial"]) for row in rows if row["saw_test"]]
     if saw_test:
@@ -185,19 +189,37 @@ def warnings(
     return lines
 
 
-def _on_the_edge(choice: Choice, space: Mapping[str, Any]) -> list[str]:
+def _on_the_edge(
+    choice: Choice, rows: Sequence[Row], space: Mapping[str, Any], metric: Criterion
+) -> list[str]:
+    """A warning for each number of a selected trial that lies at an end of its range. One of many
+    parameters lies there by chance, so the next best trials are counted that lie there too."""
+    row = choice.row
+    complete = [o for o in rows if (o["rule"], o["state"]) == (row["rule"], COMPLETE)]
+    others = [o for o in complete if o["trial"] != row["trial"]]
+    others.sort(key=lambda other: (-metric.sign * other["score"], other["trial"]))
     lines = []
-    for name, parameter in runs.parameters_of(space, choice.row).items():
-        if parameter["kind"] == "categorical":
+    for name, parameter in runs.parameters_of(space, row).items():
+        if (end := _edge(parameter)) is None:
             continue
-        position = runs.position(parameter)
-        if min(position, 1 - position) <= EDGE:
-            end = "lower" if position < 0.5 else "upper"
-            lines.append(
-                f"{_named(choice)}: {option_of(name)}={parameter['value']:.4g} lies at the {end}"
-                f" edge of its range ({parameter['low']:g} to {parameter['high']:g})"
-            )
+        its = [runs.parameters_of(space, other).get(name) for other in others]
+        near = [_edge(one) == end for one in its if one is not None][:NEXT_BEST]
+        lines.append(
+            f"{_named(choice)}: {option_of(name)}={parameter['value']:.4g} lies at the {end}"
+            f" edge of its range ({parameter['low']:g} to {parameter['high']:g})"
+            + (f"; next best trials there: {sum(near)} of {len(near)}" if near else "")
+        )
     return lines
+
+
+def _edge(parameter: Mapping[str, Any]) -> str | None:
+    """At which end of its range a number lies, if at one."""
+    if parameter["kind"] == "categorical":
+        return None
+    position = runs.position(parameter)
+    if min(position, 1 - position) > EDGE:
+        return None
+    return "lower" if position < 0.5 else "upper"
 
 
 def _failed_nearby(choice: Choice, rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
@@ -231,15 +253,15 @@ def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     for row in rows:
         for name, parameter in runs.parameters_of(space, row).items():
             if parameter["kind"] == "categorical":
-                counts = tried.setdefault(name, Counter(map(str, parameter["choices"])))
-                counts[str(parameter["value"])] += 1
+                none_yet = Counter(dict.fromkeys(map(str, parameter["choices"]), 0))
+                tried.setdefault(name, none_yet)[str(parameter["value"])] += 1
     rare = [
-        f"{name}={choice} ({count - 1})"  # each choice counts once by itself
+        f"{name}={choice} ({count} of {counts.total()})"
         for name, counts in tried.items()
         for choice, count in counts.items()
-        if count - 1 < RARE
+        if count < max(RARE, RARE_SHARE * counts.total())
     ]
-    return [f"tried in fewer than {RARE} trials: {', '.join(rare)}"] if rare else []
+    return [f"hardly tried (trials): {', '.join(rare)}"] if rare else []
 
 
 def _unequal_budgets(groups: Sequence[tuple[str, list[Row]]]) -> list[str]:
@@ -316,7 +338,7 @@ def main(arguments: list[str]) -> int:
     choices = select(trials, per, options["top"], direction)
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
-    warning_lines = warnings(trials, choices, per, study.space)
+    warning_lines = warnings(trials, choices, per, study.space, direction)
     if options["defaults"]:
         of_defaults, lacking = _defaults(trials, study, choices)
         choices += of_defaults

@@ -313,6 +313,28 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     assert "learning" not in sections and "history" in sections
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["search", "retrained"])
+def test_a_winner_at_the_edge_is_warned_of_by_selection_and_report(again, tmp_path):
+    """With as few complete trials as the smoke study has, which is warned of too."""
+    edge = planted.Planted("bp", (70.0, 95.0), rate=0.0099)
+    written = planted.write(tmp_path, trials=[*planted.TRIALS[:3], edge])
+    if again:
+        planted.retrain(written, [3], SEEDS, trained)
+    where = [f"study={written.study}", f"tracking.uri={written.uri}"]
+    assert selection.main([*where, f"selected={tmp_path / 'selected.yaml'}"]) == 0
+    warned = yaml.safe_load((tmp_path / "selected.yaml").read_text())["warnings"]
+    assert warned[0] == (
+        "trial 3 (bp): optimizer.learning_rate=0.0099 lies at the upper edge of its range"
+        " (0.0001 to 0.01); next best trials there: 0 of 1"
+    )
+    assert any(line.startswith("bp: 2 of 2 trials ran the whole budget") for line in warned)
+    assert any("exact-inv.trainer.strong_fb=False (0 of 1)" in line for line in warned)
+    assert program.main([*where, f"out={tmp_path}"]) == 0
+    report = (tmp_path / "report.md").read_text().partition("## Warnings")[2]
+    assert report.splitlines()[2 : 2 + len(warned)] == [f"- {line}" for line in warned]
+    assert "lies at the upper edge" in (tmp_path / "report.html").read_text()
+
+
 def test_a_report_needs_every_trial_and_every_retrained_seed(study, tmp_path):
     folder = tmp_path / "copied"
     shutil.copytree(study.folder, folder)

@@ -107,9 +107,9 @@ def test_a_value_at_the_edge_of_its_range_is_warned_of(opened):
     rows, _ = runs.trials(store, study)
     chosen = selection.select(rows, ["trainer"], 2, ACCURACY)
     assert [(c.row["trial"], c.rank) for c in chosen if c.row["rule"] == "bp"] == [(0, 1), (6, 2)]
-    text = "\n".join(selection.warnings(rows, chosen, ["trainer"], study.space))
+    lines = selection.warnings(rows, chosen, ["trainer"], study.space, ACCURACY)
     edge = "trial 6 (bp): optimizer.learning_rate=0.0099 lies at the upper edge of its range"
-    assert f"{edge} (0.0001 to 0.01)" in text
+    assert f"{edge} (0.0001 to 0.01); next best trials there: 0 of 2" in lines
 
 
 def frame(*rows):
@@ -158,21 +158,51 @@ def test_groups_may_be_made_by_an_option_that_each_rule_searches_under_its_own_n
     assert [(c.group, c.row["trial"]) for c in chosen] == [({"x": "1"}, 0), ({"x": "2"}, 1)]
 
 
-def test_equal_budgets_are_no_warning_and_a_group_without_a_complete_trial_is():
-    rows = frame(("bp", "complete", 1.0, "x"), ("exact-inv", "pruned", 2.0, "x"))
+def test_the_next_best_trials_at_the_same_edge_are_counted():
+    """Complete ones of the same rule that have the parameter, at the same end, by their score."""
+    rates = {"kind": "float", "low": 0.0, "high": 1.0, "log": False, "step": None}
+    rows = frame(
+        ("bp", "complete", 9.0, "0.98"), ("bp", "complete", 8.0, "0.99"),
+        ("bp", "pruned", 9.5, "1.0"), ("taylor", "complete", 9.0, "1.0"),
+        ("bp", "complete", 7.0, "0.01"), ("bp", "complete", 6.0, None),
+        ("bp", "complete", 5.0, "1.0"), ("bp", "complete", 4.0, "0.5"),
+        ("bp", "complete", 3.0, "1.0"),
+    )  # fmt: skip
+    space = {"parameters": {"a": rates}}
+    edge = "trial {} (bp): a={} lies at the {} edge of its range (0 to 1); next best trials"
+    for metric, told in (
+        (ACCURACY, edge.format(0, 0.98, "upper")),  # trials 1, 4, 6, 7
+        (LOSS, edge.format(8, 1, "upper")),  # trials 7, 6, 4, 1
+    ):
+        won, _ = selection.select(rows, ["trainer"], 1, metric)
+        (line,) = selection._on_the_edge(won, rows.to_dict("records"), space, metric)
+        assert line == f"{told} there: 2 of 4"
+
+
+def test_equal_budgets_are_no_warning_and_a_group_with_few_complete_trials_is():
+    rows = frame(*[("bp", "complete", 1.0, "x")] * 4, ("bp", "pruned", 1.0, "x"),
+                 *[("taylor", "complete", 1.0, "x")] * 5,
+                 *[("exact-inv", "pruned", 2.0, "x")] * 5)  # fmt: skip
     chosen = selection.select(rows, ["trainer"], 1, ACCURACY)
-    assert selection.warnings(rows, chosen, ["trainer"], None) == [
-        "bp: 1 of 1 trials ran the whole budget, too few for the best of them to mean anything",
+    assert selection.warnings(rows, chosen, ["trainer"], None, ACCURACY) == [
+        "bp: 4 of 5 trials ran the whole budget; the best of so few says little about the rule",
         "exact-inv: no trial ran its whole budget, none is selected",
     ]
 
 
 def test_a_choice_that_was_hardly_tried_is_a_warning():
-    rows = frame(*[("bp", "complete", 1.0, "x")] * 3, ("bp", "complete", 2.0, "y"))
+    """In fewer than three trials, or in fewer than 5 % of those that had the parameter."""
     space = {"parameters": {"a": {"kind": "categorical", "choices": ["x", "y", "z"]}}}
-    assert selection._rarely_tried(rows.to_dict("records"), space) == [
-        "tried in fewer than 3 trials: a=y (1), a=z (0)"
-    ]
+    of = lambda count, choice: [("bp", "complete", 1.0, choice)] * count
+    for rows, rare in (
+        (frame(*of(3, "x"), *of(1, "y"), *of(9, None)), "a=y (1 of 4), a=z (0 of 4)"),
+        (frame(*of(50, "x"), *of(46, "y"), *of(4, "z")), "a=z (4 of 100)"),
+    ):
+        warned = selection._rarely_tried(rows.to_dict("records"), space)
+        assert warned == [f"hardly tried (trials): {rare}"]
+    assert not selection._rarely_tried(
+        frame(*of(50, "x"), *of(45, "y"), *of(5, "z")).to_dict("records"), space
+    )
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,9 @@ def page(report: Report) -> Page:
 
 def _warnings(data: PlotData, defaults: Sequence[str]) -> list[str]:
     seeds = data.retrained.to_dict("records")
-    choices = []
-    if seeds:
-        chosen = tables.winners(data.trials, data.retrained, defaults, data.metric)
-        choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in chosen]
-    lines = selection.warnings(data.trials, choices, [TRAINER], data.space)
+    chosen = tables.winners(data.trials, data.retrained, defaults, data.metric)
+    choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in chosen]
+    lines = selection.warnings(data.trials, choices, [TRAINER], data.space, data.metric)
     for row in seeds:
         if row["state"] == FAILED:
             lines.append(f"{_label(row)}, seed {row['seed']} diverged: {row['reason']}")
