@@ -19,7 +19,13 @@ from optuna.trial import TrialState
 
 from disinhib import hydra_config
 from disinhib.errors import ConfigError
-from disinhib.tuning import options as _registers_the_groups, space_tree, suggest, validation  # noqa: F401
+from disinhib.tuning import (
+    options as _registers_the_groups,  # noqa: F401
+    quasi_random,
+    space_tree,
+    suggest,
+    validation,
+)
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
@@ -85,6 +91,8 @@ class Course:
         self.sampler, self.state, self.seed, self.space = sampler(name), state, seed, space
         self.rules, self.batch, self.points, self.past = rules, batch, points, past
         self.repeats = repeats
+        in_sequence = SAMPLERS[name].sequence
+        self.sequence = quasi_random.points(space, seed, rules, repeats) if in_sequence else lambda n: {}
         self.records, self.overrides = {}, {}
 
     def history(self, number):
@@ -96,7 +104,8 @@ class Course:
         return suggest.suggest(
             self.space, self.sampler, self.history(number),
             suggest.sampler_seed(self.seed, number), number,
-            suggest.fixed_params(number, self.points, self.rules, self.repeats),
+            self.sequence(number)
+            | suggest.fixed_params(number, self.points, self.rules, self.repeats),
         )  # fmt: skip
 
     def ask(self, number):

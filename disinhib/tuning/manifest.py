@@ -18,7 +18,7 @@ import yaml
 from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
-from disinhib.tuning import lease, provenance, retention, space_tree, suggest
+from disinhib.tuning import lease, provenance, quasi_random, retention, space_tree, suggest
 from disinhib.tuning.event_log import REPEAT, Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
@@ -198,7 +198,11 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     space, repeats = study.search_space, study.repeats
     rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
     make = suggest.sampler(study.searcher)
-    memory = suggest.SAMPLERS[study.searcher["name"]].memory
+    sampler = suggest.SAMPLERS[study.searcher["name"]]
+    sequence = None
+    if sampler.sequence:
+        sequence = quasi_random.points(space, study.seed, rules, repeats)
+    memory = sampler.memory
     if memory is not None:  # else there would be random trials for ever
         memory = max(memory, 2 * study.searcher["n_startup_trials"])
 
@@ -206,13 +210,14 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
         number: int, records: Mapping[int, Record], point: Mapping[str, Any] | None = None
     ) -> Asked:
         known = suggest.history(records, manifest.past, number, rules, study.batch, memory, repeats)
+        fixed = point or suggest.fixed_params(number, manifest.points, rules, repeats)
         proposal = suggest.suggest(
             space,
             make,
             known,
             suggest.sampler_seed(study.seed, number),
             number,
-            point or suggest.fixed_params(number, manifest.points, rules, repeats),
+            fixed if sequence is None else {**sequence(number), **fixed},
         )
         tags = {REPEAT: str(suggest.turn(number, rules, repeats).repeat)} if repeats > 1 else {}
         return Asked(number, configure(study, number, proposal.overrides), proposal.point, tags)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DECISIVE = ("disinhib/**/*.py", "search_spaces/*.py", "conf/**/*.yaml", "tune_main.py")
 SOURCES = ("disinhib", "search_spaces", "analysis", "conf", "tune_main.py", "pyproject.toml")
 PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "diffrax", "numpy", "scikit-learn"),
+    *("jax", "jaxlib", "flax", "optax", "diffrax", "numpy", "scipy", "scikit-learn"),
     *("optuna", "ray", "mlflow", "hydra-core"),
 )
 

@@ -276,6 +276,11 @@ def split_seed(study_seed: int, repeat: int) -> int:
     return _seeds(study_seed, (repeat, 0, 0))[0]
 
 
+def sequence_seed(study_seed: int, sequence: int) -> int:
+    """The seed of a study's quasi-random sequence, of which each rule and repeat has one."""
+    return _seeds(study_seed, (sequence, 0, 1))[0]
+
+
 def shuffled(points: Sequence[Any], study_seed: int) -> list[Any]:
     """`points`, shuffled by the study's seed."""
     order = np.random.default_rng(_seeds(study_seed, (0, 0, 0))).permutation(len(points))
@@ -290,14 +295,15 @@ def _seeds(entropy: int, key: tuple[int, ...], count: int = 1) -> list[int]:
 class Sampler(NamedTuple):
     """An entry of SAMPLERS. `make(**options, seed=...)` is Optuna's class, `own` its options;
     `needs` is a package that it imports and that may be missing; `grid` says that all its points
-    are initial points; `memory` is the number of ended trials (of a rule, if balanced) that it
-    learns from, None if it needs all."""
+    are initial points, `sequence` that they are those of a quasi-random sequence; `memory` is the
+    number of ended trials (of a rule, if balanced) that it learns from, None if it needs all."""
 
     make: MakeSampler
     own: tuple[Option, ...]
     words: str
     needs: str | None = None
     grid: bool = False
+    sequence: bool = False
     memory: int | None = None
 
     @property
@@ -355,6 +361,13 @@ SAMPLERS: dict[str, Sampler] = {
         optuna.samplers.RandomSampler,
         (),
         "independent draws from the distributions of the search space",
+    ),
+    "qmc": Sampler(
+        optuna.samplers.RandomSampler,
+        (),
+        "quasi-random: the points of a scrambled Sobol sequence (for each rule, if balanced), which"
+        " cover the search space more evenly than independent draws and do not follow the scores",
+        sequence=True,
     ),
     "cmaes": Sampler(
         optuna.samplers.CmaEsSampler,
