@@ -27,7 +27,7 @@ Overrides = Mapping[str, str | float | bool]
 Space = Callable[["optuna.Trial"], Overrides]
 
 SPACES: dict[str, Space] = {
-    "rules": rules.paper,
+    "rules": rules.compared,
     "all_rules": rules.every,
     "feedback_paths": rules.feedback_paths,
 }

@@ -19,7 +19,7 @@ from disinhib.tuning.event_log import (
 )
 from search_spaces import SPACES
 
-RULES = ["bp", "exact-inv", "lin-thresh"]  # in the order of their turns
+RULES = ["bp", "bp-ei", "exact-inv", "lin-thresh"]  # in the order of their turns
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_each_repeat_may_validate_on_images_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("space", "earlier", "there"),
-    [("bp_ei", "bp_ei", 4), ("bp", "bp", 4), ("rules", "bp", 4)],
+    [("bp_ei", "bp_ei", 4), ("rules", "bp_ei", 4), ("bp", "bp", 4), ("rules", "bp", 4)],
 )
 def test_a_study_learns_from_trials_that_lie_in_its_space(out_dir, space, earlier, there):
     study = composed(out_dir, "study=new", f"space={space}", f"warm_start={earlier}")
@@ -84,14 +84,14 @@ def test_a_study_learns_from_trials_that_lie_in_its_space(out_dir, space, earlie
     assert len(begun.past) == there
     assert {trial["rule"] for trial in begun.past} == {"bp-ei" if earlier == "bp_ei" else "bp"}
     assert [trial["scores"] for trial in begun.past] == [[50.0 + n] * 2 for n in range(4)]
-    proposal = manifest.proposer(study, begun)(0, {})
+    turn = RULES.index(begun.past[0]["rule"]) if space == "rules" else 0
+    proposal = manifest.proposer(study, begun)(turn, {})
     assert isinstance(proposal, Asked) and proposal.config["rule"] == begun.past[0]["rule"]
 
 
-@pytest.mark.parametrize("space", ["rules", "exact_inv", "bp"])
+@pytest.mark.parametrize("space", ["feedback_paths", "exact_inv", "bp"])
 def test_an_earlier_study_none_of_whose_trials_lies_in_the_space_is_refused(out_dir, space):
-    """As `space=rules warm_start=<a study of bp_ei>`: bp through the E-I network is no rule of
-    `rules`."""
+    """Back-propagation through the E-I network is another rule than bp."""
     study = composed(out_dir, "study=new", f"space={space}", "warm_start=bp_ei")
     with pytest.raises(ConfigError) as refusal:
         manifest.of_search(study)
@@ -108,21 +108,21 @@ def test_nothing_is_learnt_from_failed_trials(out_dir):
 
 def test_a_point_that_is_added_has_the_next_turn_of_its_rule(tmp_path):
     """After the initial points, and asking for those in between as they would have been."""
-    study = composed(tmp_path, "study=new", "trials=9")
+    study = composed(tmp_path, "study=new", "trials=12")
     begun = manifest.of_search(study)
     propose, add = manifest.proposer(study, begun), manifest.adder(study, begun)
     point = {"trainer": "exact-inv", "exact-inv.optimizer.learning_rate": 0.005}
     trials = add(point, {})
-    assert [trial.config["rule"] for trial in trials] == [*RULES, *RULES[:2]]
-    assert trials[4].config["searched"]["optimizer.learning_rate"] == 0.005
+    assert [trial.config["rule"] for trial in trials] == [*RULES, *RULES[:3]]
+    assert trials[6].config["searched"]["optimizer.learning_rate"] == 0.005
     records = {}
-    for number, trial in enumerate(trials[:4]):
+    for number, trial in enumerate(trials[:6]):
         assert trial == propose(number, records)
         follow(records, trial)
     asked = lambda count: {number: Record(trials[0].config) for number in range(count)}
-    later = add({**point, "trainer": "bp"}, asked(5))
-    assert [trial.trial for trial in later] == [5, 6]
-    assert add(point, asked(8)) == []
+    later = add({**point, "trainer": "bp"}, asked(7))
+    assert [trial.trial for trial in later] == [7, 8]
+    assert add(point, asked(11)) == []
 
 
 def test_a_study_of_a_space_that_branches_on_the_number_of_a_trial(tmp_path, monkeypatch):

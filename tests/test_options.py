@@ -82,13 +82,16 @@ REFUSED = {
     "tracking.uri=": ["tracking.uri: given ", "a text, or null"],
     "cluster.max_concurrent=0": ["cluster.max_concurrent: given 0", "at least 1"],
     "model/vf=dale": ["model/vf: given dale", "space=rules sets non-dale"],
-    "trainer=backprop": ["trainer: given backprop, allowed is one of bp, exact-inv"],
+    "trainer=backprop": ["trainer: given backprop, allowed is one of bp, bp-ei, exact-inv"],
     "optimizer.learning_rate=-1": ["optimizer.learning_rate: given -1", "above 0"],
     "search.optimizer.learning_rate=0.1": ["given 0.1", "[LOW,HIGH], two numbers above 0"],
     "search.optimizer.learning_rate=[0,1]": ["two numbers above 0, LOW below HIGH"],
     "search.optimizer.learning_rate=[0.1,0.01]": ["given [0.1, 0.01]", "LOW below HIGH"],
     "search.optimizer.rate=[0.1,0.2]": ["space=rules does not search it; did you mean optimizer.l"],
-    "search.trainer=[bp,backprop]": ["search.trainer: given ['bp', 'backprop']", "some of bp, ex"],
+    "search.trainer=[bp,backprop]": [
+        "search.trainer: given ['bp', 'backprop']",
+        "some of bp, bp-ei, ex",
+    ],
     "search.trainer.strong_fb=true": ["search.trainer.strong_fb: given true", "a list of choices"],
     "search.trainer=[bp": ["not understood"],
     "search.trainer.strong_fb=[[1,2],[3]]": ["given [[1, 2], [3]]", "a list of choices"],
@@ -192,7 +195,7 @@ def test_a_searched_option_that_is_given_is_fixed_and_the_others_are_searched():
     nudges = {name for name in before if name.endswith(".trainer.target_nudge")}
     gone = {name for name in before if name.endswith((RATE, STRONG))} | nudges  # only if not strong
     assert nudges and parameters == {name: before[name] for name in before.keys() - gone}
-    assert {trial["rule"] for trial in trials} == {"bp", "exact-inv", "lin-thresh"}
+    assert {trial["rule"] for trial in trials} == {"bp", "bp-ei", "exact-inv", "lin-thresh"}
     for trial in trials:
         assert trial["options"]["optimizer"]["learning_rate"] == 1e-3
         assert trial["options"]["trainer"].get("strong_fb", True) is True
@@ -201,10 +204,11 @@ def test_a_searched_option_that_is_given_is_fixed_and_the_others_are_searched():
 
 
 def test_the_rule_is_fixed_like_any_other_choice():
-    asked, parameters, trials = searched_by("trainer=exact-inv")
-    assert {name.partition(".")[0] for name in parameters} == {"exact-inv"}
-    assert {trial["rule"] for trial in trials} == {"exact-inv"}
-    assert space_tree.rules_of(asked.search_space) == []
+    for rule in ("exact-inv", "bp", "bp-ei"):  # under the name by which it competes
+        asked, parameters, trials = searched_by(f"trainer={rule}")
+        assert {name.partition(".")[0] for name in parameters} == {rule}
+        assert {trial["rule"] for trial in trials} == {rule}
+        assert space_tree.rules_of(asked.search_space) == []
 
 
 def test_what_is_fixed_is_so_in_every_branch_that_has_it():
@@ -212,7 +216,7 @@ def test_what_is_fixed_is_so_in_every_branch_that_has_it():
     asked, _, trials = searched_by(f"{STRONG}=true", "trainer.target_nudge=0.2")
     assert asked.fixed == {STRONG: True, "trainer.target_nudge": 0.2}
     nudges = {trial["rule"]: trial["options"]["trainer"].get("target_nudge") for trial in trials}
-    assert nudges == {"bp": None, "exact-inv": 0.2, "lin-thresh": 0.2}
+    assert nudges == {"bp": None, "bp-ei": None, "exact-inv": 0.2, "lin-thresh": 0.2}
 
 
 def test_an_experiment_fixes_what_it_sets(tmp_path, monkeypatch):
@@ -289,10 +293,10 @@ def test_a_grid_leaves_out_what_is_known():
 def test_more_points_than_trials_of_their_rule_are_refused(tmp_path):
     file = tmp_path / "points.yaml"
     file.write_text(yaml.safe_dump([{"trainer": "exact-inv", "model.vf.g_EI": 1.5}] * 2))
-    asked = options.compose([f"points={file}", "trials=7"])
-    with pytest.raises(ConfigError, match="trials: given 7, allowed is at least 8"):
+    asked = options.compose([f"points={file}", "trials=10"])
+    with pytest.raises(ConfigError, match="trials: given 10, allowed is at least 11"):
         options.first_points(asked)
-    assert len(options.first_points(replace(asked, trials=8))) == 5
+    assert len(options.first_points(replace(asked, trials=11))) == 6
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from disinhib.tuning.options import check_space, compose
 from disinhib.tuning.plan import Cost
 from search_spaces import SPACES
 
-RULES = ("bp", "exact-inv", "lin-thresh")
+RULES = ("bp", "bp-ei", "exact-inv", "lin-thresh")
 FREE = Cost(first_epoch=1.0, epoch=1.0, tracing=0.0, memory_mb=1.0, checkpoint_mb=1.0, ready_at=0.0)
 COSTS = {"bp": [FREE], "exact-inv": [FREE, FREE._replace(epoch=3.0)]}
 
@@ -99,7 +99,7 @@ def test_structures_of_the_shipped_space():
     smoke = asked("experiment=smoke")
     structures = plan.structures(smoke, check_space(smoke))
     names = {structure.name for structure in structures}
-    assert names == {"exact-inv, lin-thresh", "bp"}
+    assert names == {"exact-inv, lin-thresh", "bp-ei", "bp"}
     assert structures[-1].name == "bp"  # by far the fastest
     for structure in structures:
         run = config.parse(structure.trial["options"])

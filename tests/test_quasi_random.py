@@ -12,7 +12,7 @@ from disinhib.tuning import manifest, options, quasi_random, space_tree
 from disinhib.tuning.event_log import Record
 from search_spaces import SPACES
 
-RULES = ["bp", "exact-inv", "lin-thresh"]
+RULES = space_tree.rules_of(SPACES["rules"])
 EXACT = quasi_random.dimensions(SPACES["rules"], "exact-inv")
 N = 64
 
@@ -63,19 +63,19 @@ def test_any_number_of_points_covers_the_space_more_evenly_than_independent_draw
 
 def test_rules_have_sequences_of_their_own_and_a_seed_another_scrambling():
     of = quasi_random.points(SPACES["rules"], 0, RULES)
-    exact, linear = ([of(3 * n + turn) for n in range(8)] for turn in (1, 2))
+    exact, linear = ([of(4 * n + turn) for n in range(8)] for turn in (2, 3))
     assert all(name.startswith("exact-inv.") for point in exact for name in point)
     gains = [[p[f"{rule}.model.vf.g_EI"] for p in points]
              for rule, points in (("exact-inv", exact), ("lin-thresh", linear))]  # fmt: skip
     assert not {*gains[0]} & {*gains[1]}
-    assert quasi_random.points(SPACES["rules"], 1, RULES)(1) != exact[0]
-    assert quasi_random.points(SPACES["rules"], 0, RULES)(4) == exact[1]
+    assert quasi_random.points(SPACES["rules"], 1, RULES)(2) != exact[0]
+    assert quasi_random.points(SPACES["rules"], 0, RULES)(6) == exact[1]
 
 
 def test_where_rules_take_no_turns_the_rule_is_a_coordinate_too():
     of = quasi_random.points(SPACES["rules"], 0)
-    counts = Counter(of(n)["trainer"] for n in range(96))
-    assert counts.keys() == {*RULES} and max(counts.values()) - min(counts.values()) <= 2
+    counts = Counter(of(n)["trainer"] for n in range(64))
+    assert counts == dict.fromkeys(RULES, 16)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_a_study_proposes_the_points_and_does_so_again_when_it_is_resumed(tmp_pa
     for number in range(12):
         asked = manifest.proposer(study, begun)(number, records)
         records[number] = Record(asked.config, asked.point)
-        expected = {**own(number), "trainer": RULES[number % 3]}
-        if number < 3:
+        expected = {**own(number), "trainer": RULES[number % 4]}
+        if number < 4:
             expected = begun.points[number]
-        elif number == 4:
+        elif number == 6:
             expected["exact-inv.trainer.norm_val"] = 1.5
         assert asked.point["params"].items() <= expected.items()
         assert manifest.proposer(study, begun)(number, {}) == asked

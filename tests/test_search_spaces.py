@@ -4,9 +4,9 @@ import optuna
 import pytest
 
 from disinhib.errors import ConfigError
-from disinhib.rules import RULES
+from disinhib.rules import BRANCHES
 from disinhib.tuning import options, space_tree
-from search_spaces import SPACES, rules
+from search_spaces import SPACES
 
 
 def samples(space, n=150):
@@ -56,9 +56,9 @@ def test_no_two_parameters_of_a_trial_move_the_same_option(name):
 
 
 def test_rules_has_the_single_rule_spaces_as_its_branches():
-    assert space_tree.rules_of(SPACES["rules"]) == ["bp", "exact-inv", "lin-thresh"]
-    assert space_tree.rules_of(SPACES["all_rules"]) == [*RULES]
-    for name, branch in rules.branches().items():
+    assert space_tree.rules_of(SPACES["rules"]) == ["bp", "bp-ei", "exact-inv", "lin-thresh"]
+    assert space_tree.rules_of(SPACES["all_rules"]) == [*BRANCHES]
+    for name, branch in BRANCHES.items():
         assert branch is SPACES[name.replace("-", "_")]
 
 

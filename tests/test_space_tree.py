@@ -178,8 +178,10 @@ def test_a_difference_says_in_which_branches():
         return {**overrides, "model/vf": "other"} if overrides["trainer"] == "bp" else overrides
 
     before, after = space_tree.definition(SPACES["rules"]), space_tree.definition(renamed)
-    line = "model/vf: non-dale, now other (where trainer=bp)"
-    assert space_tree.differences(before, after) == [line]
+    assert space_tree.differences(before, after) == [
+        "model/vf: dale, now other (where trainer=bp-ei)",
+        "model/vf: non-dale, now other (where trainer=bp)",
+    ]
 
 
 def test_a_parameter_that_moves_to_another_choice_is_a_difference():
@@ -297,7 +299,7 @@ def test_a_grid_is_the_product_of_its_values_where_they_exist():
 
 
 def test_a_grid_of_the_rules_has_that_of_each_rule():
-    sizes = [len(grid(SPACES[name], 2)) for name in ("bp", "exact_inv", "lin_thresh")]
+    sizes = [len(grid(SPACES[name], 2)) for name in ("bp", "exact_inv", "lin_thresh", "bp_ei")]
     assert len(grid(SPACES["rules"], 2)) == sum(sizes)
     # exact-inv: 7 numbers, with a nudge 8; averaged feedback weights or not.
     assert sizes[1] == 2 * (2**7 + 2**8)
@@ -382,6 +384,8 @@ def test_a_point_may_have_some_of_the_parameters_nested_and_in_any_notation():
         model: {vf: {g_EI: 1}}
         optimizer.learning_rate: 1e-3
       - trainer: bp
+      - {trainer: bp, model/vf: dale}
+      - {trainer: bp-ei, model/vf: dale}
     """
     assert read_points(text, SPACES["rules"]) == [
         {
@@ -390,6 +394,8 @@ def test_a_point_may_have_some_of_the_parameters_nested_and_in_any_notation():
             "exact-inv.optimizer.learning_rate": 1e-3,
         },
         {"trainer": "bp"},
+        {"trainer": "bp-ei"},
+        {"trainer": "bp-ei"},
     ]
     assert read_points("[]", SPACES["rules"]) == []
 
@@ -406,12 +412,12 @@ def test_what_is_no_list_of_mappings_is_refused_in_one_line(text):
     [
         (
             {"trainer": "exact-inverse"},
-            "trainer: given exact-inverse, allowed is one of bp, exact-inv, lin-thresh;"
+            "trainer: given exact-inverse, allowed is one of bp, bp-ei, exact-inv, lin-thresh;"
             " did you mean exact-inv?",
         ),
         (
             {"optimizer.learning_rate": 0.001},
-            "trainer: missing, needed is one of bp, exact-inv, lin-thresh",
+            "trainer: missing, needed is one of bp, bp-ei, exact-inv, lin-thresh",
         ),
         (
             {"trainer": "bp", "optimizer.learning_rate": 0.1},

@@ -464,13 +464,20 @@ def test_of_an_earlier_study_what_was_fixed_counts_by_its_value():
 
 
 def test_a_trial_of_a_rule_that_is_not_in_the_space_lies_outside():
-    """As one of bp_ei for a study of `rules`."""
+    """Also if that has the same option `trainer`, as bp has."""
     of_bp_ei = Course("random", rules=(), space=SPACES["bp_ei"]).go(2)
     for record in of_bp_ei.records.values():
         record.config["rule"] = "bp-ei"
     assert len(of_bp_ei.tried(SPACES["bp_ei"])) == 2
+    several = {name for name in SPACES if "bp-ei" in space_tree.rules_of(SPACES[name])}
+    assert several == {"rules", "all_rules"}
     for name in {*SPACES} - {"bp_ei"}:
-        assert of_bp_ei.tried(SPACES[name]) == []
+        assert len(of_bp_ei.tried(SPACES[name])) == (2 if name in several else 0)
+    of_rule = lambda rule: space_tree.narrowed(SPACES["rules"], {"trainer": rule}, {})
+    lies = lambda rule: suggest.as_tried(
+        of_bp_ei.records.values(), of_rule(rule), {"trainer": rule}
+    )
+    assert (len(lies("bp-ei")), len(lies("bp"))) == (2, 0)
 
 
 def test_what_was_good_before_is_near_what_is_tried_first():

@@ -52,8 +52,8 @@ def _on_microcircuits(trial):
     return {
         "model/vf": "dale",
         "trainer": "bp",
-        **log_uniform(trial, "bp_ei", "optimizer.learning_rate", 1e-4, 1e-2),
-        **interneurons(trial, "bp_ei"),
+        **log_uniform(trial, "bp-ei", "optimizer.learning_rate", 1e-4, 1e-2),
+        **interneurons(trial, "bp-ei"),
     }
 
 

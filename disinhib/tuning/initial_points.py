@@ -131,6 +131,7 @@ def read_point(values: Any, space: Space) -> Params:
             raise ConfigError(
                 f"{RULE}: missing, needed is {space_tree.words(space_tree.described(kind))}"
             )
+        named[RULE] = _rule_meant(named, space, rules)
         rule[RULE] = _read_value(RULE, named[RULE], kind)
     reached = list(space_tree.at_ends(space, rule))
     kinds = {name: kind for path in reached for name, kind in path.distributions.items()}
@@ -150,6 +151,21 @@ def read_point(values: Any, space: Space) -> Params:
         if name not in left:
             raise ConfigError(f"{name}: not searched with this point's other choices")
     return point
+
+
+def _rule_meant(named: Mapping[str, Any], space: Space, rules: Sequence[str]) -> Any:
+    """The rule of a point under the name by which it competes. A trial's options are a point too,
+    and those of bp-ei have `trainer: bp` with another circuit than bp."""
+    groups = {rule: _groups(space_tree.path_at(space, {RULE: rule})[0]) for rule in rules}
+    meant = [
+        rule
+        for rule, own in groups.items()
+        if named[RULE] in (rule, own.get(RULE))
+        and all(
+            named.get(group, choice) == choice for group, choice in own.items() if group != RULE
+        )
+    ]
+    return named[RULE] if named[RULE] in meant or not meant else meant[0]
 
 
 def _read_number(value: Any) -> Any:

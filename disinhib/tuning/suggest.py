@@ -251,9 +251,10 @@ def within(
     then and is searched now counts by its value, and one that is `fixed` now must have had it."""
     inside = []
     for trial in trials:
-        then, params = trial["searched"], trial["point"]["params"]
+        # A rule goes by the name under which it competes: bp-ei is trainer=bp in another circuit.
+        then, params = {**trial["searched"], RULE: trial["rule"]}, trial["point"]["params"]
         not_searched = {o: value for o, value in then.items() if not parameters_for(o, params)}
-        values = {**not_searched, RULE: trial["rule"], **params}
+        values = {**not_searched, **params}
         path, whole = path_at(space, values, names=lambda name: (name, option_of(name)))
         if whole and all(same(then.get(o, value), value) for o, value in (fixed or {}).items()):
             there = point(path.params, path.distributions, {})
@@ -305,6 +306,11 @@ class Sampler(NamedTuple):
     grid: bool = False
     sequence: bool = False
     memory: int | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether its proposals follow the scores."""
+        return self.make is not optuna.samplers.RandomSampler
 
     @property
     def options(self) -> tuple[Option, ...]:
