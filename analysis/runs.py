@@ -36,6 +36,10 @@ CURVES = Option("curves", None, TABLE, "file to write every metric of every epoc
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT, CURVES))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
+EPOCH_SECONDS = (
+    "epoch_seconds",
+    "compilation_seconds",
+)  # of an epoch, and what of it was compiling
 ALIGNMENT = "alignment_"  # prefix of what disinhib/alignment.py measures
 NO_FEEDBACK = "none"
 # In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).
@@ -190,6 +194,20 @@ def curves(store: Store, run_ids: Sequence[str], metrics: Sequence[str]) -> pd.D
         ],
         columns=["run_id", "metric", "epoch", "value"],
     )
+
+
+def training_seconds(store: Store, trials: Sequence[Mapping[Any, Any]]) -> list[float]:
+    """How long each of these rows of `trials` has trained: its epochs at the time of its median
+    one, without compiling, as a worker's first epochs also trace and load programs. NaN if that was
+    not recorded, 0 of a trial without an epoch."""
+    epochs = curves(store, [row["run_id"] for row in trials], EPOCH_SECONDS)
+    signs = epochs["metric"].map({EPOCH_SECONDS[0]: 1, EPOCH_SECONDS[1]: -1})
+    net = (epochs["value"] * signs).groupby([epochs["run_id"], epochs["epoch"]]).sum()
+    medians = net.groupby(level=0).median().to_dict()
+    return [
+        row["epochs"] * medians.get(row["run_id"], math.nan) if row["epochs"] else 0.0
+        for row in trials
+    ]
 
 
 def all_curves(store: Store, study: StudyRun) -> pd.DataFrame:

@@ -48,6 +48,8 @@ def trial(number, rule, state, scores, rate, **searched):
         "state": state,
         "reason": f"Diverged: {EVIL}" if state == FAILED else None,
         "epochs": len(scores),
+        "seeds": (number,),
+        "training_seconds": len(scores) * (0.5 if rule == "bp" else 2.0),
         "budget": 3,
         "score": scores[-1] if scores else math.nan,
         **{f"{ANGLE}_{n}": (88 + 4 * n) - scores[-1] / 2 if scores else math.nan for n in (0, 1)},
@@ -200,11 +202,11 @@ def test_every_figure_says_what_it_shows(name, score, shown, of_losses):
         (FULL._replace(retrained=FULL.retrained[FULL.retrained["rule"] == "bp"]), "ode"),
         (
             FULL._replace(trials=NO_TRIALS),
-            "history budget importances parallel slices failures",
+            "history budget hits importances parallel slices failures",
         ),
         (FULL._replace(trials=rows_in(COMPLETE, PRUNED)), "failures"),
-        (FULL._replace(trials=rows_in(PRUNED)), "history importances parallel failures"),
-        (FULL._replace(trials=rows_in(FAILED)), "history budget importances parallel slices"),
+        (FULL._replace(trials=rows_in(PRUNED)), "history hits importances parallel failures"),
+        (FULL._replace(trials=rows_in(FAILED)), "history budget hits importances parallel slices"),
     ],
 )
 def test_a_panel_with_nothing_to_show_is_left_out(data, missing):
@@ -286,11 +288,23 @@ def test_correlation_of_score_and_angle_is_that_of_complete_trials():
 
 
 def test_lines_of_the_budget_have_their_rules_names_at_their_ends(shown):
-    (drawing,) = shown["budget"].figures
-    labels: Any = drawing.figure.layout.annotations
-    assert [(label.text, label.x) for label in labels] == [("bp", 3), ("lin-thresh", 6)]
-    assert [label.y for label in labels] == pytest.approx([80, 78])
-    assert not drawing.figure.layout.showlegend
+    """Against trials, and against the epochs and seconds that they have cost."""
+    ends = [(3, 6), (3 + 1, 4 * 3 + 1 + 1), (4 * 0.5, (4 * 3 + 1 + 1) * 2.0)]
+    for drawing, end in zip(shown["budget"].figures, ends, strict=True):
+        labels: Any = drawing.figure.layout.annotations
+        assert [label.text for label in labels] == ["bp", "lin-thresh"]
+        assert [label.x for label in labels] == pytest.approx(end)
+        assert [label.y for label in labels] == pytest.approx([80, 78])
+        assert not drawing.figure.layout.showlegend
+
+
+def test_what_was_not_recorded_is_not_drawn_as_a_cost():
+    trials = FULL.trials.drop(columns="training_seconds")
+    titles = [
+        one.figure.layout.xaxis.title.text  # pyright: ignore[reportAttributeAccessIssue]
+        for one in DRAW["budget"](FULL._replace(trials=trials)).figures
+    ]
+    assert titles == ["number k of trials of the rule", "epochs, over all seeds"]
 
 
 def test_scores_that_are_far_off_are_told_of():

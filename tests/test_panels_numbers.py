@@ -8,8 +8,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 from test_panels import FULL, LABELS, LOSSES, TRIALS, history, lin, trial
 
+from analysis import runs
 from analysis.report.panels import (
     drawing,
+    hardness,
     importances,
     parameters,
     plot_data,
@@ -21,6 +23,7 @@ from disinhib.rules import COMPETITORS
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, PRUNED
 from disinhib.tuning.steering import BY_HAND
+from disinhib.tuning.suggest import SAMPLERS
 
 
 def test_what_k_trials_give():
@@ -43,6 +46,65 @@ def test_what_k_trials_give_of_a_loss():
 def test_a_rule_without_any_score_has_no_budget():
     only_failed = FULL._replace(trials=pd.DataFrame([TRIALS[4]]))
     assert search.budgets(only_failed) == []
+
+
+def test_how_hard_a_rule_is_to_tune():
+    """Both have reached 78. Of bp 80 is the best of three, 60 where it was stopped or failed: the
+    best of two is 73.3, of three 80."""
+    bp, lin_thresh = hardness.hardness(FULL)
+    assert hardness.target(FULL) == 78
+    assert (bp.rule, bp.parameters, bp.tried, bp.close) == ("bp", 1, 3, 1)
+    assert bp.trials == pytest.approx(2 + (78 - 220 / 3) / (80 - 220 / 3))
+    assert bp.epochs == pytest.approx(bp.trials * 4 / 3)
+    assert bp.seconds == pytest.approx(bp.epochs * 0.5)
+    # Two of 78 among six: any five have one of them. The nudge is searched by some only.
+    assert lin_thresh[:5] == ("lin-thresh", 4, 6, 2, 5)
+    assert lin_thresh.seconds == pytest.approx(lin_thresh.epochs * 2)
+    default = FULL._replace(defaults=["run5"])
+    assert hardness.hardness(default)[1][2:4] == (5, 1)  # it is not drawn
+
+
+def test_how_hard_a_rule_is_to_tune_by_a_loss():
+    bp, lin_thresh = hardness.hardness(LOSSES)
+    assert hardness.target(LOSSES) == 80
+    assert (bp.close, bp.tried) == (2, 3)  # 80, and 60 where it was stopped
+    assert (lin_thresh.close, lin_thresh.trials) == (2, 1)  # 60 and 72, within 5 % of 72
+    assert "within 5 %" in hardness.note(LOSSES)
+
+
+def test_a_rule_without_a_complete_trial_is_neither_hard_nor_easy():
+    only = FULL._replace(trials=FULL.trials[FULL.trials["state"] != COMPLETE])
+    assert hardness.hardness(only) == [] and math.isnan(hardness.target(only))
+
+
+def test_the_chance_of_a_hit():
+    assert hardness.hit_rates(4, 2) == pytest.approx(
+        [1 / 2, 1 - 1 / 6, 1, 1]
+    )  # 1 of 6 pairs misses
+    assert hardness.hit_rates(3, 0) == [0, 0, 0] and hardness.hit_rates(2, 2) == [1, 1]
+
+
+def test_an_adaptive_search_does_not_measure_how_hard_a_rule_is():
+    assert "searcher=qmc" not in hardness.note(FULL)
+    assert "tpe, learns from the scores" in hardness.note(FULL._replace(adaptive="tpe"))
+    assert [name for name, entry in SAMPLERS.items() if not entry.adaptive] == [
+        "random", "qmc", "grid"
+    ]  # fmt: skip
+
+
+def test_training_seconds_leave_out_compiling(monkeypatch):
+    """The median epoch, for a worker's first ones also trace their program; of a trial that has
+    one epoch only, that one."""
+    epochs = [("a", 1, 9.0, 4.0), ("a", 2, 1.0, 0.0), ("a", 3, 2.0, 0.0), ("b", 1, 7.0, 6.5)]
+    table = pd.DataFrame(
+        [(run, name, n, value) for run, n, *values in epochs
+         for name, value in zip(runs.EPOCH_SECONDS, values, strict=True)],
+        columns=["run_id", "metric", "epoch", "value"],
+    )  # fmt: skip
+    monkeypatch.setattr(runs, "curves", lambda store, run_ids, metrics: table)
+    rows = [{"run_id": run, "epochs": n} for run, n in (("a", 3), ("b", 1), ("c", 0), ("d", 2))]
+    got = runs.training_seconds(None, rows)  # pyright: ignore[reportArgumentType]
+    assert got == pytest.approx([6.0, 0.5, 0.0, math.nan], nan_ok=True)
 
 
 def test_the_best_trial_is_complete_and_of_equals_the_first():

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from analysis import runs, selection, stats, store as stores
 from analysis.report import panels, tables
-from analysis.report.panels import plot_data
+from analysis.report.panels import hardness, plot_data
 from analysis.report.panels.plot_data import PlotData
 from analysis.report.panels.retraining import CURVES
 from analysis.selection import TRAINER, Choice
@@ -37,6 +37,10 @@ DEFAULTS_NOTE = (
     "What tuning has gained: of each rule the selected trial, and the one with the published"
     " defaults of all searched options, both retrained. Options that the study has fixed are the"
     " same in both."
+)
+TARGET_NOTE = (
+    "The last columns are what it takes until the expected best score of a rule reaches one that"
+    " every rule has reached."
 )
 METHOD_NOTE = (
     "What the numbers rest on, and the commands that give them again. All options are in the file"
@@ -95,6 +99,9 @@ def read(store: Store, study: StudyRun) -> Report:
     if trials.empty and retrained.empty:
         raise Refused(f"study {study.name}: nothing has ended yet that could be reported")
     defaults = [] if study.space is None else _defaults(trials, study.space)
+    if len(trials):
+        seconds = runs.training_seconds(store, trials.to_dict("records"))
+        trials = trials.assign(training_seconds=seconds)
     # Where updates point, of the retrained seeds, or else of the trials that would be retrained.
     won = tables.winners(trials, retrained, defaults, SELECTION[metric])
     aligned = list(retrained["run_id"]) or [row["run_id"] for row in won]
@@ -112,6 +119,8 @@ def read(store: Store, study: StudyRun) -> Report:
         ),
         scores=runs.curves(store, [row["run_id"] for row in trials.to_dict("records")], (metric,)),
         labels={row["configuration"]: _label(row) for row in retrained.to_dict("records")},
+        defaults=defaults,
+        adaptive=None if study.space is None else _adaptive(study.options["searcher"]["name"]),
     )
     left_out = [f"left out: {reason}" for reason in (*dropped, *unfinished)]
     of_study = [] if study.space is None else stores.retrainings(store, study)
@@ -129,6 +138,10 @@ def read(store: Store, study: StudyRun) -> Report:
 
 def _defaults(trials: pd.DataFrame, space: Mapping[str, Any]) -> list[str]:
     return [row["run_id"] for row in selection.default_trials(trials, space).values()]
+
+
+def _adaptive(sampler: str) -> str | None:
+    return sampler if SAMPLERS[sampler].adaptive else None
 
 
 def _tuned(data: PlotData, defaults: Sequence[str]) -> pd.DataFrame:
@@ -200,6 +213,10 @@ def sections(report: Report) -> list[Section]:
     if len(report.search):
         shown = tables.shown_search(report.search)
         sections.append(Section("What the search cost", shown, SEARCH_NOTE, id="search"))
+    if data.space is not None and (rows := hardness.hardness(data)):
+        shown = tables.shown_hardness(rows, hardness.target(data), data.metric)
+        note_ = f"{hardness.note(data)} {TARGET_NOTE}"
+        sections.append(Section("How hard each rule is to tune", shown, note_, id="tuning"))
     return sections
 
 

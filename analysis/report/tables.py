@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis import selection, stats
+from analysis.report.panels.hardness import Hardness, close_to
 from analysis.report.panels.plot_data import Row, grouped, records
 from analysis.runs import SEARCHED
 from analysis.selection import spent
@@ -284,3 +285,21 @@ def shown_search(numbers: pd.DataFrame) -> pd.DataFrame:
     texts = numbers.astype(str)
     texts[["hours", "best"]] = numbers[["hours", "best"]].map(_number)
     return texts.rename(columns={"best": "best validation score"})
+
+
+def shown_hardness(rows: Sequence[Hardness], target: float, metric: Criterion) -> pd.DataFrame:
+    """How hard each rule is to tune, as a reader sees it."""
+    _, close = close_to(1.0, metric)
+    columns = {
+        "rule": [row.rule for row in rows],
+        "searched parameters": [str(row.parameters) for row in rows],
+        f"within {close} of its best": [f"{row.close} of {row.tried}" for row in rows],
+        "one in": [
+            _number(row.tried / row.close if row.close else math.nan, ".1f") for row in rows
+        ],
+        f"trials to {target:.4g}": [_number(row.trials, ".1f") for row in rows],
+        "epochs": [_number(row.epochs, ".0f") for row in rows],
+        "seconds of training": [_number(row.seconds, ".3g") for row in rows],
+    }
+    empty = [name for name, texts in columns.items() if set(texts) == {NOTHING}]
+    return pd.DataFrame(columns).drop(columns=empty)

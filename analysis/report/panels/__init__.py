@@ -21,6 +21,7 @@ from analysis.report.panels.comparison import (
     draw_learning as draw_learning_of_studies,
 )
 from analysis.report.panels.drawing import PanelFigures
+from analysis.report.panels.hardness import draw_hit_rates
 from analysis.report.panels.importances import draw_importances
 from analysis.report.panels.parameters import draw_failures, draw_parallel, draw_slices
 from analysis.report.panels.plot_data import PlotData
@@ -77,9 +78,17 @@ PANELS: tuple[Kind[PlotData], ...] = (
     (
         "budget",
         "Best score against budget",
-        "The expected best score of any k trials of a rule: compare rules at the same k, and see"
-        " whether more trials would still have paid.",
+        "The expected best score of any k trials of a rule, against their number, their epochs and"
+        " their seconds of training: compare rules at the same budget, and see whether more trials"
+        " would still have paid.",
         draw_budget,
+    ),
+    (
+        "hits",
+        "How soon a search comes close to the best",
+        "The chance that at least one of k trials of a rule, drawn at random from all of them, is"
+        " about as good as its best: the sooner a line rises, the easier the rule is to tune.",
+        draw_hit_rates,
     ),
     (
         "alignment",

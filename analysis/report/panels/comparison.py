@@ -64,7 +64,7 @@ def best_by_budget(studies: Studies) -> list[Line]:
     return [
         Line(rule, name, "best of", [*range(1, len(expected) + 1)], expected)
         for name, data in studies.items()
-        for rule, expected, _ in budgets(data)
+        for rule, expected, *_ in budgets(data)
     ]
 
 

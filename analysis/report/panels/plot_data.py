@@ -23,13 +23,15 @@ class PlotData(NamedTuple):
 
     metric: Criterion  # of metrics.SELECTION, the study's
     space: Mapping[str, Any] | None  # space_tree.definition; None if nothing was searched
-    trials: pd.DataFrame  # runs.trials
+    trials: pd.DataFrame  # runs.trials, and where known training_seconds
     retrained: pd.DataFrame  # runs.retrained
     # runs.curves of the retrained seeds, of the metrics retraining.CURVES and of the alignment (if
     # there are none, of the alignment of the best trials)
     curves: pd.DataFrame
     labels: Mapping[str, str]  # of configurations, as in the tables
     scores: pd.DataFrame  # runs.curves of the trials, of the study's metric
+    defaults: Sequence[str] = ()  # runs of the trials with the published defaults
+    adaptive: str | None = None  # the sampler, if it learns from the scores
 
 
 class Setting(NamedTuple):

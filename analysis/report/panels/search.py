@@ -1,15 +1,16 @@
-"""The course of the search: the best score by the number of trials."""
+"""The course of the search: the best score by the number of trials, and by what they cost."""
 
 from __future__ import annotations
 
 import html as markup
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis import selection
 from analysis.report.panels.drawing import (
     Captioned,
     PanelFigures,
@@ -26,7 +27,7 @@ from analysis.report.panels.plot_data import PlotData, fence, trials_of
 from analysis.stats import expected_maximum
 from disinhib.tuning.event_log import COMPLETE, FAILED
 
-HEIGHT, LABEL = 460, 17  # pixels: of the figure, of a label's line
+HEIGHT, LABEL = 400, 17  # pixels: of a figure of the budget, of a label's line
 
 
 class Budget(NamedTuple):
@@ -35,6 +36,16 @@ class Budget(NamedTuple):
     rule: str
     expected: list[float]  # the best score of any k of its trials
     best: list[float]  # the best complete one so far; NaN before there is any
+    epochs: float  # of a trial, the mean; over its seeds
+    seconds: float  # of training, of a trial, the mean; NaN if it was not recorded
+
+
+# What a budget may be counted in: axis, and the cost of a trial of the rule.
+COSTS: tuple[tuple[str, Callable[[Budget], float]], ...] = (
+    ("number k of trials of the rule", lambda budget: 1),
+    ("epochs, over all seeds", lambda budget: budget.epochs),
+    ("seconds of training", lambda budget: budget.seconds),
+)
 
 
 def budgets(data: PlotData) -> list[Budget]:
@@ -51,7 +62,10 @@ def budgets(data: PlotData) -> list[Budget]:
             complete = [row["merit"] if row["state"] == COMPLETE else math.nan for row in rows]
             curves = expected_maximum(merits), np.fmax.accumulate(complete)
             # As scores again; 0.0 is added so that none is -0.0.
-            budgets.append(Budget(rule, *((data.metric.sign * c + 0.0).tolist() for c in curves)))
+            expected, best = ((data.metric.sign * c + 0.0).tolist() for c in curves)
+            seconds = [row.get("training_seconds", math.nan) for row in rows]
+            epochs = selection.spent(rows) / len(rows)
+            budgets.append(Budget(rule, expected, best, epochs, float(np.mean(seconds))))
     return budgets
 
 
@@ -94,37 +108,57 @@ def draw_history(data: PlotData) -> PanelFigures:
 
 
 def draw_budget(data: PlotData) -> PanelFigures:
-    """One figure, because rules are compared; each line has its rule's name at its end."""
-    figure, palette, every = go.Figure(), colours(data), budgets(data)
+    """A figure for each cost, with all rules, because they are compared; each line has its rule's
+    name at its end."""
+    every = budgets(data)
     if not every:
         return PanelFigures([])
     limits, outside = _limits(data, [score for budget in every for score in budget.expected])
-    for rule, expected, _ in every:
+    figures = [
+        Captioned("", _budget(data, every, title, cost, limits))
+        for title, cost in COSTS
+        if not any(math.isnan(cost(budget)) for budget in every)
+    ]
+    note = (
+        "The mean over all sets of k trials of the rule (unbiased), against k and against what k"
+        " trials of the rule cost on average; a pruned trial counts with the score at which it was"
+        " stopped, a failed one with the worst score of its rule. It assumes independent trials,"
+        f" which does not hold if the searcher learns from them.{outside}"
+    )
+    width = 290 + 7 * max(len(budget.rule) for budget in every)
+    return PanelFigures(figures, note, width=width, beside=beside(len(figures)))
+
+
+def _budget(
+    data: PlotData,
+    every: Sequence[Budget],
+    title: str,
+    cost: Callable[[Budget], float],
+    limits: tuple[float, float],
+) -> go.Figure:
+    figure, palette = go.Figure(), colours(data)
+    for budget in every:
+        number = len(budget.expected)
         figure.add_scatter(
-            x=[*range(1, len(expected) + 1)],
-            y=expected,
-            mode="lines" if len(expected) > 1 else "markers",
-            line={"color": palette[rule]},
-            name=rule,
-            hovertemplate="best of %{x}: %{y:.4g}",
+            x=[k * cost(budget) for k in range(1, number + 1)],
+            y=budget.expected,
+            mode="lines" if number > 1 else "markers",
+            line={"color": palette[budget.rule]},
+            name=budget.rule,
+            customdata=[*range(1, number + 1)],
+            hovertemplate="best of %{customdata} (%{x:.4g}): %{y:.4g}",
         )
-    numbered(styled(figure, HEIGHT), "number k of trials of the rule")
+    numbered(styled(figure, HEIGHT), title)
     figure.update_yaxes(title_text=axis_title(data.metric), range=limits)
     gap = LABEL * (limits[1] - limits[0]) / (HEIGHT - 110)  # without margins and axis title
     ends = [min(max(budget.expected[-1], limits[0]), limits[1]) for budget in every]
     for budget, height in zip(every, apart(ends, gap), strict=True):
         figure.add_annotation(
-            x=len(budget.expected), y=height, text=markup.escape(budget.rule), showarrow=False,
-            xanchor="left", xshift=5, font={"color": palette[budget.rule]},
+            x=len(budget.expected) * cost(budget), y=height, text=markup.escape(budget.rule),
+            showarrow=False, xanchor="left", xshift=5, font={"color": palette[budget.rule]},
         )  # fmt: skip
     longest = max(len(budget.rule) for budget in every)
-    figure.update_layout(showlegend=False, margin_r=20 + 7 * longest)
-    note = (
-        "The mean over all sets of k trials of the rule (unbiased); a pruned trial counts with the"
-        " score at which it was stopped, a failed one with the worst score of its rule. It assumes"
-        f" independent trials, which does not hold if the searcher learns from them.{outside}"
-    )
-    return PanelFigures([Captioned("", figure)], note, width=290 + 7 * longest)
+    return figure.update_layout(showlegend=False, margin_r=20 + 7 * longest)
 
 
 def _gaps(scores: Sequence[float]) -> list[float | None]:
