@@ -14,6 +14,7 @@ from search_spaces import SPACES
 
 RULES = space_tree.rules_of(SPACES["rules"])
 EXACT = quasi_random.dimensions(SPACES["rules"], "exact-inv")
+EXACT_RATE = EXACT["exact-inv.optimizer.learning_rate"]  # that of all rules
 N = 64
 
 
@@ -70,6 +71,16 @@ def test_rules_have_sequences_of_their_own_and_a_seed_another_scrambling():
     assert not {*gains[0]} & {*gains[1]}
     assert quasi_random.points(SPACES["rules"], 1, RULES)(2) != exact[0]
     assert quasi_random.points(SPACES["rules"], 0, RULES)(6) == exact[1]
+
+
+def test_repeats_have_sequences_of_their_own():
+    of = quasi_random.points(SPACES["rules"], 0, RULES, repeats=3)
+    (name,) = quasi_random.dimensions(SPACES["rules"], "bp")
+    repeats = [[of(12 * n + repeat)[name] for n in range(N)] for repeat in range(3)]
+    assert len({value for values in repeats for value in values}) == 3 * N
+    for values in repeats:
+        column = shares([{name: value} for value in values], {name: EXACT_RATE})[:, 0]
+        assert sorted((column * N).astype(int)) == [*range(N)]
 
 
 def test_where_rules_take_no_turns_the_rule_is_a_coordinate_too():

@@ -91,8 +91,9 @@ class Course:
         self.sampler, self.state, self.seed, self.space = sampler(name), state, seed, space
         self.rules, self.batch, self.points, self.past = rules, batch, points, past
         self.repeats = repeats
-        in_sequence = SAMPLERS[name].sequence
-        self.sequence = quasi_random.points(space, seed, rules, repeats) if in_sequence else lambda n: {}
+        self.sequence = lambda number: {}
+        if SAMPLERS[name].sequence:
+            self.sequence = quasi_random.points(space, seed, rules, repeats)
         self.records, self.overrides = {}, {}
 
     def history(self, number):
