@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
 from analysis import selection, store as stores
-from analysis.report import __main__ as program, comparison, contents, forms, tables
+from analysis.report import __main__ as program, checklist, comparison, contents, forms, tables
 from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone
@@ -309,7 +309,35 @@ def test_the_page_needs_nothing_else_and_has_no_empty_panel(folder):
 def test_it_is_attached_to_the_studys_run(study, folder):
     client = MlflowClient(tracking_uri=study.uri)
     attached = [f.path for f in client.list_artifacts(study.run_id, program.ARTIFACTS)]
-    assert sorted(attached) == sorted(f"report/{file}" for file in forms.FORMS)
+    files = [*forms.FORMS, checklist.FILE]
+    assert sorted(attached) == sorted(f"report/{file}" for file in files)
+
+
+def test_the_checklist_is_what_the_record_knows_and_blank_elsewhere(study, folder):
+    text = (folder / checklist.FILE).read_text()
+    assert text.startswith("# Reproducibility checklist of the study under_score\n")
+    items = dict(re.findall(r"^- \*\*(.+?)\*\*((?: .*)?(?:\n  - .*)*)", text, re.M))
+    for question, answer in {
+        "Which data, and how many samples in each split? How were they split?": "1150 train, 287",
+        "Which learning rules?": "\n  - bp: back-propagation through a plain network",
+        "How large is the network?": "hidden layers of 16",
+        "What was searched, and in which ranges?": "`bp.optimizer.learning_rate`: 0.0001 to 0.01",
+        "How was the best value chosen?": "ran their whole budget",
+        "What were the best values?": "trials 0 (bp), 1 (exact-inv), 2 (lin-thresh)",
+        "How many runs?": "exact-inv: 2 trials (1 complete, 1 pruned, 0 failed)",
+        "Which seeds?": "retraining: 0, 1, 2, 3",
+        "When was the test set used?": "after its last epoch; but in the search, too, by trials 3",
+        "Which machines?": "trained on h (cpu)",
+        "How much was computed?": "search, bp: 6 epochs",
+        "Which commands give the numbers again?": "to report: `python -m analysis.report study=",
+        "Which code, in which version?": "\n  - packages: jax ",
+    }.items():
+        assert answer in items[question], (question, items[question])
+    assert "retrained: 12 runs, 1 diverged, 1 flagged" in items["How many runs?"]
+    blank = {question for question, answer in items.items() if answer == f" {checklist.BLANK}"}
+    assert {"Were other ranges or values tried before?", "How were inputs prepared?",
+            "Where can the data be had, and under which licence?"} < blank  # fmt: skip
+    assert "Which machines?" not in blank and text.count("\n- ") == len(items)
 
 
 def test_without_retraining_it_reports_the_search_alone(tmp_path):
@@ -323,6 +351,8 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     assert how["to retrain"] == "python -m analysis.retrain selected.yaml seeds=10"
     assert rows[-8][:2] == ["rule", "trials"]
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
+    asked = (tmp_path / "out" / checklist.FILE).read_text()
+    assert f"**When was the test set used?** {checklist.BLANK}" in asked
     sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())
     assert "learning" not in sections and "history" in sections
 

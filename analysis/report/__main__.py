@@ -1,8 +1,9 @@
 """`python -m analysis.report [study=NAME] [out=FOLDER]`: the numbers of a study, or of several.
 
 Reads the study's trials and its retrained seeds from MLflow and writes their tables, report.md,
-report.csv and report.tex, and report.html: one self-contained page with tables and figures. All of
-them are attached to the study's run in MLflow, too.
+report.csv and report.tex, and report.html: one self-contained page with tables and figures; and
+checklist.md: what reproducibility checklists ask, filled in from the study's record. All of them
+are attached to the study's run in MLflow, too.
 
 `study=NAME,NAME` puts studies side by side: what differs between them, the best of each rule, and
 the differences in test accuracy. Those files are not attached, as they belong to several studies.
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from analysis import runs, store as stores
-from analysis.report import comparison, contents, forms
+from analysis.report import checklist, comparison, contents, forms
 from analysis.store import Refused, Store, StudyRun
 from disinhib import cli
 from disinhib.checks import OPTIONAL_TEXT, Option
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     reports = [contents.read(store, study) for study in studies]
     page = contents.page(reports[0]) if len(reports) == 1 else comparison.page(reports)
     files = {folder / name: form(page) for name, form in forms.FORMS.items()}
+    if len(reports) == 1:
+        files[folder / checklist.FILE] = checklist.text(reports[0])
     for file, text in files.items():
         runs.write(file, text)
     print(forms.as_markdown(page))
