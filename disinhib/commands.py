@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disinhib import cli
-from disinhib.errors import InputError, nearest
+from disinhib.errors import InputError, masked, nearest
 
 STUDY_SCRIPT = Path(__file__).resolve().parents[1] / "tune_main.py"
 
@@ -88,3 +88,12 @@ def tune_words(*words: str) -> list[str]:
     name = STUDY_SCRIPT.name
     script = [name] if Path(name).resolve() == STUDY_SCRIPT else ["-m", STUDY_SCRIPT.stem]
     return [tool("python"), *script, *words]
+
+
+def in_browser(label: str, address: str, page: str) -> list[str]:
+    """Lines that say how to see `page` of the MLflow store at `address`: a server shows it; for any
+    other store, one has to be started."""
+    if address.startswith("http"):
+        return [f"{label:12} {masked(address).rstrip('/')}{page}"]
+    start = f"{tool('mlflow')} ui --backend-store-uri {shlex.quote(masked(address))}"
+    return [f"{label:12} {start}", f"{'':12} then http://127.0.0.1:5000{page}"]

@@ -342,7 +342,8 @@ def test_what_runs_a_trial_again_is_kept_with_it(finished, runs, tmp_path):
 def test_the_summary_comes_last_and_says_how_to_go_on(finished):
     done, _, printed = finished
     last = printed.strip().splitlines()
-    assert f"{done.job.name}: 7 trials in" in printed
+    watched = f"/runs/{done.run_id}/model-metrics"
+    assert printed.index(watched) < printed.index(f"{done.job.name}: 7 trials in")
     assert "4 complete, 1 pruned, 2 failed" in printed
     assert last[-3].endswith(f"mlflow ui --backend-store-uri {done.tracking_uri}")
     assert last[-2] == f"             then http://127.0.0.1:5000{done.page}"

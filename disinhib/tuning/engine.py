@@ -21,7 +21,7 @@ from ray import tune
 from rich.console import Console
 
 from disinhib import data, numerics, plugins, process
-from disinhib.commands import studies_command
+from disinhib.commands import in_browser, studies_command
 from disinhib.errors import FULL_DISK, ConfigError, masked
 from disinhib.tuning import (
     cluster,
@@ -173,6 +173,10 @@ def run(
             nodes = machines.Machines(job.resources, need, job.lanes)
             machines.survey(nodes)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
+            for store in (outbox.store for outbox in outboxes):
+                if isinstance(store, RemoteStore) and store.chart:
+                    for line in in_browser("watch it:", store.address, store.chart):
+                        shown.say(line)
             shown.before = progress.tally(records.values()).ended
             if job.resume:
                 _say_resumed(shown, records, behind)

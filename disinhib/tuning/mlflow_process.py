@@ -108,9 +108,15 @@ class RemoteStore:
 
     @property
     def page(self) -> str:
-        """Where MLflow's UI shows the study, after the UI's own address."""
+        """Where MLflow's UI lists the trials, after the UI's own address."""
         shown = f"workflowType=machine_learning&viewStateShareKey={self.fields['id']}"
         return f"/#/experiments/{self.experiment[1]}/runs?{shown}"
+
+    @property
+    def chart(self) -> str | None:
+        """Where MLflow's UI shows how the study stands, and has stood; None before it is loaded."""
+        shown = f"{self.study_run}/model-metrics?workflowType=machine_learning"
+        return self.study_run and f"/#/experiments/{self.experiment[1]}/runs/{shown}"
 
     def load(self, records: Mapping[int, Record]) -> set[int]:
         loaded = self.process.call("load", self.experiment, self.fields, records)

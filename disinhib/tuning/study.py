@@ -16,8 +16,7 @@ from rich.text import Text
 
 from disinhib import hydra_config, process
 from disinhib.checks import in_hydra
-from disinhib.commands import tool, tune_words
-from disinhib.errors import masked
+from disinhib.commands import in_browser, tool, tune_words
 from disinhib.tuning import engine, manifest, plan, progress, provenance, resume
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.engine import Finished, Job
@@ -139,12 +138,10 @@ def summary(finished: Finished, study: Study, console: Console) -> None:
         say(line)
     for name, count in finished.undelivered.items():
         say(f"{name} lacks {count} records: resume the study when it answers")
-    uri = finished.tracking_uri and shlex.quote(masked(finished.tracking_uri))
-    if uri.startswith("http"):
-        say(f"\nall trials:  {masked(finished.tracking_uri).rstrip('/')}{finished.page}")
-    elif uri:
-        say(f"\nall trials:  {tool('mlflow')} ui --backend-store-uri {uri}")
-        say(f"             then http://127.0.0.1:5000{finished.page}")
+    if finished.tracking_uri:
+        say("")
+        for line in in_browser("all trials:", finished.tracking_uri, finished.page):
+            say(line)
     if finished.undelivered or not finished.whole:
         say(f"resume:      {resume_command(study, finished.job.name)}")
     if top := progress.best(records):
