@@ -1,6 +1,7 @@
 # pyright: reportArgumentType=false
 """MLflow as the driver writes it: a real SQLite store, fed with a study's events."""
 
+import base64
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -373,22 +375,33 @@ def test_runs_are_named_by_number_rule_and_end_and_have_the_data_set(new_store):
         assert (given.dataset.name, given.dataset.digest) == ("digits", "01234567")
 
 
+def view_of(store):
+    """What the experiment's page shows of the study."""
+    tag = store.client.get_experiment(store.experiment.id).tags[f"{mlflow_store.VIEW}{store.id}"]
+    form, _, packed = tag.partition(";")
+    assert form == "deflate"
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
 def test_the_page_of_a_study_shows_its_trials_and_what_matters_of_them(new_store):
     """MLflow's UI shows it so at the address that a study prints (looked at in a browser)."""
     store = new_store("page")
     store.load({})
     store.deliver(logged(*trial(0, 3, COMPLETE)))
-    tags = store.client.get_experiment(store.experiment.id).tags
-    view = json.loads(tags[f"{mlflow_store.VIEW}{store.id}"])
+    view = view_of(store)
+    columns = [
+        *("tags.`rule`", "metrics.`valid_accuracy`", "tags.`trial_state`", "tags.`epochs`"),
+        *(f"params.`{name}`" for name in sorted(PARAMS) if name != "trainer"),
+    ]
+    widths = view.pop("columnWidths")
     assert view == {
         "searchFilter": "tags.study_id = 'page' and tags.trial LIKE '%'",
         "orderByKey": "metrics.`valid_accuracy`",
         "orderByAsc": False,
-        "selectedColumns": [
-            *("tags.`rule`", "metrics.`valid_accuracy`", "tags.`trial_state`", "tags.`epochs`"),
-            *(f"params.`{name}`" for name in sorted(PARAMS)),
-        ],
+        "selectedColumns": columns,
+        "columnOrder": columns,
     }
+    assert widths.keys() == {*columns}
     shown = store.client.search_runs([store.experiment.id], view["searchFilter"])
     assert [run.data.tags["trial"] for run in shown] == ["0"]
 
@@ -399,8 +412,7 @@ def test_the_page_shows_the_angle_to_the_gradient_if_it_is_measured(new_store):
     own = config(0)
     own["options"] |= {"diagnostics": {"alignment": True}}
     store.deliver(logged(Asked(0, own, point(PARAMS))))
-    tags = store.client.get_experiment(store.experiment.id).tags
-    columns = json.loads(tags[f"{mlflow_store.VIEW}{store.id}"])["selectedColumns"]
+    columns = view_of(store)["selectedColumns"]
     assert columns[1:3] == ["metrics.`valid_accuracy`", "metrics.`alignment_angle`"]
 
 

@@ -9,9 +9,11 @@ the study stands: metrics by the number of trials that have ended, and the leade
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,25 +230,32 @@ class MlflowStore:
         new = dict.fromkeys(params).keys() - (self.params or {}).keys()
         if self.params is not None and not new:
             return
-        # Here, as it comes with jax, which readers of a store do without.
+        # Here, as they come with jax and Optuna, which readers of a store do without.
         from disinhib.metrics import ANGLE, measures
+        from disinhib.tuning.space_tree import RULE
 
         self.params = {**(self.params or {}), **dict.fromkeys(sorted(new))}
         score, angle = (f"metrics.`{name}`" for name in (self.objective.metric, ANGLE))
         records = self.records.values()
         repeat = [f"tags.`{REPEAT}`"] * any(REPEAT in record.tags for record in records)
         aligned = any(measures(record.config["options"], ANGLE) for record in records)
+        columns = [
+            *dict.fromkeys(["tags.`rule`", *repeat, score, *([angle] if aligned else [])]),
+            *("tags.`trial_state`", "tags.`epochs`"),
+            *(f"params.`{name}`" for name in self.params if name != RULE),
+        ]
         view = {
             "searchFilter": f"tags.study_id = '{self.id}' and tags.trial LIKE '%'",
             "orderByKey": score,
             "orderByAsc": self.objective.sign < 0,
-            "selectedColumns": [
-                *dict.fromkeys(["tags.`rule`", *repeat, score, *([angle] if aligned else [])]),
-                *("tags.`trial_state`", "tags.`epochs`"),
-                *(f"params.`{name}`" for name in self.params),
-            ],
+            "selectedColumns": columns,
+            "columnOrder": columns,  # else tags come after all parameters
+            # Pixels in which a name can be read: else 100, whatever its length.
+            "columnWidths": {name: 7 * len(name.split("`")[1]) + 32 for name in columns},
         }
-        self.client.set_experiment_tag(self.experiment.id, VIEW + self.id, json.dumps(view))
+        # Packed as MLflow's page does, for a tag has room for 20,000 characters.
+        packed = base64.b64encode(zlib.compress(json.dumps(view).encode())).decode()
+        self.client.set_experiment_tag(self.experiment.id, VIEW + self.id, f"deflate;{packed}")
 
     def close(self, records: Mapping[int, Record], whole: bool) -> None:
         for record in (record for record in records.values() if not record.ended):
