@@ -103,8 +103,6 @@ def tables(uri, name, folder):
         assert report.main([f"study={name}", f"tracking.uri={uri}", f"out={folder}"]) == 0
     first = printed.getvalue().partition("written: ")[0].splitlines()
     texts = {n: (folder / f"report.{n}").read_text() for n in ("md", "csv", "tex")}
-    # MLflow gives its runs other ids.
-    texts["csv"] = "\n".join(line.rpartition(",")[0] for line in texts["csv"].splitlines())
     return Tables("\n".join(line for line in first if uri not in line), texts)
 
 

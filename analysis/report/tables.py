@@ -37,13 +37,13 @@ def results(
     valid_mean, valid_sd, bp_mean, bp_low, bp_high, bp_paired (difference of test accuracy to bp on
     the same data with the same depth and epochs), tuned (the trial's score in the search), gap
     (that minus the mean of `metric` over the fresh seeds), search_trials and search_epochs (of the
-    rule), key.
+    rule), configuration (a hash of its options, the same in every store).
     """
     groups = configurations(retrained)
     tried = trials.to_dict("records")
     scores = {row["run_id"]: row["score"] for row in tried if row["state"] == COMPLETE}
     rows = []
-    for key, seeds in groups.items():
+    for seeds in groups.values():
         first = seeds[0]
         test, valid = (stats.summary([*_by_seed(seeds, n).values()]) for n in (TEST, VALID))
         score = stats.mean(_by_seed(seeds, metric).values())
@@ -77,7 +77,7 @@ def results(
                 "gap": tuned - score,
                 "search_trials": len(same_rule),
                 "search_epochs": spent(same_rule),
-                "key": key,
+                "configuration": first["configuration"],
             }
         )
     rows.sort(key=lambda r: (r["dataset"], r["depth"], r["rule"], r["feedback"], r["epochs"]))
