@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from disinhib import cli
@@ -22,7 +23,7 @@ from disinhib.commands import tool
 from disinhib.errors import InputError, masked
 from disinhib.tuning import study as studies
 from disinhib.tuning.engine import Finished
-from disinhib.tuning.options import Study, compose
+from disinhib.tuning.options import Study, compose, store_of
 
 SEEDS = "seeds=3"
 # Options of a study that also apply to its retraining.
@@ -60,15 +61,26 @@ def stages(study: Study, finished: Finished, seeds: Sequence[str]) -> list[Stage
     (Studies in one store may have the same name if their `out_dir` differs.)
     """
     job, run_id = finished.job, finished.run_id
-    selected, tracking = job.folder / "selected.yaml", f"tracking.uri={finished.tracking_uri}"
+    selected, here = _shown(job.folder / "selected.yaml"), Path.cwd() / "out"
+    store = [f"tracking.uri={finished.tracking_uri}"]
+    if finished.tracking_uri == store_of(None, here)[1]:  # it is the default of every command
+        store = []
     where = [text for text in study.overrides if text.startswith(HANDED_ON)]
-    retraining = [str(selected), *seeds, f"out_dir={job.out_dir}", tracking, *where]
-    report = f"out={job.out_dir / f'report-{job.name}'}"
+    out = [] if job.out_dir == here else [f"out_dir={_shown(job.out_dir)}"]
+    report = f"out={_shown(job.out_dir / f'report-{job.name}')}"
     return [
-        Stage("analysis.selection", [f"study={run_id}", f"selected={selected}", tracking]),
-        Stage("analysis.retrain", retraining),
-        Stage("analysis.report", [f"study={run_id}", report, tracking]),
+        Stage("analysis.selection", [f"study={run_id}", f"selected={selected}", *store]),
+        Stage("analysis.retrain", [selected, *seeds, *out, *store, *where]),
+        Stage("analysis.report", [f"study={run_id}", report, *store]),
     ]
+
+
+def _shown(path: Path) -> str:
+    """A path, from the current folder if it is in it, so that commands are short and mean the same
+    when that is moved; whole if it could be taken for an option."""
+    here = Path.cwd()
+    short = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return str(path) if "=" in short else short
 
 
 def _main_of(module: str) -> Callable[[list[str]], int]:

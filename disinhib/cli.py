@@ -83,7 +83,7 @@ def split(
     arguments: Sequence[str], help: str, flags: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
     """(words that stand alone, options as `name=value`), in order. Those in `flags` need no value.
-    Raises Help."""
+    A path from / or . is a word, whatever is in it. Raises Help."""
     words, overrides = [], []
     rest = list(arguments)
     while rest:
@@ -92,7 +92,8 @@ def split(
             raise Help(help)
         name = argument.removeprefix("--")
         if name == argument:
-            (overrides if "=" in argument else words).append(argument)
+            is_option = "=" in argument and argument[0] not in "/."
+            (overrides if is_option else words).append(argument)
         elif "=" in name:
             overrides.append(name)
         elif name in flags:

@@ -109,9 +109,9 @@ def test_help_is_made_from_the_table(asked):
 
 
 def test_words_and_options_of_a_command_that_hydra_composes():
-    arguments = ["selected.yaml", "--seeds", "3", "grid={a: b}", "--out_dir=here"]
+    arguments = ["selected.yaml", "--seeds", "3", "grid={a: b}", "--out_dir=here", "./lr=1/x.yaml"]
     assert cli.split(arguments, "") == (
-        ["selected.yaml"],
+        ["selected.yaml", "./lr=1/x.yaml"],
         ["seeds=3", "grid={a: b}", "out_dir=here"],
     )
 

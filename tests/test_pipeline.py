@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from analysis import pipeline
+from disinhib import cli
 from disinhib.errors import ConfigError, InputError
 from disinhib.tuning import options, study as studies
 
@@ -44,17 +45,38 @@ def test_every_stage_gets_the_study_the_store_and_the_folder(run, tmp_path):
     code, (study,), called = run("out_dir=there", "study=mine", "experiment=smoke")
     there, tracking = tmp_path / "there", f"tracking.uri=sqlite:///{tmp_path}/there/mlflow.db"
     assert (code, study.name, study.folder) == (0, "mine", there / "mine")
-    selected = f"{there}/mine/selected.yaml"
+    selected = "there/mine/selected.yaml"
     assert called == [
         ("analysis.selection", ["study=0123", f"selected={selected}", tracking]),
-        ("analysis.retrain", [selected, "seeds=3", f"out_dir={there}", tracking]),
-        ("analysis.report", ["study=0123", f"out={there}/report-mine", tracking]),
+        ("analysis.retrain", [selected, "seeds=3", "out_dir=there", tracking]),
+        ("analysis.report", ["study=0123", "out=there/report-mine", tracking]),
     ]
 
 
-def test_by_default_all_of_it_is_in_out(run, tmp_path):
+def test_by_default_all_of_it_is_in_out(run):
+    """And the commands are short: a report shows them."""
     _, _, called = run()
-    assert called[2][1][1] == f"out={tmp_path}/out/report-rules-digits"
+    selected = "out/rules-digits/selected.yaml"
+    assert called == [
+        ("analysis.selection", ["study=0123", f"selected={selected}"]),
+        ("analysis.retrain", [selected, "seeds=3"]),
+        ("analysis.report", ["study=0123", "out=out/report-rules-digits"]),
+    ]
+
+
+def test_a_folder_elsewhere_is_handed_on_as_it_is(run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    _, _, called = run(f"out_dir={elsewhere}", "study=mine")
+    assert called[1][1][0] == f"{elsewhere}/mine/selected.yaml"
+    assert f"out_dir={elsewhere}" in called[1][1]
+
+
+def test_a_folder_whose_name_looks_like_an_option_is_handed_on_whole(run, tmp_path):
+    _, _, called = run("out_dir=lr=0.1", "study=mine")
+    retraining = called[1][1]
+    words, options = cli.split(retraining, "")
+    assert words == [f"{tmp_path}/lr=0.1/mine/selected.yaml"]
+    assert options[:2] == ["seeds=3", f"out_dir={tmp_path}/lr=0.1"]
 
 
 def test_another_store_is_handed_on(run):
