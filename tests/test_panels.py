@@ -435,7 +435,7 @@ def test_failures(shown):
 def test_ode(shown):
     gap, growth = (drawing.figure for drawing in shown["ode"].figures)
     assert gap.layout.xaxis.type == "log" and growth.layout.xaxis.type == "linear"
-    assert vertical_lines(growth) == [0]
+    assert vertical_lines(gap) == [1e-3] and vertical_lines(growth) == [0]
     sound, flagged = growth.data
     assert list(sound.x) == [-8] and list(flagged.x) == [3]
     assert growth.layout.yaxis.ticktext[flagged.y[0]].startswith("other")

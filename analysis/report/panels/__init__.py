@@ -135,8 +135,8 @@ PANELS: tuple[Kind[PlotData], ...] = (
         "Do the dynamics reach the equilibrium?",
         "For each retrained network, the distance from the end of its dynamics, integrated in time,"
         " to the equilibrium that training computed (the gap: smaller is better), and the growth"
-        " rate of a small disturbance of that equilibrium (unstable right of the dashed line);"
-        " a gap above 0.001 or an unstable equilibrium flags a seed.",
+        " rate of a small disturbance of that equilibrium (above 0 it is unstable);"
+        " right of a dashed line, a seed is flagged.",
         draw_ode,
     ),
 )

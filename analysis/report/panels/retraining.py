@@ -24,9 +24,11 @@ CURVES = {  # metrics of the learning curves: caption, axis, its kind
     ),
     "train_CL_loss": ("training loss", "training loss (dimensionless)", "log"),
 }
-PROBES = {  # metrics of the ODE's integration: caption, axis, its kind
-    "ode_gap": ("Gap", "relative gap (dimensionless)", "log"),
-    "ode_growth": ("Stability", "largest growth rate (1/s)", "linear"),
+# Metrics of the ODE's integration: caption, axis, its kind, and above what a seed is flagged (of
+# the gap, `REACHED` of solvers.stability, which comes with jax).
+PROBES = {
+    "ode_gap": ("Gap", "relative gap (dimensionless)", "log", 1e-3),
+    "ode_growth": ("Stability", "largest growth rate (1/s)", "linear", 0),
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # configurations of a rule
 
@@ -161,15 +163,14 @@ def _learning(curves: Sequence[Curve], others: Sequence[Curve], of_rule: str) ->
 
 def draw_ode(data: PlotData) -> PanelFigures:
     figures = []
-    for metric, (caption, axis, kind) in PROBES.items():
+    for metric, (caption, axis, kind, bound) in PROBES.items():
         values = probes(data, metric)
         if values:
             figure = _strip(values, drawing.colours(data))
             figure.update_xaxes(title_text=axis, type=kind)
             if kind == "log":
                 figure.update_xaxes(exponentformat="power", dtick=1)
-            else:
-                drawing.dashed(figure, 0)
+            drawing.dashed(figure, bound)
             figures.append(Captioned(caption, figure))
     note = (
         "Diverged seeds are not shown, nor is back-propagation on the plain MLP, which has no"
