@@ -46,7 +46,8 @@ PATIENCE = 900.0  # s for a job
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 START = 60.0  # s in which SLURM starts
 
-# Credentials expire soon, as SLURM waits for that before it starts a requeued job.
+# Credentials expire soon, as SLURM waits for that before it starts a requeued job. Jobs that have
+# ended are asked about at the end of a scenario: SLURM forgets them after MinJobAge.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -73,6 +74,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=30
+MinJobAge=86400
 ReturnToService=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
