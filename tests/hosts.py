@@ -39,7 +39,8 @@ from disinhib.tuning import event_log, retention
 from tests import kill, mlflow_server
 
 NET = "10.203.77"  # .1 is this machine, with MLflow's server; .2 and so on are the hosts
-RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 55000, 55432
+# Below those that Linux gives to clients: who asks at a port where nobody listens may meet itself.
+RAY_PORT, MLFLOW_PORT, POSTGRES_PORT = 6379, 25000, 25432
 NAMES = ("a", "b", "c")
 PATIENCE = 900.0  # s for anything to come, on a busy machine too
 EPOCHS = 250  # of a trial

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from contextlib import closing, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 
@@ -29,7 +30,7 @@ def serve(host: str, port: int, store: str, folder: Path) -> subprocess.Popen:
 
     def answers() -> bool:
         assert process.poll() is None, "mlflow server ended"
-        with suppress(OSError):
+        with suppress(OSError, HTTPException):  # a client may be given this port, and meet itself
             urllib.request.urlopen(f"http://{host}:{port}/health", timeout=1).close()
             return True
         return False
