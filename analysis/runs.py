@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from analysis import store as stores
@@ -201,9 +202,9 @@ def training_seconds(store: Store, trials: Sequence[Mapping[Any, Any]]) -> list[
     one, without compiling, as a worker's first epochs also trace and load programs. NaN if that was
     not recorded, 0 of a trial without an epoch."""
     epochs = curves(store, [row["run_id"] for row in trials], EPOCH_SECONDS)
-    signs = epochs["metric"].map({EPOCH_SECONDS[0]: 1, EPOCH_SECONDS[1]: -1})
-    net = (epochs["value"] * signs).groupby([epochs["run_id"], epochs["epoch"]]).sum()
-    medians = net.groupby(level=0).median().to_dict()
+    epochs["net"] = epochs["value"] * np.where(epochs["metric"] == EPOCH_SECONDS[0], 1, -1)
+    net = epochs.groupby(["run_id", "epoch"], as_index=False).agg({"net": "sum"})
+    medians = net.groupby("run_id").agg({"net": "median"})["net"].to_dict()
     return [
         row["epochs"] * medians.get(row["run_id"], math.nan) if row["epochs"] else 0.0
         for row in trials
