@@ -248,7 +248,7 @@ def _failed_nearby(choice: Choice, rows: Sequence[Row], space: Mapping[str, Any]
 
 
 def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
-    """A warning of the choices that hardly any trial had."""
+    """A warning of the choices that hardly any trial had, and fewer than an equal share."""
     tried: dict[str, Counter[str]] = {}
     for row in rows:
         for name, parameter in runs.parameters_of(space, row).items():
@@ -259,7 +259,7 @@ def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
         f"{name}={choice} ({count} of {counts.total()})"
         for name, counts in tried.items()
         for choice, count in counts.items()
-        if count < max(RARE, RARE_SHARE * counts.total())
+        if count < min(max(RARE, RARE_SHARE * counts.total()), counts.total() / len(counts))
     ]
     return [f"hardly tried (trials): {', '.join(rare)}"] if rare else []
 

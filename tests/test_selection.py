@@ -191,7 +191,8 @@ def test_equal_budgets_are_no_warning_and_a_group_with_few_complete_trials_is():
 
 
 def test_a_choice_that_was_hardly_tried_is_a_warning():
-    """In fewer than three trials, or in fewer than 5 % of those that had the parameter."""
+    """In fewer than three trials, or in fewer than 5 % of those that had the parameter; but not
+    because they are few and evenly split."""
     space = {"parameters": {"a": {"kind": "categorical", "choices": ["x", "y", "z"]}}}
     of = lambda count, choice: [("bp", "complete", 1.0, choice)] * count
     for rows, rare in (
@@ -200,9 +201,11 @@ def test_a_choice_that_was_hardly_tried_is_a_warning():
     ):
         warned = selection._rarely_tried(rows.to_dict("records"), space)
         assert warned == [f"hardly tried (trials): {rare}"]
-    assert not selection._rarely_tried(
-        frame(*of(50, "x"), *of(45, "y"), *of(5, "z")).to_dict("records"), space
-    )
+    for rows in (
+        frame(*of(50, "x"), *of(45, "y"), *of(5, "z")),
+        frame(*of(2, "x"), *of(2, "y"), *of(2, "z")),
+    ):
+        assert not selection._rarely_tried(rows.to_dict("records"), space)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _runs(report: Report, how: Mapping[str, str]) -> list[Item]:
     if seeds:
         counts.append(f"retrained: {len(seeds)} runs, {failed} diverged, {flagged} flagged")
     saw_test = [str(row["trial"]) for row in trials if row["saw_test"]]
-    once = "once for each retrained run, after its last epoch"
+    once = "once for each retrained run, after its last epoch" if seeds else "not yet"
     if saw_test:
         once += f"; but in the search, too, by trials {', '.join(saw_test)}"
     by_data = report.results.groupby("dataset", sort=False) if len(report.results) else ()
@@ -131,7 +131,7 @@ def _runs(report: Report, how: Mapping[str, str]) -> list[Item]:
         Item("Which seeds?", [how["seeds"]] if "seeds" in how else []),
         Item("What is measured?", [f"score of the search: {how['score']}"]
              + (["result: test accuracy in %"] if seeds else [])),
-        Item("When was the test set used?", [once] if seeds or saw_test else []),
+        Item("When was the test set used?", [once]),
         Item("What do averages and intervals mean, and what varies?", list(dict.fromkeys(notes))),
         Item("What speaks against the numbers?",
              [f"{len(report.warnings)} warnings, listed in the report"] if report.warnings

@@ -298,8 +298,8 @@ def shown_hardness(rows: Sequence[Hardness], target: float, metric: Criterion) -
             _number(row.tried / row.close if row.close else math.nan, ".1f") for row in rows
         ],
         f"trials to {target:.4g}": [_number(row.trials, ".1f") for row in rows],
-        "epochs": [_number(row.epochs, ".0f") for row in rows],
-        "seconds of training": [_number(row.seconds, ".3g") for row in rows],
+        "epochs to it": [_number(row.epochs, ".0f") for row in rows],
+        "seconds of training to it": [_number(row.seconds, ".3g") for row in rows],
     }
     empty = [name for name, texts in columns.items() if set(texts) == {NOTHING}]
     return pd.DataFrame(columns).drop(columns=empty)

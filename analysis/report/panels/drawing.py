@@ -77,10 +77,10 @@ def beside(rules: int) -> int:
 
 
 def numbered(figure: go.Figure, title: str) -> go.Figure:
-    """With a horizontal axis of whole numbers, from 0."""
+    """With a horizontal axis from 0; a mark at each whole number if they are few."""
     traces: Any = figure.data
     last = max(x for trace in traces for x in trace.x if x is not None)
-    dtick = 1 if last <= 12 else None
+    dtick = 1 if last <= 12 and float(last).is_integer() else None
     return figure.update_xaxes(title_text=title, range=[0, 1.02 * last], dtick=dtick)
 
 
