@@ -275,7 +275,7 @@ def test_where_validation_comes_from_is_said_as_it_was_recorded():
 
 
 def test_seeds_that_not_every_configuration_has_are_not_called_the_same():
-    rows = [{"configuration": name, "seed": seed} for name in "ab" for seed in (3, 4)]
+    rows = [{"configuration": name, "repeat": 1, "seed": n} for name in "ab" for n in (3, 4)]
     assert contents._seeds(rows) == "3, 4, the same for every configuration"
     assert contents._seeds(rows[:3]) == "3, 4, not all for every configuration"
 
