@@ -231,6 +231,7 @@ def _asked(
         "code_sha256": code_hash(its["code"]),
         "code_version": its["code"]["version"] or "unknown",
         "data_sha256": its["data"]["sha256"],
+        runs.TEST_IMAGES: str(its["data"]["samples"]["test"]),
     }
     trial = TrialConfig(
         number=number,

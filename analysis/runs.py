@@ -46,6 +46,7 @@ NO_FEEDBACK = "none"
 # In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).
 JACOBIAN_FEEDBACK = {"none": NO_FEEDBACK, "false": "per sample", "true": "averaged"}
 CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its configuration
+TEST_IMAGES = "test_images"  # tag of a retrained seed: how many its test set has
 
 
 class Table(NamedTuple):
@@ -152,9 +153,12 @@ def retrained(store: Store, study: StudyRun) -> Table:
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
     repeat (of the tuning, from 1), dataset, depth (hidden layers), feedback (how its weights come
     about, in words), seed, state, reason, epochs (done), budget, command, flag (why the ODE check
-    failed, else ""), host, device, code and data (hashes), and every metric after the last epoch.
+    failed, else ""), host, device, code and data (hashes), test_images (their number; NaN if it was
+    not recorded), and every metric after the last epoch.
     """
     rows, dropped = [], []
+    own = study.provenance["data"]
+    images = {own["sha256"]: own.get("samples", {}).get("test", math.nan)}
     for run in stores.retrained(store, study):
         tags = run.data.tags
         if tags.get("trial_state") not in ENDED:
@@ -174,6 +178,9 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 **{name: tags.get(name) for name in ("reason", "host", "device")},
                 "code": tags.get("code_sha256"),
                 "data": tags.get("data_sha256"),
+                TEST_IMAGES: float(
+                    tags.get(TEST_IMAGES) or images.get(tags.get("data_sha256"), math.nan)
+                ),
                 **run.data.metrics,
             }
         )

@@ -1,7 +1,9 @@
 """The statistics of the numbers that are reported.
 
-Means over seeds with bootstrap intervals, differences of two such means, and the best score to
-expect of k trials. The bootstrap is seeded: the same values, in any order, give the same interval.
+A rule's accuracies come as `Values`: by repeat of the tuning, then by seed of the retraining. With
+several repeats the mean is over repeats, and its interval has both levels in it: the luck of tuning
+and that of training. With one repeat it is over seeds, and says nothing about the luck of tuning.
+`python -m benchmarks.coverage` measures how often every interval covers.
 
 Non-finite values are refused everywhere (ValueError): a caller that leaves out a diverged seed has
 to say so beside the mean.
@@ -11,16 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.95
-RESAMPLES = 10_000
-# Of the 95 % interval of a mean: its coverage in per cent, by the number of values, on normal data
-# (`python -m benchmarks.coverage`). With 6 values it is 93 %, from 8 on 94 to 95 %.
-LOW_COVERAGE = {2: 50.0, 3: 75.0, 4: 87.5, 5: 92.0}
+DRAWS = 10_000  # for the interval of a probability of improvement
+
+Values = Mapping[int, Mapping[int, float]]  # by repeat, by seed; a repeat may have none
 
 
 class Interval(NamedTuple):
@@ -31,12 +32,14 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """One quantity over seeds."""
+    """One quantity of a rule. A standard deviation is NaN where it cannot be told."""
 
-    n: int
-    mean: float  # NaN of no value
-    sd: float  # with n - 1; NaN of fewer than 2 values
-    interval: Interval  # of the mean, 95 %; as `bootstrap_interval`
+    n: int  # values
+    repeats: int  # that have a value
+    mean: float  # over repeats; NaN of no value
+    interval: Interval  # of the mean, 95 %
+    training_sd: float  # between the seeds of a repeat
+    tuning_sd: float  # between repeats, without what training contributes; at least 0
 
 
 class Difference(NamedTuple):
@@ -44,11 +47,27 @@ class Difference(NamedTuple):
 
     mean: float  # NaN if there is nothing to subtract
     interval: Interval  # 95 %
-    n: int  # of pairs; unpaired, of values in the smaller sample
-    paired: bool
+    p: float  # that a difference as large comes by chance, two-sided; NaN where no interval is
+    paired: bool  # by seed
+
+
+class Improvement(NamedTuple):
+    """How probably one rule beats another."""
+
+    probability: float  # NaN if one of them has no value
+    interval: Interval  # 95 %
 
 
 NO_INTERVAL = Interval(math.nan, math.nan)
+
+
+def by_repeat(rows: Iterable[Mapping[str, Any]], metric: str) -> Values:
+    """The values of retrained seeds, rows of `runs.retrained`: of one rule, of which each repeat
+    has one configuration."""
+    values: dict[int, dict[int, float]] = {}
+    for row in rows:
+        values.setdefault(row["repeat"], {})[row["seed"]] = row[metric]
+    return values
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
@@ -62,83 +81,107 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     )
 
 
-def summary(values: Sequence[float]) -> Summary:
-    """Count, mean, standard deviation and interval."""
-    sample = _sample(values)
-    n = len(sample)
-    # About the smallest value, as in _mean: exactly 0 of equal values.
-    sd = float(np.std(sample - sample[0], ddof=1)) if n > 1 else math.nan
-    return Summary(n, _mean(sample), sd, bootstrap_interval(values))
+def summary(values: Values) -> Summary:
+    """Mean, interval and variance components.
 
+    The interval is Student's, over seeds with one repeat and over the repeats' means with several.
+    These vary with the variance of tuning plus that of training / n, so that the interval is exact
+    for normal data with equally many seeds in each repeat, whatever the ratio of the two variances.
 
-def bootstrap_interval(
-    values: Sequence[float], level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
-    """The expanded percentile interval of the mean.
+    The standard deviation of training is pooled over the repeats. That of tuning is the moment
+    estimator: the variance of the repeats' means, less what training contributes to it.
 
-    A percentile interval is too narrow for a small sample: resamples vary as the variance with
-    divisor n, and its quantiles are the normal's, not Student's. The expanded one corrects both
-    in the probabilities of its tails (see `_tail`). On 10 normal values it covers the mean with
-    94 to 95 %; percentile and BCa with 90 %. On skewed ones it covers less, as Student's interval
-    does (10 exponential values: both 90 %).
-
-    It lies within the sample's range, which misses the median of any continuous distribution with
-    probability 2^(1 - n): of 3 values it covers the mean with 75 % at most. `low_coverage` is the
-    warning for small n.
-
-    Equal values give the interval [v, v], fewer than 2 none (NaN). Raises ValueError if the level
-    is not a probability.
-
-    Hesterberg (2015), What Teachers Should Know About the Bootstrap, The American Statistician
-    69(4), 371-386.
+    Bouthillier et al. (2021), Accounting for Variance in Machine Learning Benchmarks, MLSys 3.
     """
-    return _interval([_sample(values)], seed, level, resamples)
+    repeats = _repeats(values)
+    means = _units(repeats)
+    sizes = np.array([len(repeat) for repeat in repeats])
+    n = int(sizes.sum())
+    training = _within(repeats) / (n - len(repeats)) if n > len(repeats) else math.nan
+    tuning = (
+        max(0.0, _variance(means) - training * float(np.mean(1 / sizes)))
+        if len(repeats) > 1 and not math.isnan(training)
+        else math.nan
+    )
+    return Summary(
+        n, len(repeats), _mean(means), _t_test(means)[0], math.sqrt(training), math.sqrt(tuning)
+    )
 
 
-def low_coverage(n: int) -> str | None:
-    """A warning if a 95 % interval from n values covers too little; None if it does not.
+def difference(a: Values, b: Values) -> Difference:
+    """Of two means: paired by seed if each has one repeat and both have the same seeds, at least 2.
 
-    Holds for a mean and for a paired difference of n pairs. For an unpaired one, n being the
-    smaller sample's size, it is the worst case: that all variance is in the smaller sample.
+    What a seed decides for both (the initial weights, the order of the batches) then cancels. It
+    does not decide the split of the data, which is by position: all seeds share it.
     """
-    if n < 2:
-        return f"n = {n}: an interval needs 2 values"
-    if n in LOW_COVERAGE:
-        return (
-            f"n = {n}: the 95 % interval covers the mean of normal data in only about"
-            f" {LOW_COVERAGE[n]:g} % of cases, as a bootstrap never leaves the sample's range"
-        )
-    return None
+    if len(a) == len(b) == 1:
+        (first,), (second,) = a.values(), b.values()
+        if len(first) > 1 and first.keys() == second.keys():
+            _sample([*first.values(), *second.values()])  # refuses what is not finite
+            pairs = _sample(first[seed] - second[seed] for seed in first)
+            return Difference(_mean(pairs), *_t_test(pairs), paired=True)
+    return unpaired_difference(a, b)
 
 
-def difference(a: Mapping[int, float], b: Mapping[int, float], seed: int = 0) -> Difference:
-    """Of two means, values by seed: paired if both have the same seeds, at least 2."""
-    paired = len(a) > 1 and a.keys() == b.keys()
-    return paired_difference(a, b, seed) if paired else unpaired_difference(a, b, seed)
+def unpaired_difference(a: Values, b: Values) -> Difference:
+    """The mean of a minus that of b, by Welch's t test: of seeds or, where there are several
+    repeats, of the repeats' means.
 
+    Repeats are tuned independently, so their means are not paired, though rules share the seeds of
+    a repeat: what these do to both makes the interval cover more than 95 %, never less.
 
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float], seed: int = 0) -> Difference:
-    """The mean of a - b over the seeds that both have, and its `bootstrap_interval`.
-
-    What a seed decides for both (the initial weights, the order of the batches) cancels. It does
-    not decide the split of the data, which is by position: all seeds share it.
+    Welch (1947), Biometrika 34, 28-35.
     """
-    _sample([*a.values(), *b.values()])  # refuses those without a partner, too
-    sample = _sample(a[key] - b[key] for key in a.keys() & b.keys())
-    return Difference(_mean(sample), _interval([sample], seed), len(sample), paired=True)
+    units = [_units(_repeats(values)) for values in (a, b)]
+    return Difference(_mean(units[0]) - _mean(units[1]), *_t_test(*units), paired=False)
 
 
-def unpaired_difference(
-    a: Mapping[int, float], b: Mapping[int, float], seed: int = 0
-) -> Difference:
-    """The mean of a minus that of b, whatever their seeds; each sample is resampled on its own.
+def improvement(a: Values, b: Values, draws: int = DRAWS) -> Improvement:
+    """The probability that a network of rule a, tuned and retrained at random, is better than one
+    of b: the share of all pairs in which it is, ties half (Mann and Whitney 1947), over all pairs
+    of repeats alike.
 
-    The percentile interval of that difference, expanded to Welch's t interval as the one of a mean
-    is to Student's (see `_tail`). None (NaN) if a sample has fewer than 2 values.
+    That share is 0 or 1 in many small samples, and then knows no error. So the interval uses how
+    far apart values are: it is the generalized confidence interval of Phi(difference of means /
+    sqrt(sum of both variances)), drawn from the distributions of mean and variances, given the
+    values, on normal data, widened to hold the share. Seeded: the same values, in any order, give
+    the same interval. None (NaN) if a rule has fewer than 2 values, or neither varies.
+
+    Weerahandi (1993), Generalized Confidence Intervals, JASA 88, 899-905.
     """
-    samples = [_sample(a.values()), _sample(b.values())]
-    mean = _mean(samples[0]) - _mean(samples[1])
-    return Difference(mean, _interval(samples, seed), min(map(len, samples)), paired=False)
+    first, second = _repeats(a), _repeats(b)
+    if not first or not second:
+        return Improvement(math.nan, NO_INTERVAL)
+    share = float(np.mean([_share(one, other) for one in first for other in second]))
+    units = [_units(repeats) for repeats in (first, second)]
+    if min(map(len, units)) < 2 or not sum(map(_variance, units)) > 0:
+        return Improvement(share, NO_INTERVAL)
+    rng = np.random.default_rng(0)
+    (mean, variance), (other_mean, other_variance) = (
+        _drawn(repeats, rng, draws) for repeats in (first, second)
+    )
+    drawn = special.ndtr((mean - other_mean) / np.sqrt(variance + other_variance))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Improvement(share, Interval(min(float(low), share), max(float(high), share)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted for their number: where they are below 0.05, one of them or more is a false alarm in
+    at most 5 % of cases. NaN (no test) stays NaN and is not counted.
+
+    Holm (1979), Scandinavian Journal of Statistics 6, 65-70.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        adjusted[i] = least = max(least, min(1.0, p * (len(order) - rank)))
+    return adjusted
+
+
+def binomial_error(accuracy: float, images: float) -> float:
+    """The standard error of an accuracy in % that is due to the choice of the test images, in
+    points. NaN of NaN."""
+    return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def expected_maximum(scores: Sequence[float]) -> np.ndarray:
@@ -184,47 +227,66 @@ def _mean(sample: np.ndarray) -> float:
     return float(sample[0] + np.mean(sample - sample[0])) if len(sample) else math.nan
 
 
-def _statistic(first: np.ndarray, *second: np.ndarray, axis: int) -> np.ndarray:
-    """The mean, minus that of the second sample, if there is one."""
-    return np.mean(first, axis=axis) - sum(np.mean(sample, axis=axis) for sample in second)
+def _variance(sample: np.ndarray) -> float:
+    """With divisor n - 1, of 2 values or more; about the smallest: exactly 0 of equal values."""
+    return float(np.var(sample - sample[0], ddof=1))
 
 
-def _interval(
-    samples: Sequence[np.ndarray], seed: int, level: float = LEVEL, resamples: int = RESAMPLES
-) -> Interval:
-    """The expanded percentile interval of a mean or of a difference of means."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be above 0 and below 1, got level={level}")
-    if min(map(len, samples)) < 2:
-        return NO_INTERVAL
-    # About the smallest value, as in _mean: exactly 0 of equal values.
-    variances = np.array([np.var(sample - sample[0], ddof=1) for sample in samples])
-    if not variances.any():
-        value = _mean(samples[0]) - sum(map(_mean, samples[1:]))
-        return Interval(value, value)
-    n = np.array([len(sample) for sample in samples])
-    interval = stats.bootstrap(
-        samples,
-        _statistic,
-        vectorized=True,
-        method="percentile",
-        confidence_level=1 - 2 * _tail(n, variances, level),
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(float(interval.low), float(interval.high))
+def _repeats(values: Values) -> list[np.ndarray]:
+    """The samples of the repeats that have any value."""
+    return [_sample(seeds.values()) for _, seeds in sorted(values.items()) if seeds]
 
 
-def _tail(n: np.ndarray, variances: np.ndarray, level: float) -> float:
-    """The probability of either tail of the expanded percentile interval, samples of size n.
+def _units(repeats: Sequence[np.ndarray]) -> np.ndarray:
+    """What varies independently: the means of several repeats, the values of a single one."""
+    return repeats[0] if len(repeats) == 1 else _sample(map(_mean, repeats))
 
-    Means of resamples have quantiles m ± z s' / √n, with s' of divisor n; wanted are Student's,
-    m ± t s / √n with s of divisor n - 1. They agree at z = t √(n / (n - 1)), the tail Phi(-z)
-    (Hesterberg 2015). For a difference of means both variances add up, and so the same holds with
-    the degrees of freedom of Welch (1947, Biometrika 34, 28-35) and Satterthwaite and with the
-    ratio of the two sums of variances.
+
+def _within(repeats: Sequence[np.ndarray]) -> float:
+    """The sum of squares about the repeats' own means."""
+    return sum(_variance(repeat) * (len(repeat) - 1) for repeat in repeats if len(repeat) > 1)
+
+
+def _t_test(*samples: np.ndarray) -> tuple[Interval, float]:
+    """(interval, p) of a mean, or of the difference of two: with the degrees of freedom of Welch
+    and Satterthwaite, which are n - 1 of one sample.
+
+    None (NaN) if a sample has fewer than 2 values, or none of them varies: how far they would is
+    then below what can be seen.
     """
-    share = variances / n / np.sum(variances / n)  # of a sample in the difference's variance
-    freedom = 1 / np.sum(share**2 / (n - 1))
-    narrowness = np.sqrt(np.sum(share * (n - 1) / n))
-    return float(stats.norm.cdf(-stats.t.ppf((1 + level) / 2, freedom) / narrowness))
+    if min(map(len, samples)) < 2:
+        return NO_INTERVAL, math.nan
+    errors = np.array([_variance(sample) / len(sample) for sample in samples])
+    squared = float(errors.sum())
+    if not squared > 0:
+        return NO_INTERVAL, math.nan
+    shares = errors / squared
+    freedom = 1 / sum(
+        share**2 / (len(sample) - 1) for share, sample in zip(shares, samples, strict=True)
+    )
+    mean = _mean(samples[0]) - sum(map(_mean, samples[1:]))
+    error = math.sqrt(squared)
+    half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * error  # Student's t
+    return Interval(mean - half, mean + half), 2 * float(special.stdtr(freedom, -abs(mean) / error))
+
+
+def _share(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the pairs in which the value of a is larger, ties half."""
+    return float(np.mean(np.sign(a[:, None] - b) + 1)) / 2
+
+
+def _drawn(
+    repeats: Sequence[np.ndarray], rng: np.random.Generator, draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalized pivotal quantities of the mean and of one network's variance, both levels added
+    up."""
+    units = _units(repeats)
+    n = len(units)
+    of_units = _variance(units) * (n - 1) / rng.chisquare(n - 1, draws)
+    mean = _mean(units) + rng.standard_normal(draws) * np.sqrt(of_units / n)
+    sizes = np.array([len(repeat) for repeat in repeats])
+    freedom = sizes.sum() - len(repeats)
+    if len(repeats) == 1 or freedom == 0:  # a unit is one network
+        return mean, of_units
+    training = _within(repeats) / rng.chisquare(freedom, draws)
+    return mean, np.maximum(of_units - training * np.mean(1 / sizes), 0) + training

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
 from analysis import selection, store as stores
-from analysis.report import __main__ as program, checklist, comparison, contents, forms, tables
+from analysis.report import __main__ as program, checklist, comparison, contents, forms
 from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone
@@ -143,33 +143,58 @@ def tables_of_markdown(text):
 
 def tables_of_latex(text):
     plain = text
-    for command, sign in ((r"\%", "%"), (r"$\pm$", "±"), ("$-$", "−"), (r"\_", "_")):
+    for command, sign in ((r"\%", "%"), ("$-$", "−"), ("$<$", "<"), ("$>$", ">"), (r"\_", "_")):
         plain = plain.replace(command, sign)
     lines = [line for line in plain.splitlines() if line.endswith(r"\\")]
     rows = [[cell.strip() for cell in line.removesuffix(r"\\").split("&")] for line in lines]
     return [[{"--": "–"}.get(cell, cell) for cell in row] for row in rows]
 
 
+def tables_of(text):
+    """The tables of report.md by title, each a list of rows (dicts of cells)."""
+    found = {}
+    for part in text.split("## ")[1:]:
+        lines = tables_of_markdown(part)
+        rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+        found[part.partition("\n")[0]] = rows
+    return found
+
+
+def plain(text):
+    return float(text.replace("−", "-"))
+
+
 def test_the_four_forms_have_the_same_numbers(folder):
-    markdown = tables_of_markdown((folder / "report.md").read_text())
+    text = (folder / "report.md").read_text()
+    markdown = tables_of_markdown(text)
     latex = tables_of_latex((folder / "report.tex").read_text())
     html = tables_of_html((folder / "report.html").read_text())
-    assert len(markdown) == 4 + (1 + WON) + (1 + METHOD) + 4 + 4  # each with a head
+    # each with a head: accuracies, comparisons, validation, what won, method, search, hardness
+    assert len(markdown) == 4 + 3 + 4 + (1 + WON) + (1 + METHOD) + 4 + 4
     assert latex == markdown
     assert [row for row in html if row in markdown] == markdown
-    numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text()))
-    head, *lines = markdown[:4]
-    for line, row in zip(lines, numbers.to_dict("records"), strict=True):
-        cells = dict(zip(head, line, strict=True))
-        assert cells["rule"] == row["rule"]
-        spread = f"{row['test_mean']:.2f} ± {row['test_sd']:.2f} ({row['n']})"
-        assert cells["test accuracy (n)"] == spread
+    numbers = pd.read_csv(io.StringIO((folder / "report.csv").read_text())).to_dict("records")
+    tables = tables_of(text)
+    tested = tables["Test accuracy on digits"]
+    validated = tables["Validation accuracy on digits"]
+    for cells, valid, row in zip(tested, validated, numbers, strict=True):
+        assert cells["rule"] == valid["rule"] == row["rule"]
+        assert cells["test accuracy"] == f"{row['test_mean']:.2f}"
         assert cells["95 % interval"] == f"[{row['test_low']:.2f}, {row['test_high']:.2f}]"
-        assert cells["validation"] == f"{row['valid_mean']:.2f} ± {row['valid_sd']:.2f}"
-        assert cells["tuned"] == f"{row['tuned']:.2f}"
-        assert cells["diverged"] == str(row["diverged"])
-        signed = cells["test minus bp"].replace("−", "-")
-        assert signed == ("–" if math.isnan(row["bp_mean"]) else f"{row['bp_mean']:+.2f}")
+        assert cells["sd of training"] == f"{row['training_sd']:.2f}"
+        assert cells["error of test set"] == f"{row['test_error']:.2f}"
+        assert (cells["n"], cells["diverged"]) == (str(row["n"]), str(row["diverged"]))
+        assert "repeats" not in cells and "sd of tuning" not in cells  # there was one tuning
+        assert valid["validation"] == f"{row['valid_mean']:.2f}"
+        assert valid["tuned"] == f"{row['tuned']:.2f}"
+    compared = tables["Compared with bp on digits"]
+    for cells, row in zip(compared, numbers[1:], strict=True):
+        assert cells["rule"] == row["rule"]
+        assert plain(cells["test minus bp"]) == round(row["bp_mean"], 2)
+        assert cells["P(rule > bp)"] == f"{row['bp_better']:.2f}"
+        low, high = f"{row['bp_better_low']:.2f}", f"{row['bp_better_high']:.2f}"
+        assert cells["95 % interval of P"] == f"[{low}, {high}]"
+        assert cells["p (Holm)"] in ("< 0.001", f"{row['bp_holm']:.3f}")
 
 
 def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
@@ -181,8 +206,13 @@ def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
         assert own == [score(RULES[row["rule"]], seed) for seed in range(len(own))]
         assert row["n"] == len(own) == (3 if row["rule"] == "lin-thresh" else 4)
         assert row["test_mean"] == pytest.approx(np.mean(own), abs=1e-12)
-        assert row["test_sd"] == pytest.approx(np.std(own, ddof=1), abs=1e-12)
-        assert row["test_low"] < row["test_mean"] < row["test_high"]
+        assert row["training_sd"] == pytest.approx(np.std(own, ddof=1), abs=1e-12)
+        t = scipy_stats.t.interval(0.95, len(own) - 1, np.mean(own), scipy_stats.sem(own))
+        assert (row["test_low"], row["test_high"]) == pytest.approx(t)
+        assert row["repeats"] == 1 and math.isnan(row["tuning_sd"])
+        share = np.mean(own) / 100
+        assert row["test_images"] == 360  # of digits
+        assert row["test_error"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 360))
         assert row["valid_mean"] == pytest.approx(np.mean(own) + 1, abs=1e-12)
         trial = planted.TRIALS[RULES[row["rule"]]]
         assert row["tuned"] == trial.scores[-1]
@@ -192,7 +222,8 @@ def test_the_numbers_are_those_of_mlflows_raw_metrics(study, folder):
     assert by["exact-inv"]["bp_mean"] == pytest.approx(np.mean(pairs), abs=1e-12)
     assert by["exact-inv"]["bp_paired"] and not by["lin-thresh"]["bp_paired"]
     t = scipy_stats.t.interval(0.95, 3, np.mean(pairs), scipy_stats.sem(pairs))
-    assert t[0] < by["exact-inv"]["bp_low"] < by["exact-inv"]["bp_high"] < t[1]
+    assert (by["exact-inv"]["bp_low"], by["exact-inv"]["bp_high"]) == pytest.approx(t)
+    assert by["exact-inv"]["bp_p"] == pytest.approx(scipy_stats.ttest_1samp(pairs, 0)[1])
     assert (by["lin-thresh"]["diverged"], by["exact-inv"]["flagged"]) == (1, 1)
 
 
@@ -225,7 +256,7 @@ def test_the_report_says_how_hard_each_rule_is_to_tune(folder):
 
 def test_the_report_says_what_won(folder):
     """What was planted, with the ranges of the space and the defaults of the rules."""
-    head, *rows = tables_of_markdown((folder / "report.md").read_text())[4 : 5 + WON]
+    head, *rows = tables_of_markdown((folder / "report.md").read_text())[11 : 12 + WON]
     assert head == ["rule", "trial", "option", "value", "searched", "published default"]
     won = {(row[0], row[2]): row for row in rows}
     assert len(won) == WON and {(row[0], row[1]) for row in rows} == {
@@ -243,7 +274,7 @@ def test_the_report_says_what_won(folder):
 
 
 def test_the_report_says_how_the_study_was_done(folder):
-    head, *rows = tables_of_markdown((folder / "report.md").read_text())[5 + WON : -8]
+    head, *rows = tables_of_markdown((folder / "report.md").read_text())[12 + WON : -8]
     assert head == ["what", "how"] and len(rows) == METHOD
     how = dict(rows)
     assert how["data"] == (
@@ -286,7 +317,8 @@ def test_what_a_reader_must_know_is_in_the_report(folder):
         "seed 3 diverged: Diverged: x<b>&",
         "seed 2: the steady state is unstable",
         "left out: trial 7: it has not ended",
-        "n = 3: the 95 % interval covers",
+        "not the luck of tuning, nor the choice of the test images",
+        "The choice of the 360 test images gives an accuracy a standard error of ",
         "evaluated the test set during the search",
         "the groups had unequal budgets",
     ):
@@ -417,6 +449,7 @@ def test_tuned_minus_defaults(two, tmp_path):
     assert cells["tuned minus defaults"] == f"{np.mean(gains):+.2f}"
     assert (cells["tuned: trial"], cells["defaults: trial"]) == ("0", "1")
     assert cells["compared"] == "paired by seed"
+    assert cells["P(tuned > defaults)"] == "1.00"
     won = text.partition("## What won")[2].partition("\n## ")[0]
     assert {(line[0], line[1]) for line in tables_of_markdown(won)[1:]} == {
         ("bp", "0"), ("exact-inv", "2")
@@ -436,6 +469,10 @@ def test_studies_side_by_side(two, tmp_path):
     bp, exact = (dict(zip(head, row, strict=True)) for row in rows)
     assert (bp["rule"], exact["rule"]) == ("bp", "exact-inv")
     assert bp["under_score minus other"] == "+0.00" and bp["compared"] == "paired by seed"
+    assert (
+        bp["its 95 % interval"] == "–" and bp["P(under_score > other)"] == "0.50"
+    )  # the same runs
+    assert "bp, digits: under_score leads other by 0.00 points (0.0 of 360 test images)" in text
     means = [
         np.mean([score(1, seed) for seed in SEEDS]),
         np.mean([score(2, seed) for seed in SEEDS if seed != 3]),  # it diverged
@@ -512,22 +549,6 @@ def test_a_study_whose_name_has_a_comma_is_one_study(two):
     finally:
         store.client.set_tag(run, "mlflow.runName", "other")
     assert study.run.info.run_id == run
-
-
-def test_seeds_without_a_partner_are_compared_unpaired():
-    def row(rule, seed, test):
-        return {
-            "of_run": None, "configuration": rule, "rule": rule, "dataset": "digits", "depth": 1,
-            "feedback": "none" if rule == "bp" else "per sample", "trial": math.nan, "budget": 2,
-            "seed": seed, "state": "complete", "flag": "", "test_accuracy": test,
-            "valid_accuracy": test,
-        }  # fmt: skip
-
-    rows = [row("bp", s, 90.0 + s) for s in (0, 1, 2)] + [row("taylor", s, 80.0) for s in (3, 4)]
-    numbers = tables.results(pd.DataFrame(rows), pd.DataFrame()).to_dict("records")
-    assert [(r["rule"], r["bp_mean"], r["bp_paired"]) for r in numbers][1] == ("taylor", -11, False)
-    shown = tables.shown(pd.DataFrame(numbers))
-    assert "tuned" not in shown and "trial" not in shown and "test minus bp" in shown
 
 
 @pytest.mark.parametrize(

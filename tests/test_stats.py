@@ -1,4 +1,5 @@
-"""Means, intervals and expected maxima, against scipy, closed forms and brute force."""
+"""Means, intervals, comparisons and expected maxima, against scipy, closed forms, brute force and
+simulations."""
 
 import math
 import statistics
@@ -10,7 +11,8 @@ import scipy.stats
 from hypothesis import given, strategies as st
 
 from analysis import stats
-from benchmarks.coverage import coverage
+from benchmarks import coverage
+from benchmarks.coverage import Case
 
 # Degenerate input included, nothing that numpy or scipy would warn of is computed.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -19,16 +21,20 @@ VALUES = [0.31, 0.29, 0.35, 0.33, 0.28, 0.36, 0.3, 0.34, 0.27, 0.32]
 REFUSED = [math.nan, math.inf, -math.inf]
 floats = st.floats(-1000, 1000)
 samples = st.lists(floats, min_size=2, max_size=10)
+DIFFERENCE, UNPAIRED, EQUAL, BETTER = coverage.KINDS[1:]
 
 
-def by_seed(values):
-    return dict(enumerate(values))
+def once(values):
+    """Of a single repeat, by seed."""
+    return {1: dict(enumerate(values))}
 
 
-def expanded_tail(n, freedom, level=0.95):
-    """Hesterberg's formula; both samples of a difference have n values."""
-    z = -math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + level) / 2, freedom)
-    return float(scipy.stats.norm.cdf(z))
+def repeated(*repeats):
+    """By repeat, from 1, and by seed, other ones in each repeat."""
+    return {
+        number: {1000 * number + seed: value for seed, value in enumerate(values)}
+        for number, values in enumerate(repeats, start=1)
+    }
 
 
 # Summaries
@@ -36,48 +42,46 @@ def expanded_tail(n, freedom, level=0.95):
 
 @given(samples)
 def test_mean_and_sd_are_those_of_exact_arithmetic(values):
-    found = stats.summary(values)
-    assert found.n == len(values)
+    found = stats.summary(once(values))
+    assert (found.n, found.repeats) == (len(values), 1)
     assert found.mean == pytest.approx(statistics.mean(values), abs=1e-9)
-    assert found.sd == pytest.approx(statistics.stdev(values), abs=1e-9)
-    assert found.interval == stats.bootstrap_interval(values)
-
-
-def test_mean_and_sd_are_those_of_scipy():
-    described = scipy.stats.describe(VALUES)
-    found = stats.summary(VALUES)
-    assert (found.n, found.mean) == (described.nobs, pytest.approx(described.mean))
-    assert found.sd**2 == pytest.approx(described.variance)
+    assert found.training_sd == pytest.approx(statistics.stdev(values), abs=1e-9)
+    assert math.isnan(found.tuning_sd)
 
 
 def test_of_no_value_there_is_nothing_and_of_one_the_mean():
-    n, mean, sd, interval = stats.summary([])
-    assert n == 0 and np.isnan([mean, sd, *interval]).all()
-    n, mean, sd, interval = stats.summary([0.1])
-    assert (n, mean) == (1, 0.1) and np.isnan([sd, *interval]).all()
+    for nothing in ({}, {1: {}}, {1: {}, 2: {}}):
+        n, repeats, *rest = stats.summary(nothing)
+        assert n == repeats == 0 and np.isnan(np.hstack(rest)).all()
+    n, repeats, mean, *rest = stats.summary(once([0.1]))
+    assert (n, repeats, mean) == (1, 1, 0.1) and np.isnan(np.hstack(rest)).all()
 
 
 @pytest.mark.parametrize("value", [0.1, -1e6, 0.0])
 @pytest.mark.parametrize("n", [2, 3, 10, 49])
-def test_equal_values_have_no_spread_to_the_last_bit(value, n):
-    assert stats.summary([value] * n) == (n, value, 0.0, (value, value))
+def test_equal_values_have_no_spread_to_the_last_bit_and_no_interval(value, n):
+    found = stats.summary(once([value] * n))
+    assert found[:3] == (n, 1, value) and found.training_sd == 0.0
+    assert np.isnan(found.interval).all()
+    found = stats.summary(repeated([value] * n, [value] * n))
+    assert (found.mean, found.training_sd, found.tuning_sd) == (value, 0.0, 0.0)
+    assert np.isnan(found.interval).all()
 
 
 def test_values_too_close_to_have_a_variance_count_as_equal():
-    low, high = stats.bootstrap_interval([0.0, 1e-200])
-    assert low == high == pytest.approx(5e-201)
+    assert np.isnan(stats.summary(once([0.0, 1e-200])).interval).all()
 
 
 @pytest.mark.parametrize("bad", REFUSED)
 def test_values_that_are_not_finite_are_refused(bad):
-    values, bad_values = {0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 3: bad}  # 3: without a partner
+    values, bad_values = once([0.5, 0.6, 0.7]), once([0.5, 0.6, bad])
     for refused in (
-        lambda: stats.summary([0.5, bad]),
-        lambda: stats.bootstrap_interval([bad]),
-        lambda: stats.paired_difference(values, bad_values),
-        lambda: stats.paired_difference(bad_values, values),
+        lambda: stats.summary(bad_values),
+        lambda: stats.difference(values, bad_values),
+        lambda: stats.difference(bad_values, values),
         lambda: stats.unpaired_difference(values, bad_values),
         lambda: stats.unpaired_difference(bad_values, values),
+        lambda: stats.improvement(values, bad_values),
         lambda: stats.expected_maximum([0.5, bad]),
         lambda: stats.rank_correlation([(0.5, 0.5), (0.6, bad)]),
     ):
@@ -93,84 +97,96 @@ def test_rank_correlation_is_that_of_scipy():
     assert math.isnan(stats.rank_correlation([]))
 
 
-# Intervals
+# Intervals of a mean
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10])
-@pytest.mark.parametrize("level", [0.8, 0.95])
-def test_the_interval_is_scipys_percentile_interval_at_the_expanded_level(n, level):
-    direct = scipy.stats.bootstrap(
-        (sorted(VALUES[:n]),),
-        np.mean,
-        method="percentile",
-        confidence_level=1 - 2 * expanded_tail(n, n - 1, level),
-        n_resamples=10_000,
-        rng=np.random.default_rng(7),
-    ).confidence_interval
-    assert stats.bootstrap_interval(VALUES[:n], level, seed=7) == pytest.approx(tuple(direct))
+def test_the_interval_of_one_tuning_is_students(n):
+    direct = scipy.stats.ttest_1samp(VALUES[:n], 0).confidence_interval(0.95)
+    assert stats.summary(once(VALUES[:n])).interval == pytest.approx(tuple(direct))
 
 
-def test_the_expanded_level_is_hesterbergs():
-    # his R package, resample 0.6: pnorm(qt(0.025, n - 1) * sqrt(n / (n - 1))); by hand for n = 10,
-    # qt = -2.262157 (any table): -2.384519, and 0.855 % lie below
-    assert expanded_tail(10, 9) == pytest.approx(0.00855, abs=5e-6)
+def test_that_of_several_is_students_of_the_means_of_repeats():
+    repeats = [VALUES[:3], VALUES[3:5], VALUES[5:]]
+    found = stats.summary({**repeated(*repeats), 4: {}})  # of a repeat, every seed diverged
+    direct = scipy.stats.ttest_1samp([np.mean(own) for own in repeats], 0)
+    assert (found.n, found.repeats) == (10, 3)
+    assert found.interval == pytest.approx(tuple(direct.confidence_interval(0.95)))
+    assert found.mean == pytest.approx(np.mean([np.mean(own) for own in repeats]))
 
 
-def test_a_seed_gives_an_interval_whatever_the_order_and_another_seed_another():
-    first = stats.bootstrap_interval(VALUES)
-    assert stats.bootstrap_interval(VALUES[::-1], seed=0) == first
-    assert stats.bootstrap_interval(VALUES, seed=1) != first
+def test_the_variances_are_those_of_an_analysis_of_variance():
+    """Of equally many seeds: the means of squares within and between (Searle et al. 1992)."""
+    values = np.random.default_rng(0).normal(np.array([[0.0], [1.0], [2.0], [4.0]]), size=(4, 5))
+    found = stats.summary(repeated(*values))
+    within = np.mean(np.var(values, axis=1, ddof=1))
+    between = 5 * np.var(values.mean(axis=1), ddof=1)
+    assert found.training_sd**2 == pytest.approx(within)
+    assert found.tuning_sd**2 == pytest.approx((between - within) / 5)
 
 
-@given(samples, floats, st.floats(0.01, 100))
+def test_the_variance_of_tuning_is_unbiased_also_of_few_seeds_and_never_negative():
+    rng = np.random.default_rng(1)
+    case = Case("normal", 2.0, (10, 8, 2))
+    simulated = [stats.summary(coverage.study(rng, case, [coverage.Rule()])[0]) for _ in range(400)]
+    assert np.mean([found.tuning_sd**2 for found in simulated]) == pytest.approx(4, rel=0.2)
+    assert np.mean([found.training_sd**2 for found in simulated]) == pytest.approx(1, rel=0.1)
+    assert stats.summary(repeated([0, 2], [2, 0])).tuning_sd == 0.0
+    assert math.isnan(stats.summary(repeated([1], [2], [4])).tuning_sd)  # who knows which it was
+
+
+def test_one_lucky_tuning_makes_the_interval_wide():
+    ordinary, lucky = [87.0, 87.2, 87.1, 86.9], [88.9, 89.1, 89.0, 89.0]
+    alone = stats.summary(once(lucky)).interval
+    assert alone.low > 88  # a single repeat, if it was this one
+    found = stats.summary(repeated(ordinary, ordinary, lucky, ordinary, ordinary))
+    assert found.interval.low < 87.05 < 87.43 < found.interval.high
+    assert found.tuning_sd == pytest.approx(0.87, abs=0.02)
+    assert found.training_sd == pytest.approx(0.12, abs=0.01)
+
+
+@given(st.lists(st.integers(-99, 99), min_size=2, max_size=10), floats, st.floats(0.01, 100))
 def test_the_interval_moves_and_stretches_with_the_values(values, shift, scale):
     moved = [scale * value + shift for value in values]
-    found = stats.bootstrap_interval(moved, resamples=200)
-    expected = [scale * end + shift for end in stats.bootstrap_interval(values, resamples=200)]
-    assert list(found) == pytest.approx(expected, abs=1e-7)
+    found = stats.summary(once(moved)).interval
+    expected = [scale * end + shift for end in stats.summary(once(values)).interval]
+    assert list(found) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
-@given(samples)
-def test_the_interval_lies_within_the_range(values):
-    low, high = stats.bootstrap_interval(values, resamples=200)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+# Simulated, 600 studies of each kind: the binomial standard error of a coverage is 0.9 points
 
 
-def test_a_higher_level_gives_a_wider_interval():
-    widths = [
-        high - low for low, high in (stats.bootstrap_interval(VALUES, p) for p in (0.5, 0.9, 0.99))
-    ]
-    assert widths == sorted(widths) and len(set(widths)) == 3
+@pytest.mark.parametrize("seeds", [(3,), (10,), (3, 3, 3), (5,) * 5, coverage.SOME_DIVERGED])
+def test_the_interval_of_a_mean_covers_it(seeds):
+    case = Case("normal", 2.0 if len(seeds) > 1 else 0.0, seeds)
+    assert 0.92 < coverage.coverage(coverage.KINDS[0], case, 600) < 0.97
 
 
-@pytest.mark.parametrize("level", [0.0, 1.0, 95, math.nan])
-def test_a_level_that_is_no_probability_is_refused(level):
-    with pytest.raises(ValueError, match=f"above 0 and below 1, got level={level}"):
-        stats.bootstrap_interval(VALUES, level)
+@pytest.mark.parametrize(
+    ("kind", "seeds", "ratio", "least", "most"),
+    [
+        (DIFFERENCE, (3,), 0.0, 0.92, 0.97),
+        (DIFFERENCE, (5, 5, 5), 0.0, 0.94, 1.0),  # the rules share the luck of training
+        (DIFFERENCE, (5, 5, 5), 2.0, 0.92, 0.98),
+        (UNPAIRED, (3,), 0.0, 0.91, 0.97),
+        (UNPAIRED, (5,) * 5, 2.0, 0.92, 0.97),
+        (EQUAL, (5,), 0.0, 0.94, 1.0),
+        (EQUAL, (5,) * 5, 2.0, 0.94, 1.0),
+        (BETTER, (10,), 0.0, 0.92, 0.98),
+        (BETTER, coverage.SOME_DIVERGED, 2.0, 0.94, 1.0),
+    ],
+)
+def test_the_interval_of_a_comparison_covers_it(kind, seeds, ratio, least, most):
+    assert least < coverage.coverage(kind, Case("normal", ratio, seeds), 600) < most
 
 
-def test_of_three_values_the_interval_is_the_range():
-    assert stats.bootstrap_interval(VALUES[:3]) == pytest.approx((0.29, 0.35))
-
-
-def test_the_interval_covers_the_mean_of_normal_data():
-    found = coverage(n=10, repetitions=1000, resamples=2000)
-    print(f"n = 10: covers {100 * found.share:.1f} ± {100 * found.error:.1f} %")
-    assert 0.93 <= found.share <= 0.97  # 0.95 and three standard errors of 1,000 repetitions
-    assert found.width == pytest.approx(1, abs=0.03)  # of the t interval's; a percentile's: 0.83
-
-
-@pytest.mark.parametrize("n", stats.LOW_COVERAGE)
-def test_the_low_coverage_that_is_told_is_that_of_a_simulation(n):
-    found = coverage(n, repetitions=500, resamples=1000)
-    assert 100 * found.share == pytest.approx(stats.LOW_COVERAGE[n], abs=300 * found.error)
-    assert f"n = {n}: " in (stats.low_coverage(n) or "")
-
-
-def test_low_coverage_is_told_of_small_samples_only():
-    assert "needs 2 values" in (stats.low_coverage(1) or "")
-    assert stats.low_coverage(0) and stats.low_coverage(5)
-    assert not stats.low_coverage(6) and not stats.low_coverage(10)
+@pytest.mark.parametrize("seeds", [(5,), (5, 5, 5)])
+def test_equal_rules_are_rarely_told_apart_and_rules_better_by_a_point_are_better(seeds):
+    equal, better = (coverage.comparison(seeds, points) for points in (0, 1))
+    print(f"{seeds}: of {coverage.STUDIES} studies of equal rules, {100 * equal.told:.1f} % differ")
+    assert equal.probability == pytest.approx(0.5, abs=0.03)
+    assert equal.told <= 0.08  # 5 % and two standard errors of 200 studies
+    assert better.probability > 0.8 and better.told > 3 * equal.told
 
 
 # Differences
@@ -178,80 +194,122 @@ def test_low_coverage_is_told_of_small_samples_only():
 
 def test_pairs_cancel_what_a_seed_does_to_both():
     effect = np.random.default_rng(0).normal(scale=10, size=10)
-    a, b = by_seed(effect + VALUES), by_seed(effect)
-    paired, unpaired = stats.paired_difference(a, b), stats.unpaired_difference(a, b)
+    a, b = once(effect + VALUES), once(effect)
+    paired, unpaired = stats.difference(a, b), stats.unpaired_difference(a, b)
     assert paired.mean == pytest.approx(np.mean(VALUES)) == unpaired.mean
-    assert paired.interval == pytest.approx(stats.bootstrap_interval(VALUES))
+    assert paired.interval == pytest.approx(stats.summary(once(VALUES)).interval)
     assert paired.interval.low > 0 > unpaired.interval.low
-    assert (paired.n, paired.paired) == (10, True)
-    assert (unpaired.n, unpaired.paired) == (10, False)
+    assert paired.paired and not unpaired.paired
+    assert paired.p == pytest.approx(scipy.stats.ttest_rel(effect + VALUES, effect)[1])
 
 
-def test_pairs_are_made_by_seed_of_those_that_both_have():
-    found = stats.paired_difference({3: 1.0, 1: 2.0, 9: 50.0}, {1: 1.5, 3: 0.5, 4: -50.0})
-    assert found == (0.5, (0.5, 0.5), 2, True)
+def test_pairs_are_made_by_seed():
+    found = stats.difference({1: {3: 1.0, 1: 2.0}}, {1: {1: 1.5, 3: 0.0}})
+    assert (found.mean, found.paired) == (0.75, True)
 
 
 @pytest.mark.parametrize("ratio", [1, 5])
-def test_unpaired_is_near_welchs_t_interval_on_normal_data(ratio):
+def test_unpaired_is_welchs(ratio):
     rng = np.random.default_rng(1)
-    a, b = rng.normal(1, 1, size=30), rng.normal(0, ratio, size=30)
-    found = stats.unpaired_difference(by_seed(a), by_seed(b))
+    a, b = rng.normal(1, 1, size=3), rng.normal(0, ratio, size=5)
+    found = stats.unpaired_difference(once(a), once(b))
     welch = scipy.stats.ttest_ind(a, b, equal_var=False)
-    low, high = welch.confidence_interval()
-    assert found.mean == pytest.approx((low + high) / 2)
-    # skewness of a sample of 30 shifts the ends by a few per cent of the width
-    assert list(found.interval) == pytest.approx([low, high], abs=0.04 * (high - low))
+    assert found.interval == pytest.approx(tuple(welch.confidence_interval()))
+    assert found.p == pytest.approx(welch[1])
 
 
-def test_unpaired_is_scipys_percentile_interval_at_welchs_expanded_level():
-    a, b = VALUES[:5], [2 * value for value in VALUES[5:]]
-    freedom = scipy.stats.ttest_ind(a, b, equal_var=False).df  # pyright: ignore[reportAttributeAccessIssue]
-    direct = scipy.stats.bootstrap(
-        (sorted(a), sorted(b)),
-        lambda x, y, axis: np.mean(x, axis) - np.mean(y, axis),
-        method="percentile",
-        confidence_level=1 - 2 * expanded_tail(5, freedom),
-        n_resamples=10_000,
-        rng=np.random.default_rng(3),
-    ).confidence_interval
-    found = stats.unpaired_difference(by_seed(a), by_seed(b), seed=3)
-    assert found.interval == pytest.approx(tuple(direct))
+def test_with_several_repeats_their_means_are_compared_though_seeds_are_shared():
+    a, b = repeated(VALUES[:3], VALUES[3:6]), repeated(VALUES[2:5], VALUES[7:])
+    means = [[np.mean([*own.values()]) for own in values.values()] for values in (a, b)]
+    welch = scipy.stats.ttest_ind(*means, equal_var=False)
+    found = stats.difference(a, b)
+    assert found.interval == pytest.approx(tuple(welch.confidence_interval()))
+    assert not found.paired
+    one = stats.difference(a, once(VALUES))  # of one tuning: its seeds
+    welch = scipy.stats.ttest_ind(means[0], VALUES, equal_var=False)
+    assert one.interval == pytest.approx(tuple(welch.confidence_interval()))
 
 
-def test_unpaired_counts_the_smaller_sample_and_needs_two_values_of_each():
-    two, three, one = {0: 1.0, 1: 2.0}, {5: 0.5, 6: 1.0, 7: 0.0}, {0: 4.0}
-    assert stats.unpaired_difference(two, three)[::2] == (1.0, 2)
-    mean, interval, n, _ = stats.unpaired_difference(one, two)
-    assert (mean, n) == (2.5, 1) and np.isnan(interval).all()
-    mean, interval, n, _ = stats.unpaired_difference(one, {})
-    assert n == 0 and np.isnan([mean, *interval]).all()
-    assert np.isnan(stats.paired_difference(two, three).mean)
+def test_unpaired_needs_two_values_of_each():
+    two, one = once([1.0, 2.0]), once([4.0])
+    mean, *rest = stats.unpaired_difference(one, two)[:3]
+    assert mean == 2.5 and np.isnan(np.hstack(rest)).all()
+    mean, *rest = stats.difference(one, {})[:3]
+    assert np.isnan(np.hstack([mean, *rest])).all()
 
 
-def test_a_difference_of_two_constants_is_a_point():
-    assert stats.unpaired_difference(by_seed([0.3] * 3), by_seed([0.1] * 5)) == (
-        0.3 - 0.1,
-        (0.3 - 0.1, 0.3 - 0.1),
-        3,
-        False,
-    )
+def test_a_difference_of_two_constants_has_no_interval():
+    for found in (
+        stats.unpaired_difference(once([0.3] * 3), once([0.1] * 5)),
+        stats.difference(once([0.3] * 3), once([0.1] * 3)),
+    ):
+        assert found.mean == 0.3 - 0.1 and np.isnan([*found.interval, found.p]).all()
 
 
 def test_with_one_constant_the_interval_is_that_of_the_other():
-    constant = stats.unpaired_difference(by_seed(VALUES), by_seed([0.1] * 4)).interval
-    alone = stats.bootstrap_interval([value - 0.1 for value in VALUES])
-    # resampled with other random numbers; width 0.042
-    assert list(constant) == pytest.approx(list(alone), abs=0.002)
+    found = stats.unpaired_difference(once(VALUES), once([0.0] * 4)).interval
+    assert found == pytest.approx(stats.summary(once(VALUES)).interval)
 
 
 def test_a_difference_is_paired_if_the_seeds_are_the_same_and_two_at_least():
-    a, b = by_seed(VALUES), by_seed(VALUES[::-1])
-    assert stats.difference(a, b, seed=2) == stats.paired_difference(a, b, seed=2)
-    del b[3]
-    assert stats.difference(a, b, seed=2) == stats.unpaired_difference(a, b, seed=2)
-    assert not stats.difference({0: 1.0}, {0: 2.0}).paired
+    a, b = once(VALUES), once(VALUES[::-1])
+    assert stats.difference(a, b).paired
+    del b[1][3]
+    assert stats.difference(a, b) == stats.unpaired_difference(a, b)
+    assert not stats.difference({1: {0: 1.0}}, {1: {0: 2.0}}).paired
     assert not stats.difference({}, {}).paired
+
+
+# The probability of improvement
+
+
+def test_the_probability_is_mann_and_whitneys():
+    a, b = VALUES[:5], [0.3, 0.31, 0.28, 0.4]
+    u = scipy.stats.mannwhitneyu(a, b).statistic
+    assert stats.improvement(once(a), once(b)).probability == u / 20
+    assert stats.improvement(once(b), once(a)).probability == 1 - u / 20
+
+
+def test_a_repeat_counts_the_same_however_many_seeds_it_has():
+    a = repeated([2.0], [0.0] * 9)
+    assert stats.improvement(a, once([1.0, 1.0])).probability == 0.5
+
+
+def test_the_interval_holds_the_share_and_does_not_depend_on_the_order():
+    a, b = repeated([3.0, 4.0], [5.0, 3.5]), repeated([1.0, 2.0], [0.5, 2.5])
+    found = stats.improvement(a, b)
+    assert found.probability == found.interval.high == 1.0 and 0 < found.interval.low < 0.9
+    turned = {2: dict(reversed(a[2].items())), 1: a[1]}
+    assert stats.improvement(turned, b) == found
+
+
+def test_values_that_do_not_vary_or_are_too_few_give_no_interval_of_it():
+    for a, b, share in (
+        ([2.0, 2.0], [1.0, 1.0], 1.0),
+        ([1.0, 1.0], [1.0, 1.0], 0.5),
+        ([2.0], [1.0, 3.0], 0.5),
+    ):
+        found = stats.improvement(once(a), once(b))
+        assert found.probability == share and np.isnan(found.interval).all()
+    assert np.isnan(np.hstack(stats.improvement({}, once(VALUES)))).all()
+
+
+# Several comparisons, and the test set
+
+
+def test_holms_correction_is_that_of_his_paper():
+    # Holm (1979): the smallest of m is multiplied by m, the next by m - 1, none below the last
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    found = stats.holm([0.02, math.nan, 0.01])
+    assert math.isnan(found[1]) and found[::2] == pytest.approx([0.02, 0.02])
+    assert stats.holm([]) == []
+
+
+def test_the_error_of_a_test_set_is_binomial():
+    assert stats.binomial_error(90, 360) == pytest.approx(100 * math.sqrt(0.9 * 0.1 / 360))
+    assert stats.binomial_error(100, 360) == 0.0
+    assert math.isnan(stats.binomial_error(math.nan, 360))
 
 
 # The expected maximum

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis import selection, stats
-from analysis.report import contents, panels, tables
+from analysis import selection
+from analysis.report import accuracy, contents, panels, tables
+from analysis.report.accuracy import Pair, Seeds
 from analysis.report.contents import Page, Report, Section
 from analysis.report.panels import plot_data
-from analysis.report.panels.plot_data import Row
-from analysis.report.tables import NOTHING, Pair
+from analysis.report.tables import NOTHING
 from analysis.store import Refused, StudyRun
 from disinhib.checks import flatten, in_hydra
 from disinhib.tuning import space_tree
@@ -24,6 +24,10 @@ ELSEWHERE = {"study", "out_dir", "tracking", "cluster", "checkpoints", "resume",
 DIFFERS_NOTE = (
     "What the studies do not share: options that both have (where they run, left out), searched"
     " parameters with their ranges, code and packages. What is not listed is equal."
+)
+DIFFERENCES_NOTE = (
+    "Accuracies in %, of each study's selected configuration of the rule (the best in its search;"
+    " of a grid, on validation data) over n retrained seeds."
 )
 METHOD_NOTE = "How each study was done, and the commands that give its numbers again."
 SEARCH_NOTE = (
@@ -39,7 +43,7 @@ class Versus(NamedTuple):
     dataset: str
     first: str
     second: str
-    numbers: pd.DataFrame  # tables.differences
+    numbers: pd.DataFrame  # accuracy.differences
 
 
 def refuse_unlike(studies: Sequence[StudyRun]) -> None:
@@ -64,11 +68,12 @@ def page(reports: Sequence[Report]) -> Page:
     differences = _differences(reports, shared)
     sections = []
     for dataset, first, second, rows in differences:
-        shown = tables.shown_differences(rows, first, second)
+        shown = accuracy.shown_differences(rows, first, second)
         title = f"Test accuracy on {dataset}: {first} minus {second}"
-        sections.append(Section(title, shown, _differences_note(rows)))
+        note = contents.differences_note(DIFFERENCES_NOTE, rows)
+        sections.append(Section(title, shown, note))
     for dataset, rows in joined.groupby("dataset", sort=False) if len(joined) else ():
-        shown = tables.shown(rows)
+        shown = accuracy.shown(rows)
         shown.insert(1, "study", list(rows["study"]))
         title = f"All retrained configurations on {dataset}"
         sections.append(Section(title, shown, contents.note(rows)))
@@ -144,7 +149,7 @@ def _only(report: Report, shared: Iterable[str]) -> plot_data.PlotData:
 
 
 def _results(reports: Sequence[Report], shared: Sequence[str]) -> pd.DataFrame:
-    """`tables.results` of all studies, with the column `study`, rule by rule."""
+    """`accuracy.results` of all studies, with the column `study`, rule by rule."""
     rows = [
         {"study": report.study.name, **row}
         for report in reports
@@ -167,17 +172,16 @@ def _search(reports: Sequence[Report], shared: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["rule"])))
 
 
-def _selected(report: Report) -> dict[tuple[str, str], dict[int, list[Row]]]:
-    """The seeds of the selected configuration, by (data set, rule) and depth."""
+def _selected(report: Report) -> dict[tuple[str, str], dict[int, Seeds]]:
+    """The seeds of what was selected, by (data set, rule) and depth."""
     data = report.data
-    groups = tables.configurations(data.retrained).values()
     key = lambda seeds: (seeds[0]["dataset"], seeds[0]["rule"])
     return {
         name: {
-            depth: tables.selected(alike, data.trials, data.metric)
+            depth: accuracy.selected(alike, data.trials, data.metric)
             for depth, alike in plot_data.grouped(own, lambda s: s[0]["depth"]).items()
         }
-        for name, own in plot_data.grouped(groups, key).items()
+        for name, own in plot_data.grouped(report.tunings, key).items()
     }
 
 
@@ -195,21 +199,9 @@ def _differences(reports: Sequence[Report], shared: Sequence[str]) -> list[Versu
                 alike = [Pair(by_depth[n], theirs[n]) for n in by_depth if n in theirs]
                 pairs += alike or [Pair(a, b) for a in by_depth.values() for b in theirs.values()]
             if pairs:
-                numbers = tables.differences(pairs)
+                numbers = accuracy.differences(pairs)
                 differences.append(Versus(dataset, first.study.name, other.study.name, numbers))
     return differences
-
-
-def _differences_note(numbers: pd.DataFrame) -> str:
-    sentences = [
-        "Of each study the selected configuration of the rule (the best in its search; of a grid,"
-        " on validation data). Accuracies in %, mean ± standard deviation over n retrained seeds."
-        " Differences are paired by seed where both have the same seeds and number of hidden"
-        " layers, and unpaired elsewhere."
-    ]
-    if warning := stats.low_coverage(min(numbers["n"])):
-        sentences.append(f"Intervals are bootstrapped; {warning}.")
-    return " ".join(sentences)
 
 
 def _summary(differences: Sequence[Versus]) -> list[str]:
@@ -280,6 +272,7 @@ def _warnings(
             words = f"{', '.join(alone)}, which not all studies have"
             lines.append(f"left out of {report.study.name}: {words}")
     for versus in differences:
+        lines += accuracy.close_pairs(versus.numbers, versus.first, versus.second)
         for row in versus.numbers.to_dict("records"):
             for name in ("depth", "epochs"):
                 one, other = row[f"first_{name}"], row[f"second_{name}"]

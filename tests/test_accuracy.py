@@ -1,0 +1,192 @@
+"""The tables of accuracies, from rows as `runs.retrained` gives them: no study is needed."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import stats
+from analysis.report import accuracy, contents
+from benchmarks import coverage
+from disinhib.metrics import SELECTION
+
+METRIC = SELECTION["valid_accuracy"]
+IMAGES = 360
+
+
+def seeds_of(rule, values, trial=None, valid=None, **other):
+    """The seeds of a configuration, of which None has diverged; `valid` is 1 more."""
+    return [
+        {
+            "of_run": None if trial is None else f"run-{trial}", "configuration": f"{rule}-{trial}",
+            "rule": rule, "repeat": 1, "dataset": "digits", "depth": 1, "budget": 2, "flag": "",
+            "feedback": "none" if rule == "bp" else "per sample",
+            "trial": math.nan if trial is None else trial,
+            "seed": seed, "state": "failed" if value is None else "complete",
+            "test_accuracy": math.nan if value is None else value,
+            "valid_accuracy": math.nan if value is None else value + 1,
+            "test_images": IMAGES, **other,
+        }
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def trials_of(scores):
+    """A search: the score of each trial by its number."""
+    return pd.DataFrame(
+        [
+            {"run_id": f"run-{trial}", "rule": "bp", "state": "complete", "score": score,
+             "epochs": 2, "seeds": (0,)}
+            for trial, score in scores.items()
+        ]
+    )  # fmt: skip
+
+
+def results(rows, scores=None, defaults=()):
+    trials = trials_of(scores or {})
+    tunings = accuracy.tunings(pd.DataFrame(rows), trials, METRIC, defaults)
+    return accuracy.results(tunings, trials)
+
+
+def test_seeds_without_a_partner_are_compared_unpaired():
+    rows = [*seeds_of("bp", [90.0, 91.0, 92.0]), *seeds_of("taylor", [79.0, 81.0])]
+    numbers = results(rows)
+    _, taylor = numbers.to_dict("records")
+    assert (taylor["rule"], taylor["bp_mean"], taylor["bp_paired"]) == ("taylor", -11, False)
+    assert "tuned" not in accuracy.shown_validation(numbers)
+    shown = accuracy.shown(numbers)
+    assert "trial" not in shown and "repeats" not in shown
+    (line,) = accuracy.shown_comparisons(numbers).to_dict("records")
+    assert line["test minus bp"] == "−11.00" and line["compared"] == "unpaired"
+
+
+REPEATED = [
+    row
+    for repeat, (bp, rule) in enumerate(
+        [([90.0, 91.0], [87.0, 88.0]), ([91.0, 92.0], [89.0, 90.0]), ([92.0, 93.0], [88.5, None])],
+        start=1,
+    )
+    for row in (
+        *seeds_of("bp", bp, trial=repeat, repeat=repeat),
+        *seeds_of("exact-inv", rule, trial=10 + repeat, repeat=repeat),
+    )
+]
+
+
+def test_a_rule_that_was_tuned_several_times_is_one_row_with_both_levels():
+    scores = {1: 95.0, 2: 96.0, 3: 97.0, 11: 92.0, 12: 93.0, 13: 94.0}
+    numbers = results(REPEATED, scores)
+    bp, rule = numbers.to_dict("records")
+    assert (bp["repeats"], bp["n"], rule["repeats"], rule["n"]) == (3, 6, 3, 5)
+    assert (bp["test_mean"], bp["training_sd"]) == pytest.approx((91.5, math.sqrt(0.5)))
+    assert bp["tuning_sd"] == pytest.approx(math.sqrt(1 - 0.5 / 2))
+    assert (bp["test_low"], bp["test_high"]) == pytest.approx(
+        tuple(stats.summary({1: {0: 90.5, 1: 91.5, 2: 92.5}}).interval)
+    )
+    assert math.isnan(bp["trial"]) and (bp["tuned"], bp["gap"]) == pytest.approx((96.0, 3.5))
+    assert rule["diverged"] == 1 and not rule["bp_paired"]
+    assert rule["bp_mean"] == pytest.approx(np.mean([87.5, 89.5, 88.5]) - 91.5)
+    assert rule["bp_better"] == pytest.approx(1 / 72)  # 90 and 90, a pair of 4 of 9 repeats
+    assert rule["bp_p"] == rule["bp_holm"]
+    shown, compared = accuracy.shown(numbers), accuracy.shown_comparisons(numbers)
+    assert [*shown["repeats"]] == ["3", "3"] and [*shown["sd of tuning"]] == ["0.87", "0.82"]
+    assert [*compared["compared"]] == ["unpaired, by repeat"]
+    words = contents.note(numbers)
+    assert "the luck of tuning and that of training in it, but not the choice" in words
+    assert (
+        "retraining seeds of one tuning" not in words and "choice of the 360 test images" in words
+    )
+
+
+def test_a_note_says_of_one_tuning_what_its_interval_leaves_out():
+    words = contents.note(results(seeds_of("bp", [90.0, 91.0])))
+    assert (
+        "over retraining seeds of one tuning: not the luck of tuning, nor the choice of the test"
+        " images" in words
+    )
+
+
+def test_the_best_of_every_repeat_are_a_row_the_second_best_another_and_the_defaults_too():
+    rows = [
+        *seeds_of("bp", [90.0], trial=1, repeat=1),
+        *seeds_of("bp", [91.0], trial=2, repeat=1),  # the best of the first repeat
+        *seeds_of("bp", [80.0], trial=3, repeat=1),  # its defaults
+        *seeds_of("bp", [92.0], trial=4, repeat=2),  # both, in the second
+    ]
+    scores, defaults = {1: 95.0, 2: 96.0, 3: 85.0, 4: 97.0}, ("run-3", "run-4")
+    trials = trials_of(scores)
+    tunings = accuracy.tunings(pd.DataFrame(rows), trials, METRIC, defaults)
+    assert [[seed["trial"] for seed in seeds] for seeds in tunings] == [[2, 4], [1], [3, 4]]
+    (row,) = accuracy.tuned(tunings, trials, METRIC, defaults).to_dict("records")
+    assert row["mean"] == 91.5 - 86.0 and (row["first_repeats"], row["second_repeats"]) == (2, 2)
+
+
+def test_configurations_of_one_tuning_are_rows_of_their_own():
+    rows = [*seeds_of("bp", [90.0, 91.0], trial=1), *seeds_of("bp", [92.0, 93.0], trial=2)]
+    numbers = results(rows, {1: 95.0, 2: 96.0})
+    assert [*numbers["trial"]] == [1, 2]
+    (line,) = accuracy.shown_comparisons(numbers).to_dict("records")  # with the better bp
+    assert line["test minus bp"] == "−2.00"
+    shown = accuracy.shown_validation(numbers)
+    assert [*shown["trial"]] == ["1", "2"] and "hidden layers" not in shown  # what tells them apart
+
+
+def test_comparisons_are_corrected_for_their_number():
+    rng = np.random.default_rng(0)
+    values = {rule: rng.normal(90, 1, 4) for rule in ("bp", "exact-inv", "lin-thresh", "taylor")}
+    numbers = results([row for rule, own in values.items() for row in seeds_of(rule, own)])
+    p = {row["rule"]: (row["bp_p"], row["bp_holm"]) for row in numbers.to_dict("records")}
+    assert math.isnan(p.pop("bp")[1])
+    assert stats.holm([single for single, _ in p.values()]) == [
+        adjusted for _, adjusted in p.values()
+    ]
+    smallest = min(p.values())
+    assert smallest[1] == pytest.approx(3 * smallest[0])
+
+
+@pytest.mark.parametrize(("lead", "named"), [(100 / IMAGES, True), (3.0, False)])
+def test_a_winner_by_less_than_the_test_set_can_tell_is_named(lead, named):
+    rows = [*seeds_of("bp", [90.0, 91.0]), *seeds_of("exact-inv", [90.0 + lead, 91.0 + lead])]
+    words = (
+        "digits, 1 hidden layer: exact-inv leads bp by 0.28 points (1.0 of 360 test images), less"
+        " than the standard error of the test set (1.52 points)"
+    )
+    assert accuracy.close(results(rows)) == [words] * named
+    assert accuracy.close(results(rows[:2])) == []  # nothing to lead
+
+
+def test_without_the_number_of_test_images_nothing_is_said_of_them():
+    rows = seeds_of("bp", [90.0, 91.0], test_images=math.nan)
+    numbers = results([*rows, *seeds_of("taylor", [90.1, 91.1], test_images=math.nan)])
+    assert "error of test set" not in accuracy.shown(numbers)
+    assert accuracy.close(numbers) == [] and "images" not in contents.note(numbers).split(".")[-2]
+
+
+def test_a_row_whose_seeds_all_diverged_is_told():
+    numbers = results([*seeds_of("bp", [90.0, 91.0]), *seeds_of("taylor", [None, None])])
+    taylor = accuracy.shown(numbers).to_dict("records")[1]
+    assert (taylor["n"], taylor["test accuracy"], taylor["diverged"]) == ("0", "–", "2")
+    assert accuracy.shown_comparisons(numbers).empty
+
+
+def test_planted_rules_equal_and_better_by_a_point():
+    """Three repeats of five seeds; tuning and training vary by 0.2 points each."""
+    rng = np.random.default_rng(4)
+    case = coverage.Case("normal", 1.0, (5, 5, 5))
+    rules = ("bp", "equal", "better")
+    study = coverage.study(rng, case, [coverage.Rule(), coverage.Rule(), coverage.Rule(mean=5)])
+    rows = [
+        row
+        for rule, values in zip(rules, study, strict=True)
+        for repeat, seeds in values.items()
+        for row in seeds_of(
+            rule, [90 + 0.2 * v for v in seeds.values()], trial=repeat, repeat=repeat,
+            configuration=f"{rule}-{repeat}", of_run=f"{rule}-{repeat}",
+        )
+    ]  # fmt: skip
+    found = {row["rule"]: row for row in results(rows).to_dict("records")}
+    assert found["equal"]["bp_holm"] > 0.05 and 0.2 < found["equal"]["bp_better"] < 0.8
+    assert found["equal"]["bp_low"] < 0 < found["equal"]["bp_high"]
+    assert found["better"]["bp_holm"] < 0.05 and found["better"]["bp_better"] > 0.95
+    assert found["better"]["bp_low"] < 1 < found["better"]["bp_high"]
