@@ -118,6 +118,9 @@ def test_the_best_of_every_repeat_are_a_row_the_second_best_another_and_the_defa
     trials = trials_of(scores)
     tunings = accuracy.tunings(pd.DataFrame(rows), trials, METRIC, defaults)
     assert [[seed["trial"] for seed in seeds] for seeds in tunings] == [[2, 4], [1], [3, 4]]
+    only = pd.DataFrame(row for row in rows if row["trial"] != 3)  # the defaults were not asked for
+    tunings_of_only = accuracy.tunings(only, trials, METRIC, defaults)
+    assert [[seed["trial"] for seed in seeds] for seeds in tunings_of_only] == [[2, 4], [1]]
     (row,) = accuracy.tuned(tunings, trials, METRIC, defaults).to_dict("records")
     assert row["mean"] == 91.5 - 86.0 and (row["first_repeats"], row["second_repeats"]) == (2, 2)
 

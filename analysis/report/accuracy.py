@@ -40,7 +40,8 @@ def tunings(
 ) -> list[Seeds]:
     """The seeds of each row: of each configuration or, if there are several repeats, of the best
     one of every repeat (then of every second best, and so on). Those of the published `defaults`,
-    by their runs, are a row of their own, and among the best only where nothing else was retrained.
+    by their runs, are a row of their own if they were retrained beside others, and among the best
+    where nothing else was.
     """
     merit, apart = _merit(trials, metric), {*defaults}
     by_configuration = grouped(
@@ -53,13 +54,14 @@ def tunings(
         if len(of_repeats) == 1:
             rows += own
             continue
-        ranked = []
+        ranked, beside = [], False
         for _, configurations in sorted(of_repeats.items()):
             searched = [seeds for seeds in configurations if seeds[0]["of_run"] not in apart]
             ranked.append(sorted(searched or configurations, key=merit, reverse=True))
+            beside |= 0 < len(searched) < len(configurations)
         merged = [[*chain(*equal)] for equal in zip_longest(*ranked, fillvalue=())]
         of_defaults = [seed for seeds in own if seeds[0]["of_run"] in apart for seed in seeds]
-        rows += [*merged, *([of_defaults] if of_defaults and of_defaults not in merged else [])]
+        rows += [*merged, *([of_defaults] if beside else [])]
     return rows
 
 
