@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
     if words:
         raise InputError(f"{words[0]}: not understood, allowed is option=value")
     seeds = [text for text in arguments if text.startswith("seeds=")]
+    if seeds:  # what retraining would refuse after the whole search
+        import_module("analysis.configurations").checked_settings(seeds)
     study = compose([text for text in arguments if text not in seeds])
     code, finished = studies.carry_out(study)
     if code or finished is None:

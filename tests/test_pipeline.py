@@ -129,6 +129,13 @@ def test_a_wrong_option_is_refused_before_anything(monkeypatch, tmp_path):
         pipeline.main(["trails=5"])
 
 
+@pytest.mark.parametrize("seeds", ["seeds=", "seeds=0", "seeds=nonsense", "seeds=[1,1]"])
+def test_seeds_that_retraining_would_refuse_are_refused_before_the_search(run, monkeypatch, seeds):
+    monkeypatch.setattr(pipeline, "compose", lambda arguments: pytest.fail("it goes on"))
+    with pytest.raises(ConfigError, match=r"^seeds: given .* allowed is a number of seeds"):
+        run(seeds)
+
+
 def test_a_word_that_is_no_option_is_refused(run):
     with pytest.raises(InputError, match="smoke: not understood, allowed is option=value"):
         run("smoke")
