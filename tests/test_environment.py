@@ -121,3 +121,10 @@ def test_a_command_of_analysis_has_the_settings_of_tuning_and_leaves_none(
     assert dict(os.environ) == before
     soon = {"MLFLOW_HTTP_REQUEST_TIMEOUT": mlflow_connection.FIRST_CONTACT}
     assert seen == [{**before, **mlflow_settings._REQUESTS, **soon}]
+
+
+def test_what_the_user_has_set_keeps_its_value(monkeypatch):
+    monkeypatch.setenv("DO_NOT_TRACK", "false")
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    expected = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "false"}
+    assert environment.as_set(environment.UNTRACKED) == expected

@@ -12,6 +12,8 @@ from disinhib import numerics
 # refuses both at once.
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 IN_USE = 0.9  # of the GPU's memory: each process has a context of its own beside
+# Whoever imports MLflow without these sends its makers what it is used for.
+UNTRACKED = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 
 
 @contextmanager
@@ -24,6 +26,11 @@ def variables(variables: Mapping[str, str], also: Iterable[str] = ()) -> Iterato
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def as_set(defaults: Mapping[str, str]) -> dict[str, str]:
+    """The values that the user has set, and `defaults` of the others."""
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def of_worker(cpus: float, gpus: float) -> dict[str, str]:

@@ -12,11 +12,7 @@ from contextlib import contextmanager
 from disinhib.tuning import environment
 
 # MLflow reads these once, when it is imported.
-_ONCE = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}
+_ONCE = {**environment.UNTRACKED, "MLFLOW_LOGGING_LEVEL": "WARNING"}
 # MLflow reads these for each request; its own timeouts are minutes.
 _REQUESTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -25,7 +21,7 @@ _REQUESTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 
-with environment.variables({n: os.environ.get(n, value) for n, value in _ONCE.items()}):
+with environment.variables(environment.as_set(_ONCE)):
     import mlflow  # noqa: F401
 
 

@@ -144,7 +144,9 @@ class RayBackend(tune.Callback):
         if not self.over:
             try:
                 self.serve()
-                with environment.variables(VARIABLES), deaths_counted_once(), _handlers_restored():
+                # Tune counts our callbacks, and imports MLflow's to tell it from them.
+                variables = {**VARIABLES, **environment.as_set(environment.UNTRACKED)}
+                with environment.variables(variables), deaths_counted_once(), _handlers_restored():
                     tuner.fit()
                 self._say_lost(math.inf)
             except Exception:
