@@ -314,7 +314,10 @@ def carry_out(
     if states[-1:] != ["COMPLETED"]:
         faults.append(f"its last job is {states[-1] if states else 'missing'}")
     study = slurm.folder / "out" / name
-    trials = kill.inspect(study) if study.exists() else []
+    try:
+        trials = kill.inspect(study) if study.exists() else []
+    except InputError as error:  # a job has ended, and its study has not
+        return [name, "", f"{seconds:.0f}", "", "", ", ".join(states)], [*faults, str(error)]
     numbers = {trial.number for trial in trials}
     whole = {t.number for t in trials if t.store == "log" and t.state in kill.ENDED}
     in_last = {trial.number for trial in trials if trial.store == "ray"}

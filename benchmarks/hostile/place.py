@@ -28,8 +28,9 @@ KEPT = ROOT / ".pytest_cache"  # shared by all cases, as by all tests
 MARK = "DISINHIB_HOSTILE_CASE"
 ENOUGH = 600.0  # s after which a command is ended in any case
 AFTERLIFE = 30.0  # s in which the processes of a command are gone
-# What may be left in a case's place, beside its out_dir: caches, and what Ray leaves.
-LEFT = ("home/.cache", "home/.ray", "tmp/ray", "cwd/runs.csv")
+# What may be left in a case's place, beside its out_dir: caches, locks, and what Ray leaves.
+LOCKS = f"tmp/disinhib-programs-{os.getuid()}"  # of compilation_cache.alone
+LEFT = ("home/.cache", "home/.ray", "tmp/ray", LOCKS, "cwd/runs.csv")
 SHOWN = 300  # characters of an output in a line
 
 
@@ -123,7 +124,7 @@ def run(
     began = time.monotonic()
     with files[0].open("wb") as out, files[1].open("wb") as err:
         process = subprocess.Popen(
-            ["sh", "-c", command],
+            ["/bin/sh", "-c", command],  # whatever PATH is
             **{"cwd": cwd or place.cwd, "env": variables, "stdin": subprocess.DEVNULL},
             **{"stdout": out, "stderr": err, "start_new_session": True, "text": True},
         )
