@@ -90,7 +90,8 @@ def main(arguments: list[str]) -> int:
         _listed(own) if repeat is None else f"repeat {repeat}: {_listed(own)}"
         for repeat, own in seeds.items()
     )
-    print(f"{len(planned)} configurations, {wanted} seeds in all ({listed})", flush=True)
+    of_each = wanted // len(planned)
+    print(f"{len(planned)} configurations of {of_each} seeds ({listed})", flush=True)
     try:
         finished = engine.run(
             job(settings, study, planned, seeds, command), Console(file=sys.stdout)
