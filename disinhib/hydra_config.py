@@ -373,7 +373,7 @@ def check_folder(folder: Path) -> None:
     """Raises ConfigError if nothing can be written there, or in the nearest parent that exists."""
     try:
         parents = (folder.absolute(), *folder.absolute().parents)
-        existing = next(path for path in parents if path.exists())
+        existing = next(path for path in parents if os.path.lexists(path))  # a link to nowhere, too
         with tempfile.TemporaryDirectory(dir=existing):
             pass
     except OSError as error:

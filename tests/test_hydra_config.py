@@ -196,6 +196,15 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("target", ["out", "nowhere"])
+def test_a_link_that_leads_to_no_folder_is_refused(target, monkeypatch, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(target)
+    assert invoke(monkeypatch, tmp_path, "out_dir=out") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out_dir: given out, allowed is a folder")
+    assert message.count("\n") == 1
+
+
 def disinhib(folder, *arguments):
     environment = {**os.environ, "PJRT_NPROC": "1"}
     return subprocess.run(

@@ -119,10 +119,10 @@ def cases() -> list[Case]:
             for name in ("a b.yaml", "100%.yaml", "it's", "a,b", "[1]", "1", "tüb", "-x")
         ),
         *(
-            Case(f"folders: out={_shown(name)}: {module}", "runs", WORKS,
-                 words=("-m", f"analysis.{module}", f"study={WHOLE}", f"out={name}"),
-                 needs=WHOLE, leaves=(f"cwd/{name}",))
-            for module in ("runs", "report")
+            Case(f"folders: out={_shown(name + ending)}: {module}", "runs", WORKS,
+                 words=("-m", f"analysis.{module}", f"study={WHOLE}", f"out={name}{ending}"),
+                 needs=WHOLE, leaves=(f"cwd/{name}{ending}",))
+            for module, ending in (("runs", ".csv"), ("report", ""))
             for name in ("a b", "100%", "what?#", "it's", "a,b", "1")
         ),
         *(
