@@ -171,8 +171,8 @@ def test_a_real_plan_says_it_all_and_writes_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(here)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     monkeypatch.setitem(SPACES, "mixed", mixed)
-    words = ["experiment=smoke", "space=mixed", "solver.max_iterations=1", "cluster.lanes=2"]
-    assert study.main(["plan=true", *words]) == 0
+    words = ["experiment=smoke", "trials=6", "space=mixed", "solver.max_iterations=1"]
+    assert study.main(["plan=true", "cluster.lanes=2", *words]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
     default = "model/vf=non-dale trainer=bp optimizer.learning_rate=0.001"
