@@ -441,7 +441,10 @@ def test_what_is_no_list_of_mappings_is_refused_in_one_line(text):
             "exact-inv.model.vf.g_EI: not searched in this branch",
         ),
         ({"trainer": "bp", "epochs": [1]}, "epochs: not searched in this branch"),
-        ({"trainer": "bp", "model/vf": "dale"}, "model/vf: given dale, allowed is non-dale in"),
+        (
+            {"trainer": "exact-inv", "model/vf": "non-dale"},
+            "model/vf: given non-dale, allowed is dale in",
+        ),
         (
             {"trainer": "exact-inv", "trainer.strong_fb": 1},
             "trainer.strong_fb: given 1, allowed is one of false, true",

@@ -230,7 +230,8 @@ def test_what_goes_on_from_an_imported_study(world, tmp_path, monkeypatch):
     _, study, planned = configurations.of_selection(Path("selected.yaml"), settings, set())
     retraining = inventory.find(world.elsewhere, "second-retrained")
     lacking = partial(retrain.lacking, planned, records=retraining.records, threads=1, origin={})
-    assert lacking(seeds=[0, 1]) == [] and lacking(seeds=[0, 1, 2])[0].config["seeds"] == [2]
+    assert lacking(seeds={None: [0, 1]}) == []
+    assert lacking(seeds={None: [0, 1, 2]})[0].config["seeds"] == [2]
     store = stores.connect(uri)
     again = runs.retrained(store, study).rows
     assert sorted(again["seed"]) == [0, 1]  # those that were there
