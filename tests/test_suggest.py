@@ -286,19 +286,6 @@ def test_rules_take_turns_if_balanced(name):
     assert [course.overrides[n]["number"] for n in range(14)] == list(range(14))
 
 
-def test_a_rule_learns_nothing_from_another_if_balanced():
-    alone, together = (Course(state=mixed) for _ in range(2))
-    for n in range(20):
-        for course in (alone, together):
-            course.ask(n)
-        together.run(n)
-        if n % 2 == 0:
-            alone.run(n)
-    for n in range(0, 20, 2):
-        assert alone.records[n].point == together.records[n].point
-    assert alone.records[19].point != together.records[19].point
-
-
 @given(
     rules=st.sampled_from([(), ("a",), RULES, (*RULES, "c")]),
     repeats=st.integers(1, 4),
@@ -312,17 +299,18 @@ def test_every_repeat_has_all_its_trials_and_shares_them_among_the_rules(rules, 
         assert [(turn.rule, turn.index) for turn in own] == [(t.rule, t.index) for t in alone]
 
 
-@pytest.mark.parametrize("rules", [RULES, ()])
+@pytest.mark.parametrize(("rules", "repeats"), [(RULES, 1), (RULES, 2), ((), 2)])
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_repeat_learns_nothing_from_another(name, rules):
-    alone, together = (Course(name, mixed, rules=rules, repeats=2) for _ in range(2))
-    for n in range(24):
+def test_no_rule_or_repeat_learns_from_another(name, rules, repeats):
+    turns = max(1, len(rules)) * repeats
+    alone, together = (Course(name, mixed, rules=rules, repeats=repeats) for _ in range(2))
+    for n in range(10 * turns):
         for course in (alone, together):
             course.ask(n)
         together.run(n)
-        if n % 2 == 0:
+        if n % turns == 0:
             alone.run(n)
-    for n in range(0, 24, 2):
+    for n in range(0, 10 * turns, turns):
         assert alone.records[n].point == together.records[n].point
     if rules:  # in a space with branches CMA-ES would draw at random
         assert alone.proposals != together.proposals
