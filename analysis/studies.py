@@ -32,6 +32,7 @@ from disinhib.commands import studies_command, tool, tune_words
 from disinhib.errors import ConfigError, InputError, masked, nearest
 from disinhib.tuning import inventory, progress, steering
 from disinhib.tuning.inventory import RUNNING, Entry
+from disinhib.tuning.resume import completed
 
 TAKEN_IN_SECONDS = 10.0  # for which a command waits for the driver
 STUDY = Option("study", cli.REQUIRED, TEXT, "its name")
@@ -144,9 +145,9 @@ def show(options: dict[str, Any]) -> int:
 
 def _settings(entry: Entry) -> list[tuple[str, Any]]:
     """What it searches, and what was given on its command line."""
-    its = entry.options
     if not entry.search:
         return [("command", entry.kept.get("command", "not recorded"))]
+    its = completed(entry.options)
     names = ("space", "metric", "trials", "repeats", "epochs", "replicates", "seed")
     own = ", ".join(f"{name}={its[name]}" for name in names)
     groups = (its["dataset"]["name"], its["searcher"]["name"], its["scheduler"]["name"])

@@ -248,8 +248,14 @@ def test_a_file_that_changes_is_read_again(save):
 def test_a_validation_set_of_its_own_is_not_drawn(save):
     parts = {"x_train": numbered(), "y_train": Y, "x_valid": numbered(), "y_valid": Y}
     file = save(**parts, x_test=numbered(), y_test=Y)
-    with pytest.raises(data.DataError, match=r"valid_seed must be null .* \(got 3\)"):
+    with pytest.raises(data.DataError, match=r"valid_seed must be null, .* \(got 3\)"):
         data.load("arrays", str(file), 0.1, 3)
+
+
+def test_the_seed_that_draws_validation_is_told(save):
+    file = str(save(x_train=numbered(), y_train=Y, x_test=numbered(), y_test=Y))
+    assert data.load("arrays", file).words.endswith("validation is their first dataset.valid_split")
+    assert data.load("arrays", file, 0.1, 3).words.endswith("; validation is drawn by the seed 3")
 
 
 def test_a_path_is_needed():

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 
 from disinhib.errors import ConfigError
-from disinhib.tuning import manifest, options, study
+from disinhib.tuning import manifest, options, steering, study
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -60,6 +60,20 @@ def test_repeats_are_tuned_side_by_side_each_from_the_published_defaults(tmp_pat
     assert rates[:3] == [1e-3] * 3
     assert len({*rates[3:]}) == 3
     assert propose(6, records).tags == {REPEAT: "1"}  # more trials go on in the same turns
+
+
+def test_a_point_that_is_added_belongs_to_the_repeat_whose_turn_it_is(tmp_path):
+    study = composed(tmp_path, "space=bp", "repeats=2", "trials=3", "searcher=random")
+    begun, point = manifest.of_search(study), {"bp.optimizer.learning_rate": 2e-3}
+    records = {}
+    for number in range(3):
+        follow(records, manifest.proposer(study, begun)(number, records))
+    order = steering.Instruction(1, steering.ADD, point=point)
+    add = manifest.adder(study, begun)
+    (added,) = steering.events_of(order, records, add, lambda words: None)
+    assert isinstance(added, Asked) and added.trial == 3
+    assert added.config["searched"]["optimizer.learning_rate"] == 2e-3
+    assert added.tags == {REPEAT: "2", steering.ADDED: "1"}
 
 
 def test_each_repeat_may_validate_on_images_of_its_own(tmp_path):

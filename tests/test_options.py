@@ -119,6 +119,9 @@ TOGETHER = {
     ("study=x", "extend=true"): ["study: given x", "none: there is no study"],
     ("searcher=grid", "space=bp"): ["trials: given 60", "at most 3, the whole grid"],
     ("repeats=2", "warm_start=x"): ["repeats: given 2", "allowed is 1", "not independent"],
+    ("repeats=2", "searcher=grid", "space=bp"): ["repeats: given 2", "the same points"],
+    ("repeat_splits=true", "warm_start=x"): ["repeat_splits: given true", "other images"],
+    ("repeat_splits=true", "dataset.valid_seed=5"): ["repeat_splits: given true", "valid_seed"],
     ("study=x", "extend=true", "repeats=0"): ["repeats: given 0", "at least 1"],
     ("searcher=gp", "searcher.batch=0"): ["searcher.batch: given 0", "at least 1"],
 }

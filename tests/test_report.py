@@ -298,7 +298,7 @@ def test_the_report_says_how_the_study_was_done(folder):
 
 def test_where_validation_comes_from_is_said_as_it_was_recorded():
     options = {"dataset": {"valid_split": 0.1}}
-    drawn = {"name": "arrays", "words": "data my.npz: validation is drawn by seed 0"}
+    drawn = {"name": "arrays", "words": "data my.npz: samples are shuffled by seed 0"}
     for data, words in ((drawn, f"arrays: {drawn['words']}"),
                         ({"name": "digits", "words": ""},
                          "digits: validation: the first 10 % of the training file")):  # fmt: skip

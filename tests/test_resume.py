@@ -179,6 +179,34 @@ def test_what_it_learns_from_must_be_comparable(begun, refuse):
     assert f"warm_start: {begun.name} had metric=valid_accuracy, and this study has" in line
 
 
+def test_a_study_of_an_earlier_version_had_one_repeat_and_the_same_split(tiny_space, tmp_path):
+    old = tiny.begin(f"out_dir={tmp_path}", "study=old")
+    content = yaml.safe_load((old.folder / resume.FILE).read_text())
+    for name in ("repeats", "repeat_splits"):
+        del content["options"][name]
+    del content["options"]["dataset"]["valid_seed"]
+    resume.keep(old.folder, content)
+    place = f"out_dir={tmp_path}"
+    again = options.compose([place, "study=old", "resume=true"])
+    assert (again.repeats, again.options) == (1, {**old.options, "resume": True})
+    study.job(options.compose([place, "study=old", "extend=true"]))
+    study.job(options.compose([*tiny.STUDY, place, "study=new", "warm_start=old"]))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_nothing_learns_from_scores_on_other_images(repeats, tiny_space, tmp_path):
+    place = f"out_dir={tmp_path}"
+    tiny.begin(place, "study=old", f"repeats={repeats}", "repeat_splits=true")
+    with pytest.raises(ConfigError, match="warm_start: old is a study whose repeats validated"):
+        study.job(options.compose([*tiny.STUDY, place, "study=new", "warm_start=old"]))
+    with pytest.raises(
+        ConfigError, match=r"^(repeats: given 2|repeat_splits: given true), allowed"
+    ):
+        options.compose([place, "study=old", "extend=true"])
+    with pytest.raises(ConfigError, match=r"resume it as it was, or start a new one$"):
+        options.compose([place, "study=old", "resume=true", "epochs=7"])
+
+
 def test_what_another_version_had_learnt_from_is_refused(tiny_space, tmp_path):
     old = tiny.begin(f"out_dir={tmp_path}")
     file = old.folder / manifest.MANIFEST

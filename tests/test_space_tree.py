@@ -400,6 +400,22 @@ def test_a_point_may_have_some_of_the_parameters_nested_and_in_any_notation():
     assert read_points("[]", SPACES["rules"]) == []
 
 
+def test_a_point_of_one_rule_is_none_of_another():
+    """bp-ei is trainer=bp, too, but in another circuit, which a point of it says."""
+    narrowed = space_tree.narrowed(SPACES["rules"], {}, {"trainer": ["bp-ei", "exact-inv"]})
+    with pytest.raises(ConfigError, match="trainer: given bp, allowed is one of bp-ei, exact-inv"):
+        read_points("[{trainer: bp, optimizer.learning_rate: 2e-3}]", narrowed)
+    (point,) = read_points("[{trainer: bp, model/vf: dale}]", narrowed)
+    assert point == {"trainer": "bp-ei"}
+
+
+@pytest.mark.parametrize("trainer", ["bp", "bp-ei"])
+def test_a_point_of_several_rules_suits_a_study_of_one(trainer):
+    for space in (SPACES["bp_ei"], space_tree.narrowed(SPACES["rules"], {"trainer": "bp-ei"}, {})):
+        (point,) = read_points(f"[{{trainer: {trainer}, optimizer.learning_rate: 2e-3}}]", space)
+        assert point == {"bp-ei.optimizer.learning_rate": 2e-3}
+
+
 @pytest.mark.parametrize("text", ["", "3", "text", "trainer: bp", "[", "\x00", "- [1]\n- [", "- 3"])
 def test_what_is_no_list_of_mappings_is_refused_in_one_line(text):
     with pytest.raises(ConfigError, match=r"not YAML|a mapping") as refusal:

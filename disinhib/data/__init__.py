@@ -109,8 +109,8 @@ def load(
     if own is not None:
         if valid_seed is not None:
             raise DataError(
-                f"dataset.valid_seed must be null where validation is the data set's own (got"
-                f" {valid_seed})"
+                "dataset.valid_seed must be null, and repeat_splits of a study false, where"
+                f" validation is the data set's own (got {valid_seed})"
             )
         words = loaded.words or "validation is the data set's own"
         return Splits(training, own, loaded.test, scale, classes, words)
@@ -125,11 +125,12 @@ def load(
         training = Split(*(array[order] for array in training))
         for array in training:
             array.setflags(write=False)
+    drawn = [] if valid_seed is None else [f"validation is drawn by the seed {valid_seed}"]
     return Splits(
         train=Split(*(array[held_out:] for array in training)),
         validation=Split(*(array[:held_out] for array in training)),
         test=loaded.test,
         scale=scale,
         classes=classes,
-        words=loaded.words,
+        words="; ".join([*filter(None, [loaded.words]), *drawn]),
     )

@@ -236,7 +236,8 @@ def _with_test(parts: dict[str, tuple[Any, Any]], source: str) -> tuple[dict[str
     drawn = {} if "validation" in parts else {"validation": "dataset.valid_split of the rest"}
     if "test" in parts:
         return {**parts, "train": (x[order], y[order])}, [
-            f"validation is drawn by seed {SPLIT_SEED} (dataset.valid_split)"
+            f"samples are shuffled by seed {SPLIT_SEED}, and validation is their first"
+            " dataset.valid_split"
         ]
     held_out = int(TEST_SHARE * len(y))
     if held_out == 0:

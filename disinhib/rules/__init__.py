@@ -49,11 +49,11 @@ def add(rule: Rule) -> None:
     """Makes `rule` known: an entry of RULES, and of the tables that follow from it."""
     RULES[rule.name] = rule
     FAMILIES[rule.family.name] = rule.family
+    own: dict[str, Competitor] = {}
     for circuit, competitor in rule.circuits.items():
-        name = reported_name(rule.name, circuit)
-        COMPETITORS[name] = competitor
-        if competitor.branch is not None:
-            BRANCHES[name] = competitor.branch
+        own.setdefault(reported_name(rule.name, circuit), competitor)
+    COMPETITORS.update(own)
+    BRANCHES.update({name: one.branch for name, one in own.items() if one.branch is not None})
 
 
 for rule in (

@@ -80,9 +80,9 @@ class Family(NamedTuple):
 class Rule(NamedTuple):
     """An entry of RULES.
 
-    `circuits` are those it can train, the one that search spaces take first; `options` are those of
-    the family's that can be set (the others keep their defaults), and `chosen` are scalars in
-    `hyper.rule` by which the family tells its rules apart.
+    `circuits` are those it can train; of several under one reported name, search spaces offer the
+    first. `options` are those of the family's that can be set (the others keep their defaults), and
+    `chosen` are scalars in `hyper.rule` by which the family tells its rules apart.
     """
 
     name: str

@@ -16,6 +16,7 @@ from optuna.distributions import CategoricalDistribution
 
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, nearest
+from disinhib.rules import RULES, reported_name
 from disinhib.tuning import space_tree
 from disinhib.tuning.space_tree import ENDS, RULE, Distribution, Params, Path, option_of
 from search_spaces import Space
@@ -156,16 +157,11 @@ def read_point(values: Any, space: Space) -> Params:
 def _rule_meant(named: Mapping[str, Any], space: Space, rules: Sequence[str]) -> Any:
     """The rule of a point under the name by which it competes. A trial's options are a point too,
     and those of bp-ei have `trainer: bp` with another circuit than bp."""
-    groups = {rule: _groups(space_tree.path_at(space, {RULE: rule})[0]) for rule in rules}
-    meant = [
-        rule
-        for rule, own in groups.items()
-        if named[RULE] in (rule, own.get(RULE))
-        and all(
-            named.get(group, choice) == choice for group, choice in own.items() if group != RULE
-        )
-    ]
-    return named[RULE] if named[RULE] in meant or not meant else meant[0]
+    for rule in rules:
+        groups = _groups(space_tree.path_at(space, {RULE: rule})[0])
+        if all(named.get(group) == choice for group, choice in groups.items()):
+            return rule
+    return named[RULE]
 
 
 def _read_number(value: Any) -> Any:
@@ -190,5 +186,8 @@ def _check_group(name: str, value: Any, reached: Sequence[Path]) -> None:
         known = {known for path in reached for p in path.params for known in (p, option_of(p))}
         raise ConfigError(f"{name}: not searched in this branch{nearest(name, sorted(known))}")
     (group,) = chosen
+    trainer, circuit = (reached[0].overrides.get(name) for name in (RULE, "model/vf"))
+    if name == RULE and trainer in RULES and value == reported_name(str(trainer), str(circuit)):
+        return
     if value != group:
         raise refusal(name, value, f"{group} in this space")

@@ -22,11 +22,11 @@ from disinhib.tuning import lease, provenance, quasi_random, retention, space_tr
 from disinhib.tuning.event_log import REPEAT, Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
-from disinhib.tuning.resume import FILE, free_name
+from disinhib.tuning.resume import FILE, another, completed, free_name
 from disinhib.tuning.steering import Adder
 
-# Options that decide what validates a configuration.
-OF_SPLIT = ("dataset.name", "dataset.valid_split", "dataset.valid_seed", "repeat_splits")
+# Options that decide what a score is of.
+OF_SCORE = ("metric", "epochs", "dataset.name", "dataset.valid_split", "dataset.valid_seed")
 MANIFEST = "manifest.json"  # in the study's folder
 
 
@@ -93,12 +93,15 @@ def _past(study: Study, name: str) -> list[suggest.Tried]:
     if not (folder / FILE).exists():
         raise refusal("warm_start", name, f"the name of a study in {study.out_dir}")
     try:
-        then = flatten(yaml.safe_load((folder / FILE).read_text("utf-8"))["options"])
+        kept = yaml.safe_load((folder / FILE).read_text("utf-8"))["options"]
     except OSError as error:
         allowed = f"a study that you can read ({folder / FILE}: {error.strerror})"
         raise refusal("warm_start", name, allowed) from error
-    now = flatten(study.options)
-    for option in ("metric", "epochs", *OF_SPLIT):
+    then, now = flatten(completed(kept)), flatten(study.options)
+    if then["repeat_splits"]:
+        words = "whose repeats validated on different images"
+        raise ConfigError(f"warm_start: {name} is a study {words}: their scores are not comparable")
+    for option in OF_SCORE:
         if then.get(option) != now[option]:
             raise ConfigError(
                 f"warm_start: {name} had {option}={then.get(option)}, and this study has"
@@ -186,8 +189,8 @@ def of_resumed(study: Study) -> Manifest:
         raise refusal("trials", study.trials, f"at most {len(manifest.points)}, the whole grid")
     if changed:
         raise ConfigError(
-            f"resume: {study.name} has changed: {'; '.join(changed)}; undo that, or start"
-            f" another study from it: study={study.name} extend=true"
+            f"resume: {study.name} has changed: {'; '.join(changed)}; undo that"
+            + another(study.name, study.options)
         )
     return manifest
 

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from disinhib.checks import refusal
 from disinhib.errors import one_line
-from disinhib.tuning.event_log import Asked, Ended, EpochDone, Logged, Objective, Record
+from disinhib.tuning.event_log import REPEAT, Asked, Ended, EpochDone, Logged, Objective, Record
 from disinhib.tuning.space_tree import RULE
 from disinhib.tuning.suggest import STATES, value
 
@@ -174,6 +174,9 @@ class OptunaStore:
             state=TrialState.RUNNING,
             params=point["params"],
             distributions={n: json_to_distribution(d) for n, d in point["distributions"].items()},
-            user_attrs={name: config[name] for name in ("rule", "command", "seeds")},
+            user_attrs={
+                **{name: config[name] for name in ("rule", "command", "seeds")},
+                **{name: tag for name, tag in asked.tags.items() if name == REPEAT},
+            },
         )
         return self.storage.create_new_trial(self.study_id, trial)

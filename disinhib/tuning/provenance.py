@@ -193,7 +193,11 @@ def _cpu() -> str:
 @lru_cache(maxsize=4)  # the trials of a study share their data
 def _data(name: str, path: str | None, valid_split: float, version: Any) -> dict[str, Any]:
     """How many samples each of the three splits has, SHA-256 over what every array of them is
-    (dtype, shape, bytes), and what was done to them, in words. `version` is data.version(path)."""
+    (dtype, shape, bytes), and what was done to them, in words. `version` is data.version(path).
+
+    They are split by position: with the option dataset.valid_seed, validation is other samples of
+    the same training file, so that repeats with splits of their own are known to share their data.
+    """
     splits = data.load(name, path, valid_split)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     digest = hashlib.sha256()

@@ -22,6 +22,16 @@ RESUMED_WITH = (
 )
 
 
+# Options that a study of an earlier version may lack, as it ran.
+EARLIER = {"repeats": 1, "repeat_splits": False}
+EARLIER_DATA = {"valid_seed": None}
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a study has kept, with those that its version did not have yet."""
+    return {**EARLIER, **options, "dataset": {**EARLIER_DATA, **options["dataset"]}}
+
+
 def begun(options: Mapping[str, Any]) -> bool:
     """Whether the study with `resume=auto` has begun. Raises ConfigError if it has no name."""
     if options["study"] is None:
@@ -38,7 +48,7 @@ def read_kept(options: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(options["out_dir"]).absolute() / options["study"]
     try:
         content = yaml.safe_load((folder / FILE).read_text("utf-8"))
-        return {name: content[name] for name in ("overrides", "options")}
+        return {"overrides": content["overrides"], "options": completed(content["options"])}
     except PermissionError as error:
         allowed = f"a study of your own ({folder / FILE} is another user's)"
         raise refusal("study", options["study"], allowed) from error
@@ -98,9 +108,16 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was, or start"
-            f" another from it: study={now['study']} extend=true"
+            f"resume: {now['study']} ran with {', '.join(changed)}; resume it as it was"
+            + another(now["study"], now)
         )
+
+
+def another(name: str, options: Mapping[str, Any]) -> str:
+    """The other way out, in words, of who cannot resume the study `name`."""
+    if options["repeats"] > 1 or options["repeat_splits"]:
+        return ", or start a new one"  # nothing learns from those
+    return f", or start another from it: study={name} extend=true"
 
 
 def kept_trials(folder: Path) -> int:

@@ -30,6 +30,7 @@ STATES = {
     event_log.PRUNED: TrialState.PRUNED,
     event_log.FAILED: TrialState.FAIL,
 }
+LEARNABLE = (event_log.COMPLETE, event_log.PRUNED)
 MakeSampler = Callable[..., optuna.samplers.BaseSampler]  # of the keyword `seed`
 
 
@@ -188,13 +189,15 @@ def history(
 
 
 def remembered(ends: Sequence[tuple[str, Sequence[float]]], most: int | None) -> list[int]:
-    """Of trials (each one's state and scores), oldest first, the indices of those that run and of
-    at most `most` that have ended: the newest, and the best of the others (as many as are `good`).
+    """Of trials (each one's state and scores), oldest first, the indices of those that run, and of
+    at most `most` that TPE learns from (it ignores failed ones): the newest, with what has failed
+    since, and the best of the others (as many as are `good`).
     """
-    ended = [n for n, (state, _) in enumerate(ends) if state in event_log.ENDED]
-    if most is None or len(ended) <= most:
+    learnt = [n for n, (state, _) in enumerate(ends) if state in LEARNABLE]
+    if most is None or len(learnt) <= most:
         return list(range(len(ends)))
-    older = ended[: good(most) - most]
+    newest = learnt[good(most) - most]
+    older = [n for n in range(newest) if ends[n][0] in event_log.ENDED]
     scores = {
         n: score
         for n in older
@@ -239,8 +242,7 @@ def as_tried(
     records: Iterable[Record], space: Space, fixed: Mapping[str, Any] | None = None
 ) -> list[Tried]:
     """The complete and pruned trials among `records` that lie in `space`, as points of it."""
-    learnable = (event_log.COMPLETE, event_log.PRUNED)
-    own = (tried(record) for record in records if record.state in learnable)
+    own = (tried(record) for record in records if record.state in LEARNABLE)
     return within(own, space, fixed)
 
 
@@ -251,15 +253,22 @@ def within(
     then and is searched now counts by its value, and one that is `fixed` now must have had it."""
     inside = []
     for trial in trials:
-        # A rule goes by the name under which it competes: bp-ei is trainer=bp in another circuit.
         then, params = {**trial["searched"], RULE: trial["rule"]}, trial["point"]["params"]
         not_searched = {o: value for o, value in then.items() if not parameters_for(o, params)}
         values = {**not_searched, **params}
         path, whole = path_at(space, values, names=lambda name: (name, option_of(name)))
-        if whole and all(same(then.get(o, value), value) for o, value in (fixed or {}).items()):
+        if whole and all(_had(trial, *option) for option in (fixed or {}).items()):
             there = point(path.params, path.distributions, {})
             inside.append(Tried(**{**trial, "point": there}))
     return inside
+
+
+def _had(trial: Tried, option: str, value: Any) -> bool:
+    """Whether an option had this value, if the trial had it. A rule may be meant by the name under
+    which it competes, or by its trainer: bp-ei is trainer=bp in another circuit."""
+    if option == RULE and value == trial["rule"]:
+        return True
+    return same(trial["searched"].get(option, value), value)
 
 
 def trial_seeds(study_seed: int, number: int, replicates: int = 1) -> list[int]:

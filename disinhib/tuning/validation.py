@@ -112,9 +112,21 @@ def check(options: Mapping[str, Any]) -> None:
     sampler = SAMPLERS[searcher["name"]]
     if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
         raise refusal("searcher", searcher["name"], f"another without the package {sampler.needs}")
-    if options["repeats"] > 1 and options["warm_start"] is not None:
-        allowed = "1, as repeats that learn from the same earlier trials are not independent"
-        raise refusal("repeats", options["repeats"], allowed)
+    if options["repeats"] > 1:
+        learns = options["warm_start"] is not None or options["extend"]
+        for given, why in (
+            (learns, "repeats that learn from the same earlier trials are not independent"),
+            (sampler.grid, "searcher=grid tries the same points in every repeat"),
+        ):
+            if given:
+                raise refusal("repeats", options["repeats"], f"1, as {why}")
+    if options["repeat_splits"]:
+        for given, why in (
+            (options["warm_start"], "earlier trials were validated on other images (warm_start)"),
+            (options.get("dataset", {}).get("valid_seed"), "dataset.valid_seed draws them for all"),
+        ):
+            if given is not None:
+                raise refusal("repeat_splits", True, f"false, as {why}")
     if sampler.grid and searcher["balanced"]:
         raise refusal("searcher.balanced", True, "false with searcher=grid")
     if searcher.get("group") and not searcher["multivariate"]:
