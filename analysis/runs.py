@@ -22,7 +22,7 @@ from disinhib import cli
 from disinhib.checks import Check, Option, or_null
 from disinhib.files import write_whole
 from disinhib.tuning import mlflow_settings
-from disinhib.tuning.event_log import COMPLETE, ENDED, FAILED, OF_STUDY, REPEAT
+from disinhib.tuning.event_log import COMPLETE, ENDED, EPOCH_SECONDS, FAILED, OF_STUDY, REPEAT
 from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL, SEED
 
 if TYPE_CHECKING:  # MLflow is imported after its settings
@@ -37,10 +37,6 @@ CURVES = Option("curves", None, TABLE, "file to write every metric of every epoc
 COMMAND = cli.Command("analysis.runs", __doc__, (stores.STUDY, stores.TRACKING, OUT, CURVES))
 DEFAULT_METRIC = "valid_accuracy"
 SEARCHED = "searched."  # prefix of the columns of searched parameters, by Optuna's names
-EPOCH_SECONDS = (
-    "epoch_seconds",
-    "compilation_seconds",
-)  # of an epoch, and what of it was compiling
 ALIGNMENT = "alignment_"  # prefix of what disinhib/alignment.py measures
 NO_FEEDBACK = "none"
 # In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).

@@ -44,6 +44,7 @@ from disinhib.tuning.loop import (
     study_loop,
 )
 from disinhib.tuning.steering import ADDED, Instruction
+from disinhib.tuning.turns import Sharing, turn
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -69,7 +70,7 @@ def tpe(seed):
 
 
 def propose(number, records, seed=0, batch=None):
-    history = suggest.history(records, [], number, (), batch)
+    history = suggest.history(records, [], number, turn(number, {}, Sharing()), batch)
     proposal = suggest.suggest(space, tpe, history, suggest.sampler_seed(seed, number), number)
     return Asked(number, configure(number, proposal.overrides), proposal.point)
 

@@ -21,7 +21,7 @@ from analysis.report.panels import (
 )
 from disinhib.rules import COMPETITORS
 from disinhib.tuning import space_tree
-from disinhib.tuning.event_log import COMPLETE, PRUNED
+from disinhib.tuning.event_log import COMPLETE, EPOCH_SECONDS, PRUNED
 from disinhib.tuning.steering import BY_HAND
 from disinhib.tuning.suggest import SAMPLERS
 
@@ -98,7 +98,7 @@ def test_training_seconds_leave_out_compiling(monkeypatch):
     epochs = [("a", 1, 9.0, 4.0), ("a", 2, 1.0, 0.0), ("a", 3, 2.0, 0.0), ("b", 1, 7.0, 6.5)]
     table = pd.DataFrame(
         [(run, name, n, value) for run, n, *values in epochs
-         for name, value in zip(runs.EPOCH_SECONDS, values, strict=True)],
+         for name, value in zip(EPOCH_SECONDS, values, strict=True)],
         columns=["run_id", "metric", "epoch", "value"],
     )  # fmt: skip
     monkeypatch.setattr(runs, "curves", lambda store, run_ids, metrics: table)

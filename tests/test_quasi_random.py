@@ -10,6 +10,7 @@ from scipy.stats import qmc
 
 from disinhib.tuning import manifest, options, quasi_random, space_tree
 from disinhib.tuning.event_log import Record
+from disinhib.tuning.turns import Sharing, turn
 from search_spaces import SPACES
 
 RULES = space_tree.rules_of(SPACES["rules"])
@@ -62,21 +63,27 @@ def test_any_number_of_points_covers_the_space_more_evenly_than_independent_draw
     assert max(map(qmc.discrepancy, own)) < min(map(qmc.discrepancy, drawn))
 
 
+def whose(number, rules=RULES, repeats=1):
+    return turn(number, {}, Sharing(rules, repeats))
+
+
 def test_rules_have_sequences_of_their_own_and_a_seed_another_scrambling():
     of = quasi_random.points(SPACES["rules"], 0, RULES)
-    exact, linear = ([of(4 * n + turn) for n in range(8)] for turn in (2, 3))
+    exact, linear = ([of(whose(4 * n + place)) for n in range(8)] for place in (2, 3))
     assert all(name.startswith("exact-inv.") for point in exact for name in point)
     gains = [[p[f"{rule}.model.vf.g_EI"] for p in points]
              for rule, points in (("exact-inv", exact), ("lin-thresh", linear))]  # fmt: skip
     assert not {*gains[0]} & {*gains[1]}
-    assert quasi_random.points(SPACES["rules"], 1, RULES)(2) != exact[0]
-    assert quasi_random.points(SPACES["rules"], 0, RULES)(6) == exact[1]
+    assert quasi_random.points(SPACES["rules"], 1, RULES)(whose(2)) != exact[0]
+    assert quasi_random.points(SPACES["rules"], 0, RULES)(whose(6)) == exact[1]
 
 
 def test_repeats_have_sequences_of_their_own():
     of = quasi_random.points(SPACES["rules"], 0, RULES, repeats=3)
     (name,) = quasi_random.dimensions(SPACES["rules"], "bp")
-    repeats = [[of(12 * n + repeat)[name] for n in range(N)] for repeat in range(3)]
+    repeats = [
+        [of(whose(12 * n + repeat, repeats=3))[name] for n in range(N)] for repeat in range(3)
+    ]
     assert len({value for values in repeats for value in values}) == 3 * N
     for values in repeats:
         column = shares([{name: value} for value in values], {name: EXACT_RATE})[:, 0]
@@ -85,7 +92,7 @@ def test_repeats_have_sequences_of_their_own():
 
 def test_where_rules_take_no_turns_the_rule_is_a_coordinate_too():
     of = quasi_random.points(SPACES["rules"], 0)
-    counts = Counter(of(n)["trainer"] for n in range(64))
+    counts = Counter(of(whose(n, ()))["trainer"] for n in range(64))
     assert counts == dict.fromkeys(RULES, 16)
 
 
@@ -127,7 +134,7 @@ def test_a_study_proposes_the_points_and_does_so_again_when_it_is_resumed(tmp_pa
     for number in range(12):
         asked = manifest.proposer(study, begun)(number, records)
         records[number] = Record(asked.config, asked.point)
-        expected = {**own(number), "trainer": RULES[number % 4]}
+        expected = {**own(whose(number)), "trainer": RULES[number % 4]}
         if number < 4:
             expected = begun.points[number]
         elif number == 6:

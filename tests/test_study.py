@@ -43,6 +43,7 @@ from disinhib.tuning.event_log import (
     over_seeds,
     replay,
 )
+from disinhib.tuning.turns import Sharing, turn
 from disinhib.tuning.worker import REPORT, TrainingTrial
 
 source, tiny_space = tiny.source, tiny.tiny_space
@@ -433,7 +434,8 @@ def test_it_learns_from_the_trials_of_the_other(finished, extended):
     usable = [record for record in finished[0].records if record.state != FAILED]
     assert learnt == [(record.rule, record.state, record.scores) for record in usable]
     rules = space_tree.rules_of(tiny.space)
-    each = [suggest.history({}, past, number, rules) for number in range(3)]
+    whose = [turn(number, {}, Sharing(rules)) for number in range(3)]
+    each = [suggest.history({}, past, number, turn) for number, turn in enumerate(whose)]
     assert [[trial["state"] for trial in own] for own in each] == [
         [COMPLETE, COMPLETE], [COMPLETE, PRUNED], [COMPLETE],
     ]  # fmt: skip

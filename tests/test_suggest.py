@@ -28,6 +28,7 @@ from disinhib.tuning import (
 )
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, RUNNING, Record
 from disinhib.tuning.suggest import SAMPLERS
+from disinhib.tuning.turns import Sharing, turn
 from search_spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
@@ -91,22 +92,23 @@ class Course:
         self.sampler, self.state, self.seed, self.space = sampler(name), state, seed, space
         self.rules, self.batch, self.points, self.past = rules, batch, points, past
         self.repeats = repeats
-        self.sequence = lambda number: {}
+        self.sequence = lambda turn: {}
         if SAMPLERS[name].sequence:
             self.sequence = quasi_random.points(space, seed, rules, repeats)
         self.records, self.overrides = {}, {}
 
+    def turn(self, number):
+        return turn(number, self.records, Sharing(self.rules, self.repeats))
+
     def history(self, number):
-        return suggest.history(
-            self.records, self.past, number, self.rules, self.batch, repeats=self.repeats
-        )
+        return suggest.history(self.records, self.past, number, self.turn(number), self.batch)
 
     def propose(self, number):
         return suggest.suggest(
             self.space, self.sampler, self.history(number),
             suggest.sampler_seed(self.seed, number), number,
-            self.sequence(number)
-            | suggest.fixed_params(number, self.points, self.rules, self.repeats),
+            self.sequence(self.turn(number))
+            | suggest.fixed_params(self.turn(number), self.points),
         )  # fmt: skip
 
     def ask(self, number):
@@ -239,7 +241,7 @@ def test_another_process_proposes_the_same():
     for name in INSTALLED:
         rules = ("bp", "exact-inv", "lin-thresh") if options(name)["balanced"] else ()
         live = Course("random", mixed, rules=rules, space=SPACES["rules"]).go(30)
-        fixed = suggest.fixed_params(30, (), rules)
+        fixed = suggest.fixed_params(live.turn(30), ())
         inputs[name] = (options(name), live.history(30), fixed)
         make = suggest.sampler(options(name))
         proposal = suggest.suggest(SPACES["rules"], make, live.history(30), 7, 30, fixed)
@@ -284,19 +286,6 @@ def test_rules_take_turns_if_balanced(name):
     course = Course(name, mixed).go(14)
     assert [course.overrides[n]["trainer"] for n in range(14)] == [*RULES] * 7
     assert [course.overrides[n]["number"] for n in range(14)] == list(range(14))
-
-
-@given(
-    rules=st.sampled_from([(), ("a",), RULES, (*RULES, "c")]),
-    repeats=st.integers(1, 4),
-    trials=st.integers(1, 20),
-)
-def test_every_repeat_has_all_its_trials_and_shares_them_among_the_rules(rules, repeats, trials):
-    turns = [suggest.turn(number, rules, repeats) for number in range(trials * repeats)]
-    for repeat in range(1, repeats + 1):
-        own = [turn for turn in turns if turn.repeat == repeat]
-        alone = [suggest.turn(number, rules) for number in range(trials)]
-        assert [(turn.rule, turn.index) for turn in own] == [(t.rule, t.index) for t in alone]
 
 
 @pytest.mark.parametrize(("rules", "repeats"), [(RULES, 1), (RULES, 2), ((), 2)])
@@ -373,7 +362,7 @@ def test_points_come_first_in_their_order_if_rules_take_no_turns():
     ],
 )  # fmt: skip
 def test_what_is_decided_already_of_a_trial(number, rules, fixed):
-    assert suggest.fixed_params(number, POINTS, rules) == fixed
+    assert suggest.fixed_params(turn(number, {}, Sharing(rules)), POINTS) == fixed
 
 
 @pytest.mark.parametrize("name", INSTALLED)
@@ -539,11 +528,12 @@ def test_what_is_known_of_a_batch_is_that_it_runs(number, told, balanced):
     first = number // SIZE * SIZE
     for n in range(first):
         records[n].scores, records[n].state = [0.1 * n] * 3, COMPLETE
-    before = suggest.history(records, [], number, rules, SIZE)
+    whose = turn(number, {}, Sharing(rules))
+    before = suggest.history(records, [], number, whose, SIZE)
     for n, epochs, over in told:
         if n >= first:
             records[n].scores, records[n].state = [0.5] * epochs, PRUNED if over else RUNNING
-    assert suggest.history(records, [], number, rules, SIZE) == before
+    assert suggest.history(records, [], number, whose, SIZE) == before
     own = [n for n in range(number) if not balanced or n % 2 == number % 2]
     assert [len(trial["scores"]) for trial in before] == [3 if n < first else 0 for n in own]
     assert all(trial["state"] == RUNNING for trial in before if not trial["scores"])
@@ -593,7 +583,8 @@ def test_a_history_that_is_too_long_is_that_of_the_remembered_trials():
     most = 28
     course = Course(state=mixed, past=earlier().tried()).go(3 * most)
     whole = course.history(3 * most)
-    kept = suggest.history(course.records, course.past, 3 * most, RULES, None, most)
+    whose = course.turn(3 * most)
+    kept = suggest.history(course.records, course.past, 3 * most, whose, None, most)
     ends = [(trial["state"], trial["scores"]) for trial in whole]
     assert kept == [whole[n] for n in suggest.remembered(ends, most)]
     learnt = [trial for trial in kept if trial["state"] != FAILED]

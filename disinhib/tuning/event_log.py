@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from disinhib.errors import ConfigError, one_line
@@ -36,6 +37,7 @@ ENDED = (COMPLETE, PRUNED, FAILED)
 STATES = (*ENDED, RUNNING, KILLED)
 
 OF_STUDY = "retrains_study"  # tag of a retraining and its trials: the id of the study
+EPOCH_SECONDS = ("epoch_seconds", "compilation_seconds")  # metrics: the second is part of the first
 REPEAT = "repeat"  # tag of a trial, from 1; none in a study that is not repeated
 
 TABLES = """
@@ -160,6 +162,7 @@ class Record:
     config: TrialConfig
     point: Point = field(default_factory=lambda: NO_POINT)
     scores: list[float] = field(default_factory=list)  # by epoch; signed: more is better
+    seconds: list[float] = field(default_factory=list)  # by epoch, without compiling
     state: str = WAITING
     reason: str | None = None
     diverged: dict[str, tuple[int, str]] = field(default_factory=dict)  # seed -> (epoch, reason)
@@ -183,6 +186,11 @@ class Record:
     def epochs(self) -> int:
         """Number of epochs reported so far."""
         return len(self.scores)
+
+    @property
+    def training_seconds(self) -> float:
+        """Its epochs at the time of its median one: a worker's first ones also load programs."""
+        return self.epochs * median(self.seconds) if self.seconds else 0.0
 
     @property
     def budget(self) -> int:
@@ -217,12 +225,18 @@ def follow(records: dict[int, Record], event: Event) -> None:
         case EpochDone():
             record = records[event.trial]
             record.scores.append(event.score)
+            record.seconds.append(_net_seconds(event.metrics))
             newly = {seed: (event.epoch, why) for seed, why in event.diverged.items()}
             record.diverged = {**record.diverged, **newly}
             record.flags = {**record.flags, **event.flags}
         case Ended():
             records[event.trial].state = event.state
             records[event.trial].reason = event.reason
+
+
+def _net_seconds(metrics: Mapping[str, Sequence[float]]) -> float:
+    whole, compiling = (metrics.get(name, (0.0,))[0] for name in EPOCH_SECONDS)
+    return whole - compiling
 
 
 def replay(events: Iterable[Logged]) -> dict[int, Record]:

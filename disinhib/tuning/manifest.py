@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import yaml
 from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
-from disinhib.tuning import lease, provenance, quasi_random, retention, space_tree, suggest
+from disinhib.tuning import lease, provenance, quasi_random, retention, space_tree, suggest, turns
 from disinhib.tuning.event_log import REPEAT, Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
@@ -195,16 +196,22 @@ def of_resumed(study: Study) -> Manifest:
     return manifest
 
 
+def sharing(study: Study, manifest: Manifest) -> turns.Sharing:
+    """Among whom the trials of the study are shared."""
+    rules = space_tree.rules_of(study.search_space) if study.searcher["balanced"] else []
+    first = Counter(point.get(space_tree.RULE) if rules else None for point in manifest.points)
+    return turns.Sharing(rules, study.repeats, study.budget, first)
+
+
 def proposer(study: Study, manifest: Manifest) -> Proposer:
     """The study's proposer: (number, records so far) -> the trial of that number; a point that is
     given takes the place of the initial point of that number."""
-    space, repeats = study.search_space, study.repeats
-    rules = space_tree.rules_of(space) if study.searcher["balanced"] else []
+    space, among = study.search_space, sharing(study, manifest)
     make = suggest.sampler(study.searcher)
     sampler = suggest.SAMPLERS[study.searcher["name"]]
     sequence = None
     if sampler.sequence:
-        sequence = quasi_random.points(space, study.seed, rules, repeats)
+        sequence = quasi_random.points(space, study.seed, among.rules, among.repeats)
     memory = sampler.memory
     if memory is not None:  # else there would be random trials for ever
         memory = max(memory, 2 * study.searcher["n_startup_trials"])
@@ -212,18 +219,20 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
     def propose(
         number: int, records: Mapping[int, Record], point: Mapping[str, Any] | None = None
     ) -> Asked:
-        known = suggest.history(records, manifest.past, number, rules, study.batch, memory, repeats)
-        fixed = point or suggest.fixed_params(number, manifest.points, rules, repeats)
+        whose = turns.turn(number, records, among)
+        known = suggest.history(records, manifest.past, number, whose, study.batch, memory)
+        fixed = point or suggest.fixed_params(whose, manifest.points)
         proposal = suggest.suggest(
             space,
             make,
             known,
             suggest.sampler_seed(study.seed, number),
             number,
-            fixed if sequence is None else {**sequence(number), **fixed},
+            fixed if sequence is None else {**sequence(whose), **fixed},
         )
-        tags = {REPEAT: str(suggest.turn(number, rules, repeats).repeat)} if repeats > 1 else {}
-        return Asked(number, configure(study, number, proposal.overrides), proposal.point, tags)
+        tags = {REPEAT: str(whose.repeat)} if among.repeats > 1 else {}
+        trial = configure(study, number, proposal.overrides, whose.repeat)
+        return Asked(number, trial, proposal.point, tags)
 
     return propose
 
@@ -231,23 +240,18 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
 def adder(study: Study, manifest: Manifest) -> Adder:
     """(a point, records so far) -> the trials up to that of `point`, asked for at once: it is the
     next one in which its rule has its turn and no initial point is left. Empty if there is none."""
-    propose, repeats = proposer(study, manifest), study.repeats
-    rules = space_tree.rules_of(study.search_space) if study.searcher["balanced"] else []
+    propose, among = proposer(study, manifest), sharing(study, manifest)
 
     def add(point: Mapping[str, Any], records: Mapping[int, Record]) -> list[Asked]:
-        fixed = lambda n: suggest.fixed_params(n, manifest.points, rules, repeats)
-        free = (
-            number
-            for number in range(len(records), study.all_trials)
-            if not fixed(number).keys() - {space_tree.RULE}
-            and suggest.turn(number, rules, repeats).rule in (None, point.get(space_tree.RULE))
-        )
-        if (number := next(free, None)) is None:
-            return []
         asked, trials = {**records}, []
-        for n in range(len(records), number + 1):
-            trials.append(propose(n, asked, point if n == number else None))
+        for number in range(len(records), study.all_trials):
+            whose = turns.turn(number, asked, among)
+            initial = suggest.fixed_params(whose, manifest.points).keys() - {space_tree.RULE}
+            its = not initial and whose.rule in (None, point.get(space_tree.RULE))
+            trials.append(propose(number, asked, point if its else None))
+            if its:
+                return trials
             follow(asked, trials[-1])
-        return trials
+        return []
 
     return add

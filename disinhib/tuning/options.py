@@ -45,6 +45,7 @@ class Study:
     trials: int  # of each repeat
     repeats: int
     repeat_splits: bool
+    budget: str  # of turns.BUDGETS
     epochs: int
     replicates: int
     seed: int
@@ -267,8 +268,8 @@ def kept(study: Study) -> dict[str, Any]:
     return {"overrides": list(study.overrides), "options": dict(study.options)}
 
 
-def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
-    """Trial `number`: the study's options, and the overrides of the space on top.
+def configure(study: Study, number: int, overrides: Overrides, repeat: int = 1) -> TrialConfig:
+    """Trial `number`, of a repeat: the study's options, and the overrides of the space on top.
 
     Raises ConfigError if the space chose an option that does not exist or a value not allowed.
     """
@@ -284,7 +285,6 @@ def configure(study: Study, number: int, overrides: Overrides) -> TrialConfig:
             _set(options, name, value)
     options["seed"] = seeds[0]
     if study.repeat_splits:
-        repeat = suggest.turn(number, repeats=study.repeats).repeat
         options["dataset"]["valid_seed"] = suggest.split_seed(study.seed, repeat)
     # A trial writes no folder of its own, so out_dir is not part of its command.
     options["out_dir"] = _cached(hydra_config.TRAINING, ())[0]["out_dir"]

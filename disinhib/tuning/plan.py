@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -28,11 +27,22 @@ from disinhib.checks import flatten, in_hydra
 from disinhib.hyperparameters import Architecture
 from disinhib.tuning import cluster, engine, manifest, progress, provenance, retention
 from disinhib.tuning.engine import Job
-from disinhib.tuning.event_log import REPEAT, Asked, EpochDone, EventLog, Record, TrialConfig
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    REPEAT,
+    Asked,
+    EpochDone,
+    EventLog,
+    Record,
+    TrialConfig,
+)
 from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
-from disinhib.tuning.suggest import SAMPLERS, turn
+from disinhib.tuning.suggest import SAMPLERS
+from disinhib.tuning.turns import TRIALS, Sharing, turn
 from disinhib.tuning.worker import GPU_MB, LANES
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
@@ -93,11 +103,11 @@ def previews(
     records: dict[int, Record] = {}
     for number in range(min(study.all_trials, (len(points) + 10) * rules * study.repeats)):
         asked = propose(number, records)
-        records[number] = Record(asked.config, asked.point)
+        record = records[number] = Record(asked.config, asked.point, tags=asked.tags)
         searched = asked.config["searched"]
         groups = {name: value for name, value in searched.items() if isinstance(value, str)}
         kind = GIVEN if asked.point["params"] in points else SAMPLED
-        if configure(study, number, groups)["options"] == asked.config["options"]:
+        if configure(study, number, groups, record.repeat)["options"] == asked.config["options"]:
             kind = PUBLISHED
         shown.setdefault((asked.config["rule"], kind), Preview(asked.config, kind))
         if sum(kind == SAMPLED for _, kind in shown) == rules:
@@ -132,8 +142,9 @@ def structures(study: Study, branches: Sequence[TrialConfig]) -> list[Structure]
 
 
 def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) -> Estimate:
-    """Simulates a study, `at_once` trials at a time. Rules, the keys of `costs`, take turns, and a
-    trial has a random structure of its rule; trials of a rule without structures fail at once.
+    """Simulates a study, `at_once` trials at a time. Rules, the keys of `costs`, share the trials
+    as the study's `budget` says, and a trial has a random structure of its rule; trials of a rule
+    without structures fail at once.
 
     A trial's score approaches a random quality and takes 1/16 to 1/4 of the budget to get half
     way. `stops(records, trial)` decides which trials end early.
@@ -141,30 +152,35 @@ def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) 
     draw, trials = np.random.default_rng(seed), study.all_trials
     quality = draw.uniform(size=trials)
     half_way = study.epochs * 2.0 ** draw.uniform(-4, -2, trials)
-    rules, batch = list(costs), study.batch or trials
+    among, batch = Sharing(list(costs), study.repeats, study.budget), study.batch or trials
     records: dict[int, Record] = {}
-    for number in range(trials):
-        rule, repeat, _ = turn(number, rules, study.repeats)
-        trial = TrialConfig(number=number, rule=rule, epochs=study.epochs)  # pyright: ignore
-        records[number] = Record(trial, tags={REPEAT: str(repeat)})
-    waiting = deque(number for number, record in records.items() if costs[record.rule])
     free, running = list(range(at_once)), []
     known: set[tuple[int, Cost]] = set()  # structures that a worker has traced already
     clock, begun = 0.0, 0
-    while waiting or running:
-        while waiting and free and (not running or waiting[0] // batch == begun):
-            number, worker = waiting.popleft(), free.pop()
-            begun = number // batch
+    while True:
+        while len(records) < trials and free and (not running or len(records) // batch == begun):
+            number = len(records)
+            rule, repeat, _ = turn(number, records, among)
+            trial = TrialConfig(number=number, rule=rule, epochs=study.epochs)  # pyright: ignore
+            records[number] = Record(trial, tags={REPEAT: str(repeat)})
             own = costs[records[number].rule]
+            if not own:
+                records[number].state = FAILED
+                continue
+            begun, worker = number // batch, free.pop()
             cost = own[int(draw.integers(len(own)))]
             start = TRIAL_SECONDS + (0 if (worker, cost) in known else cost.tracing)
             known.add((worker, cost))
             heappush(running, (clock + start + cost.epoch, number, worker, cost))
+        if not running:  # the last ones failed at once
+            break
         clock, number, worker, cost = heappop(running)
-        scores = records[number].scores
-        score = float(quality[number] * (1 - 2 ** (-(len(scores) + 1) / half_way[number])))
-        scores.append(score)
-        if stops(records, records[number]) or len(scores) == study.epochs:
+        record = records[number]
+        score = quality[number] * (1 - 2 ** (-(record.epochs + 1) / half_way[number]))
+        record.scores.append(float(score))
+        record.seconds.append(cost.epoch)
+        if stops(records, record) or record.epochs == study.epochs:
+            record.state = PRUNED if record.epochs < study.epochs else COMPLETE
             free.append(worker)
         else:
             heappush(running, (clock + cost.epoch, number, worker, cost))
@@ -306,6 +322,8 @@ def run(study: Study, console: Console) -> None:
 def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list[str]:
     """Duration, memory and disk, in lines."""
     timed = [cost for own in costs.values() for cost in own]
+    equal = f"next the rule that has spent fewest {study.budget}"
+    shared = "rules in turn" if study.budget == TRIALS else equal
     startup = min(cost.ready_at for cost in timed) - started
     lines = []
     for name, estimate in (
@@ -317,7 +335,7 @@ def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list
         rate = f"{3600 * study.all_trials / estimate.seconds:.0f} trials an hour"
         lines.append(f"{name}: {hours}, {estimate.epochs:.0f} epochs, {rate}")
     lines.append(
-        f"assumed: {at_once} trials at a time, rules in turn, a rule's structures equally often,"
+        f"assumed: {at_once} trials at a time, {shared}, a rule's structures equally often,"
         " random final scores that do not improve during the study, half of a score reached in"
         f" 1/16 to 1/4 of the budget, {TRIAL_SECONDS} s between trials, {startup:.1f} s to start"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,25 @@ from scipy.stats import qmc
 
 from disinhib.tuning import space_tree, suggest
 from disinhib.tuning.space_tree import RULE, Distribution, Params
+from disinhib.tuning.turns import Turn
 from search_spaces import Space
 
 
 def points(
     space: Space, study_seed: int, rules: Sequence[str] = (), repeats: int = 1
-) -> Callable[[int], Params]:
-    """(number) -> the point of that trial: of the sequence of its repeat and rule if `rules` take
-    turns, else of its repeat's sequence for the whole space, the choice of the rule included.
+) -> Callable[[Turn], Params]:
+    """(turn) -> the point of its trial: of the sequence of its repeat and rule if it is the turn of
+    one of `rules`, else of its repeat's sequence for the whole space, the choice of the rule
+    included.
 
     Where a point is given, the sequence's own is left out.
     """
     kinds = {rule: dimensions(space, rule) for rule in rules or [None]}
+    sequences = [*product(kinds, range(1, repeats + 1))]
 
-    def of(number: int) -> Params:
-        rule, _, index = suggest.turn(number, rules, repeats)
-        sequence = number % (len(kinds) * repeats)
-        return point(kinds[rule], suggest.sequence_seed(study_seed, sequence), index)
+    def of(turn: Turn) -> Params:
+        seed = suggest.sequence_seed(study_seed, sequences.index((turn.rule, turn.repeat)))
+        return point(kinds[turn.rule], seed, turn.index)
 
     return of
 

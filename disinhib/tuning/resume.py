@@ -23,7 +23,7 @@ RESUMED_WITH = (
 
 
 # Options that a study of an earlier version may lack, as it ran.
-EARLIER = {"repeats": 1, "repeat_splits": False}
+EARLIER = {"repeats": 1, "repeat_splits": False, "budget": "trials"}
 EARLIER_DATA = {"valid_seed": None}
 
 

@@ -23,6 +23,7 @@ from disinhib.checks import COUNT, FLAG, INDEX, OPTIONAL_TEXT, POSITIVE, Option,
 from disinhib.tuning import event_log
 from disinhib.tuning.event_log import Point, Record
 from disinhib.tuning.space_tree import RULE, option_of, parameters_for, path_at, same
+from disinhib.tuning.turns import Turn
 from search_spaces import Overrides, Space
 
 STATES = {
@@ -152,24 +153,22 @@ def history(
     records: Mapping[int, Record],
     past: Iterable[Tried],
     number: int,
-    rules: Sequence[str] = (),
+    turn: Turn,
     batch: int | None = None,
     most: int | None = None,
-    repeats: int = 1,
 ) -> list[Tried]:
     """The trials that the proposal of trial `number` may learn from, oldest first.
 
-    With `rules`, the rules take turns, and each learns from its own trials only: in one common
-    study, TPE would call the best few trials *of all rules* good and learn nothing about the
-    parameters of the other rules. So do `repeats`, for which those of another repeat have not been
-    tried. With `batch`, the trials of the same batch (`batch` consecutive numbers) count as
-    running, so that no proposal depends on which trial was faster. `past` are trials of earlier
-    studies. Of more than `most` trials, those are left that are `remembered`.
+    A rule that has its `turn` learns from its own trials only: in one common study, TPE would call
+    the best few trials *of all rules* good and learn nothing about the parameters of the other
+    rules. So does a repeat, for which those of another repeat have not been tried. With `batch`,
+    the trials of the same batch (`batch` consecutive numbers) count as running, so that no proposal
+    depends on which trial was faster. `past` are trials of earlier studies. Of more than `most`
+    trials, those are left that are `remembered`.
     """
-    rule, _, _ = turn(number, rules, repeats)
-    turns, size = max(1, len(rules)) * repeats, batch or 1
-    learnt = [trial for trial in past if rule in (None, trial["rule"])]
-    own = [n for n in range(number % turns, number, turns) if n in records]
+    size = batch or 1
+    learnt = [trial for trial in past if turn.rule in (None, trial["rule"])]
+    own = [n for n in turn.earlier if n in records]
     runs = lambda n: n // size == number // size
     ends = [(trial["state"], trial["scores"]) for trial in learnt]
     ends += [
@@ -208,34 +207,12 @@ def remembered(ends: Sequence[tuple[str, Sequence[float]]], most: int | None) ->
     return [n for n in range(len(ends)) if n not in forgotten]
 
 
-class Turn(NamedTuple):
-    """Whose trial a number is."""
-
-    rule: str | None  # None: the sampler chooses it
-    repeat: int  # from 1
-    index: int  # from 0, among the trials of this rule and repeat
-
-
-def turn(number: int, rules: Sequence[str] = (), repeats: int = 1) -> Turn:
-    """The turn of trial `number`: first one of each repeat with the first rule, then with the
-    second, ..., and then it begins anew."""
-    place, repeat = divmod(number, repeats)
-    index, rule = divmod(place, max(1, len(rules)))
-    return Turn(rules[rule] if rules else None, repeat + 1, index)
-
-
-def fixed_params(
-    number: int,
-    points: Sequence[Mapping[str, Any]],
-    rules: Sequence[str] = (),
-    repeats: int = 1,
-) -> dict[str, Any]:
-    """The parameters of trial `number` that are not sampled: its rule if `rules` take turns, and
-    an initial point if any of `points`, which each repeat tries, are left."""
-    rule, _, index = turn(number, rules, repeats)
-    own = [point for point in points if rule in (None, point.get(RULE))]
-    chosen = {} if rule is None else {RULE: rule}
-    return {**own[index], **chosen} if index < len(own) else chosen
+def fixed_params(turn: Turn, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The parameters of a trial that are not sampled: its rule if it is the `turn` of one, and an
+    initial point if any of `points`, which each repeat tries, are left."""
+    own = [point for point in points if turn.rule in (None, point.get(RULE))]
+    chosen = {} if turn.rule is None else {RULE: turn.rule}
+    return {**own[turn.index], **chosen} if turn.index < len(own) else chosen
 
 
 def as_tried(

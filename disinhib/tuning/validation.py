@@ -22,6 +22,7 @@ from disinhib.checks import (
 )
 from disinhib.errors import ConfigError, nearest
 from disinhib.metrics import SELECTION, measures
+from disinhib.tuning import turns
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
@@ -53,6 +54,7 @@ CHECKS: dict[str, Check] = {
     "trials": COUNT,
     "repeats": COUNT,
     "repeat_splits": FLAG,
+    "budget": one_of(turns.BUDGETS),
     "epochs": COUNT,
     "replicates": COUNT,
     "metric": TEXT,  # the same
@@ -127,6 +129,16 @@ def check(options: Mapping[str, Any]) -> None:
         ):
             if given is not None:
                 raise refusal("repeat_splits", True, f"false, as {why}")
+    if options["budget"] != turns.TRIALS:
+        for given, why in (
+            (searcher["deterministic"], "reproducible trials do not depend on what others took"),
+            (
+                options["repeats"] == 1 and not searcher["balanced"],
+                "with searcher.balanced=false the sampler chooses the rule",
+            ),
+        ):
+            if given:
+                raise refusal("budget", options["budget"], f"{turns.TRIALS}, as {why}")
     if sampler.grid and searcher["balanced"]:
         raise refusal("searcher.balanced", True, "false with searcher=grid")
     if searcher.get("group") and not searcher["multivariate"]:
