@@ -149,8 +149,10 @@ def choices_of(group: str) -> list[str]:
     """The choices of a group, sorted; none if there is no such group."""
     group = group.partition("@")[0]
     folder = CONFIGURATIONS / group
-    files = (file.stem for file in folder.glob("*.yaml")) if os.path.isdir(folder) else ()
-    return sorted({*files, *_REGISTERED.get(group, ())})
+    found = folder.rglob if group == "experiment" else folder.glob  # experiments have subfolders
+    files = found("*.yaml") if os.path.isdir(folder) else ()
+    names = (file.relative_to(folder).with_suffix("").as_posix() for file in files)
+    return sorted({*names, *_REGISTERED.get(group, ())})
 
 
 def literal(config_name: str, overrides: Sequence[str]) -> list[str]:
