@@ -245,7 +245,8 @@ def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[st
     grid = hydra_config.compose(CONFIG, experiment)[0]["grid"]
     if grid is None:
         folder = hydra_config.CONFIGURATIONS / "experiment"
-        have = [f.stem for f in sorted(folder.glob("*.yaml")) if "\ngrid:" in f.read_text("utf-8")]
+        text = lambda name: (folder / f"{name}.yaml").read_text("utf-8")
+        have = [n for n in hydra_config.choices_of("experiment") if "\ngrid:" in text(n)]
         raise Refused(
             f"{experiment[0].replace('=', ': given ')}, allowed is one of {', '.join(have)}"
         )

@@ -124,6 +124,7 @@ def test_a_group_is_known_by_its_registration_or_its_folder():
     assert not any(map(hydra_config.is_group, ("trainer.norm_val", "epochs", "trainers", "")))
     assert hydra_config.choices_of("trainer") == sorted(RULES)
     assert hydra_config.choices_of("solver") == ["newton", "ode"]
+    assert hydra_config.choices_of("model") == ["default"]
     assert hydra_config.choices_of("trainer.norm_val") == []
 
 
