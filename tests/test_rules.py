@@ -164,6 +164,29 @@ def test_taylor_is_linear_threshold_at_a_fixed_rate(problem):
         np.testing.assert_allclose(gradient, threshold.gradients[name], rtol=1e-12)
 
 
+def test_without_feedback_the_contrast_has_no_error(problem):
+    """Where lin-thresh mistakes the curvature of its interneuron's activation for an error."""
+    silent = HYPER.updated(rule={"norm_val": 1e-9})
+    contrast, _ = update(problem, "lin-contrast", silent)
+    threshold, _ = update(problem, "lin-thresh", silent)
+    for layer in range(2):
+        assert np.abs(contrast.gradients[f"kernel_{layer}"]).max() < 1e-8
+        assert np.abs(threshold.gradients[f"kernel_{layer}"]).max() > 1e-3
+
+
+def test_the_contrast_of_small_feedback_is_the_exact_error_in_other_units(problem):
+    """To first order each neuron's error is that of exact-inv times a positive factor, which is 1
+    where its interneuron is at the mean: its slope there over that at the mean."""
+    weak = HYPER.updated(rule={"norm_val": 1e-4})
+    exact, _ = update(problem, "exact-inv", weak)
+    contrast, _ = update(problem, "lin-contrast", weak)
+    threshold, _ = update(problem, "lin-thresh", weak)
+    for layer in range(2):
+        same = exact.gradients[f"kernel_{layer}"].ravel()
+        assert cosine(contrast.gradients[f"kernel_{layer}"].ravel(), same) > 0.95
+        assert cosine(threshold.gradients[f"kernel_{layer}"].ravel(), same) < 0.5
+
+
 def test_linear_threshold_remembers_the_open_loop_rates(problem):
     result, small = update(problem, "lin-thresh", HYPER.updated(rule={"avg_inh_lambda": 0.25}))
     for y0, u_i in zip(result.rule_state.means, opened(small, HYPER).u_i, strict=True):

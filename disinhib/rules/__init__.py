@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from disinhib.rules.backprop import BP
 from disinhib.rules.base import Branch, Competitor, Family, Rule, RuleState, Update
-from disinhib.rules.disinhibition import EXACT_INVERSE, LINEAR_THRESHOLD, TAYLOR
+from disinhib.rules.disinhibition import EXACT_INVERSE, LINEAR_CONTRAST, LINEAR_THRESHOLD, TAYLOR
 from disinhib.rules.feedback_alignment import DFA, FA, KOLEN_POLLACK, SIGN_SYMMETRIC
 
 __all__ = [
@@ -61,6 +61,7 @@ for rule in (
     EXACT_INVERSE,
     LINEAR_THRESHOLD,
     TAYLOR,
+    LINEAR_CONTRAST,
     FA,
     DFA,
     SIGN_SYMMETRIC,

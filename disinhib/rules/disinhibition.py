@@ -7,6 +7,9 @@ They run the network open loop, compute feedback weights there, run it closed lo
 where v_l estimates the inhibitory potential from the inhibitory rate: exactly (exact-inv), or by
 the tangent of phi_I's inverse at a running mean rate (lin-thresh) or at a fixed rate (taylor).
 Published: `src/models/dale/trainer.py`, `src/core/trainer.py`.
+
+lin-contrast is ours: it uses lin-thresh's tangent for the change between the two loops only, so
+that a neuron without feedback has no error (in open loop u_I = g_EI r_E, and the estimate is that).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from disinhib.rules.branches import interneurons, log_uniform
 from disinhib.solvers import closed_loop, open_loop
 
 # In `hyper.rule["estimate"]`: how a neuron reads v off the rate of its interneuron.
-INVERSE, TANGENT_AT_MEAN, TANGENT_AT_RATE = 0.0, 1.0, 2.0
+INVERSE, TANGENT_AT_MEAN, TANGENT_AT_RATE, TANGENT_OF_CHANGE = 0.0, 1.0, 2.0, 3.0
 
 
 class Memory(NamedTuple):
@@ -42,16 +45,24 @@ class Memory(NamedTuple):
 
 
 def _estimates(
-    hyper: Hyperparameters, circuit: Microcircuit, memory: Memory, closed: NetworkState
+    hyper: Hyperparameters,
+    circuit: Microcircuit,
+    memory: Memory,
+    opened: NetworkState,
+    closed: NetworkState,
 ) -> list[Array]:
-    """v_l of each hidden layer: phi_I^-1(r_I) = u_I, or its tangent at the mean or the fixed rate.
-    Chosen by value, so that all rules are one compiled program."""
+    """v_l of each hidden layer: phi_I^-1(r_I) = u_I; its tangent at the mean or the fixed rate; or
+    u_I in open loop, and by that tangent what has changed since. Chosen by value, so that all rules
+    are one compiled program."""
     estimate, estimates = hyper.rule["estimate"], []
-    for u_i, mean in zip(closed.u_i, memory.means, strict=True):
-        rate = jnp.where(estimate == TANGENT_AT_MEAN, mean, hyper.rule["y0"])
+    for before, u_i, mean in zip(opened.u_i, closed.u_i, memory.means, strict=True):
+        rate = jnp.where(estimate == TANGENT_AT_RATE, hyper.rule["y0"], mean)
         intercept, slope = tangent_of_inverse(circuit.phi_i, rate)
-        tangent = intercept + slope * circuit.phi_i.value(u_i)
-        estimates.append(jnp.where(estimate == INVERSE, u_i, tangent))
+        r_i = circuit.phi_i.value(u_i)
+        tangent = intercept + slope * r_i
+        changed = before + slope * (r_i - circuit.phi_i.value(before))
+        linear = jnp.where(estimate == TANGENT_OF_CHANGE, changed, tangent)
+        estimates.append(jnp.where(estimate == INVERSE, u_i, linear))
     return estimates
 
 
@@ -88,7 +99,7 @@ def disinhibitory_control(
     weights = modified(hyper, feedback.on_path(hyper, memory.feedback, jacobian))
     aim = _aim(architecture, hyper, opened.state, target)
     closed = closed_loop(architecture, parameters, hyper, x, aim, weights, opened.state)
-    estimates = _estimates(hyper, circuit, memory, closed.state)
+    estimates = _estimates(hyper, circuit, memory, opened.state, closed.state)
 
     gradients, rate = {}, x
     for layer, (v, u_e) in enumerate(zip(estimates, closed.state.u_e, strict=True)):
@@ -157,12 +168,20 @@ def _exact_inverse_branch(trial):
     return _common_branch(trial, "exact-inv")
 
 
-def _linear_threshold_branch(trial):
+def _tangent_at_mean_branch(trial, name):
     return {
-        **_common_branch(trial, "lin-thresh"),
+        **_common_branch(trial, name),
         # Weight of the newest batch in the running mean: 1 forgets all others (published).
-        **log_uniform(trial, "lin-thresh", "trainer.avg_inh_lambda", 1e-2, 1.0),
+        **log_uniform(trial, name, "trainer.avg_inh_lambda", 1e-2, 1.0),
     }
+
+
+def _linear_threshold_branch(trial):
+    return _tangent_at_mean_branch(trial, "lin-thresh")
+
+
+def _linear_contrast_branch(trial):
+    return _tangent_at_mean_branch(trial, "lin-contrast")
 
 
 def _taylor_branch(trial):
@@ -212,6 +231,20 @@ LINEAR_THRESHOLD = Rule(
     },
     (*feedback.OPTIONS, *_MEAN_OPTIONS),
     chosen={"estimate": TANGENT_AT_MEAN},
+)
+LINEAR_CONTRAST = Rule(
+    "lin-contrast",
+    DISINHIBITION,
+    {
+        "dale": Competitor(
+            "the same where that straight line reads only how far the interneuron's activation"
+            " changes as feedback comes in",
+            "#332288",
+            _linear_contrast_branch,
+        )
+    },
+    (*feedback.OPTIONS, *_MEAN_OPTIONS),
+    chosen={"estimate": TANGENT_OF_CHANGE},
 )
 TAYLOR = Rule(
     "taylor",
