@@ -47,6 +47,7 @@ class Configuration(NamedTuple):
     trial: int | None = None  # the selected trial, if any
     of_run: str | None = None  # the trial's run
     repeat: int | None = None  # in which it was selected; None if tuning was not repeated
+    selected_by: str | None = None  # how it was selected, see runs.SELECTED_BY
 
     @property
     def key(self) -> str:
@@ -170,6 +171,9 @@ def of_selection(
             entry["run_id"]: (runs.COMPLETE,) if entry.get("rank") != 0 else (runs.COMPLETE, PRUNED)
             for entry in selection["selected"]
         }
+        # Earlier versions wrote fewer fields.
+        how = {name: selection[name] for name in runs.HOW_SELECTED if name in selection}
+        selected_by = json.dumps(how)
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -190,7 +194,8 @@ def of_selection(
         raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
     stores.load_plugins(study.provenance)
-    return store, study, [_of_trial(store, study, id, settings, states[id]) for id in states]
+    planned = [_of_trial(store, study, id, settings, states[id]) for id in states]
+    return store, study, [one._replace(selected_by=selected_by) for one in planned]
 
 
 def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:

@@ -55,7 +55,7 @@ class Study:
 
     @cached_property
     def best(self) -> pd.DataFrame:
-        """The best complete trial of each rule and repeat, by `selection.RULE`: rows of
+        """The best complete trial of each rule and repeat, by `selection.HOW`: rows of
         `trials`, by rule.
 
         Raises Refused if a trial's run is missing, or if the study's metric is none of validation

@@ -22,8 +22,17 @@ from disinhib import cli
 from disinhib.checks import Check, Option, or_null
 from disinhib.files import write_whole
 from disinhib.tuning import mlflow_settings
-from disinhib.tuning.event_log import COMPLETE, ENDED, EPOCH_SECONDS, FAILED, OF_STUDY, REPEAT
+from disinhib.tuning.event_log import (
+    COMPLETE,
+    ENDED,
+    EPOCH_SECONDS,
+    FAILED,
+    INITIAL,
+    OF_STUDY,
+    REPEAT,
+)
 from disinhib.tuning.mlflow_store import BEGUN, OF_RUN, OF_TRIAL, SEED
+from disinhib.tuning.steering import ADDED
 
 if TYPE_CHECKING:  # MLflow is imported after its settings
     from mlflow.entities import Run
@@ -42,6 +51,9 @@ NO_FEEDBACK = "none"
 # In words, by whether feedback weights are averaged (the tag `averaged` of older retrainings).
 JACOBIAN_FEEDBACK = {"none": NO_FEEDBACK, "false": "per sample", "true": "averaged"}
 CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its configuration
+# Tag of a retrained seed: how its trial was selected, these fields of selected.yaml as JSON.
+SELECTED_BY = "selected_by"
+HOW_SELECTED = ("metric", "rule", "per", "top", "command")
 TEST_IMAGES = "test_images"  # tag of a retrained seed: how many its test set has
 
 
@@ -57,8 +69,9 @@ def trials(store: Store, study: StudyRun) -> Table:
 
     Columns: trial, run_id, rule, repeat (from 1), state, reason, epochs (done), budget (epochs),
     score (the study's metric at its last epoch; NaN if it has none), seeds (a tuple), seconds,
-    host, device, command, saw_test (its run has a metric of the test set), the alignment after the
-    last epoch, where it was measured, and `searched.<parameter>`, by Optuna's names.
+    host, device, command, saw_test (its run has a metric of the test set), drawn (it is neither an
+    initial point nor one that was added by hand), the alignment after the last epoch, where it was
+    measured, and `searched.<parameter>`, by Optuna's names.
     """
     metric, budget = study.options["metric"], int(study.options["epochs"])
     rows, dropped = [], []
@@ -94,6 +107,7 @@ def trials(store: Store, study: StudyRun) -> Table:
                 "seconds": ((info.end_time or math.nan) - info.start_time) / 1000,
                 **{name: tags.get(name) for name in ("host", "device")},
                 "command": tags["command"],
+                "drawn": not tags.keys() & {INITIAL, ADDED},
                 "saw_test": any(name.startswith("test_") for name in run.data.metrics),
                 **{n: v for n, v in run.data.metrics.items() if n.startswith(ALIGNMENT)},
                 **{SEARCHED + name: value for name, value in run.data.params.items()},
@@ -149,7 +163,8 @@ def retrained(store: Store, study: StudyRun) -> Table:
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
     repeat (of the tuning, from 1), dataset, depth (hidden layers), feedback (how its weights come
     about, in words), seed, state, reason, epochs (done), budget, command, flag (why the ODE check
-    failed, else ""), host, device, code and data (hashes), test_images (their number; NaN if it was
+    failed, else ""), host, device, code and data (hashes), selected_by (how its trial was selected,
+    HOW_SELECTED as JSON; empty if that was not recorded), test_images (their number; NaN if it was
     not recorded), and every metric after the last epoch.
     """
     rows, dropped = [], []
@@ -174,6 +189,7 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 **{name: tags.get(name) for name in ("reason", "host", "device")},
                 "code": tags.get("code_sha256"),
                 "data": tags.get("data_sha256"),
+                SELECTED_BY: tags.get(SELECTED_BY, "{}"),
                 TEST_IMAGES: float(
                     tags.get(TEST_IMAGES) or images.get(tags.get("data_sha256"), math.nan)
                 ),
@@ -290,7 +306,7 @@ def main(arguments: list[str]) -> int:
         for why in unfinished:
             print(f"left out: {why}")
     if options["out"] is None:
-        hidden = ["command", "run_id", "reason", "saw_test", "seeds", "host", "device"]
+        hidden = ["command", "run_id", "reason", "saw_test", "drawn", "seeds", "host", "device"]
         hidden += [name for name in rows if name.startswith(ALIGNMENT)]
         shown = rows.drop(columns=hidden, errors="ignore")
         shown = shown.rename(columns=lambda name: name.removeprefix(SEARCHED))

@@ -30,10 +30,12 @@ from disinhib.tuning import mlflow_connection, mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, FAILED, REPEAT
 from disinhib.tuning.space_tree import RULE as OF_RULE, option_of, parameters_for, same
 
-RULE = (
-    "Of the trials of a group that ran their whole budget (COMPLETE): those with the best {metric}"
-    " after the last epoch, mean over a trial's seeds; of equals, the one that was tried first."
+HOW = (
+    "Of the trials of each {group} that ran their whole budget (COMPLETE): the {number} with the"
+    " best {metric} after the last epoch, mean over a trial's seeds; of equals, the one that was"
+    " tried first."
 )
+HOW_DEFAULTS = " And of each {group} the trial with the published defaults, whatever its score."
 TRAINER = "trainer"
 PER = f"the groups: {TRAINER} (the learning rule), or options that were searched"
 OPTIONS = (
@@ -46,6 +48,7 @@ OPTIONS = (
     Option("selected", "selected.yaml", TEXT, "file to write"),
 )
 COMMAND = cli.Command("analysis.selection", __doc__, OPTIONS)
+WHERE = (stores.TRACKING.name, "selected")  # options of places
 RUNNERS_UP = 3  # shown
 EDGE = 0.05  # share of a range, on its scale: a value as close to an end is at the edge
 NEXT_BEST = 4  # complete trials of the rule, of which it is said how many lie at the same edge
@@ -70,7 +73,7 @@ class Choice(NamedTuple):
 
 
 def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Criterion) -> list[Choice]:
-    """The `top` best complete trials of each group, by RULE. Leaves out a group without any.
+    """The `top` best complete trials of each group, by HOW. Leaves out a group without any.
 
     Raises Refused if a name in `per` was not searched.
     """
@@ -84,6 +87,21 @@ def select(trials: pd.DataFrame, per: Sequence[str], top: int, metric: Criterion
             gaps = [(other["trial"], abs(other["score"] - row["score"])) for other in behind]
             chosen.append(Choice(group, rank, row, tied, gaps))
     return chosen
+
+
+def how(
+    metric: str,
+    per: Sequence[str] = (TRAINER,),
+    top: int = 1,
+    defaults: bool = False,
+    repeated: bool = False,
+) -> str:
+    """How trials are selected, in words; `repeated` says that the tuning was."""
+    of_repeat = [REPEAT] * repeated
+    group = lambda names: " and ".join(["rule" if n == TRAINER else n for n in names] + of_repeat)
+    number = "one" if top == 1 else f"{top}"
+    words = HOW.format(group=group(per), number=number, metric=metric)
+    return words + HOW_DEFAULTS.format(group=group([TRAINER])) * defaults
 
 
 def metric_of(study: StudyRun, given: str | None = None) -> Criterion:
@@ -167,11 +185,12 @@ def warnings(
         for choice in chosen:
             lines += _on_the_edge(choice, rows, space, metric)
             lines += _failed_nearby(choice, rows, space)
-    of_groups = [(_words(group), of_group) for group, of_group in groups(trials, per)]
+    of_groups = groups(trials, per)
     lines += _unequal_budgets(of_groups)
     if space is not None:
         lines += _rarely_tried(rows, space)
-    for name, of_group in of_groups:
+    for group, of_group in of_groups:
+        name = _words(group)
         complete = sum(row["state"] == COMPLETE for row in of_group)
         if complete == 0:
             lines.append(f"{name}: no trial ran its whole budget, none is selected")
@@ -264,8 +283,14 @@ def _rarely_tried(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     return [f"hardly tried (trials): {', '.join(rare)}"] if rare else []
 
 
-def _unequal_budgets(groups: Sequence[tuple[str, list[Row]]]) -> list[str]:
-    budgets = [(name, len(rows), spent(rows)) for name, rows in groups]
+def _unequal_budgets(groups: Sequence[tuple[dict[str, str], list[Row]]]) -> list[str]:
+    """A warning if the groups, each over all its repeats, had unequal budgets: repeats of one rule
+    nearly always differ, where trials are stopped early."""
+    over_repeats: dict[str, list[Row]] = {}
+    for group, rows in groups:
+        own = {name: value for name, value in group.items() if name != REPEAT}
+        over_repeats.setdefault(_words(own), []).extend(rows)
+    budgets = [(name, len(rows), spent(rows)) for name, rows in over_repeats.items()]
     counts, epochs = {count for _, count, _ in budgets}, [spent for *_, spent in budgets]
     if not budgets or (len(counts) == 1 and max(epochs) <= UNEQUAL * min(epochs)):
         return []
@@ -293,20 +318,17 @@ def content(
     uri: str,
     database: str | None,
     chosen: Sequence[Choice],
-    metric: str,
-    per: list[str],
+    selected_by: Mapping[str, Any],
     warned: list[str],
 ) -> dict[str, Any]:
     """The content of `selected.yaml`; `database` is the store's file, if it is one, as seen from
-    there."""
+    there; `selected_by` has the fields of `runs.HOW_SELECTED`."""
     return {
         "study": study.name,
         "study_run": study.run.info.run_id,
         "tracking_uri": masked(uri),
         "database": database,
-        "metric": metric,
-        "rule": RULE.format(metric=metric),
-        "per": per,
+        **selected_by,
         "selected": [
             {
                 "trial": choice.row["trial"],
@@ -333,9 +355,9 @@ def main(arguments: list[str]) -> int:
     runs.refuse_missing(store, study)
     direction = metric_of(study, options["metric"])
     metric = study.options["metric"] = options["metric"] or study.options["metric"]
-    per = options["per"]
+    per, top = options["per"], options["top"]
     trials, dropped = runs.trials(store, study)
-    choices = select(trials, per, options["top"], direction)
+    choices = select(trials, per, top, direction)
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
     warning_lines = warnings(trials, choices, per, study.space, direction)
@@ -346,12 +368,21 @@ def main(arguments: list[str]) -> int:
     file = Path(options["selected"])
     database = mlflow_connection.sqlite_file(store.uri)
     seen = None if database is None else os.path.relpath(database, file.absolute().parent)
-    selected = content(study, store.uri, seen, choices, metric, per, warning_lines)
+    repeated = len({*trials["repeat"]}) > 1
+    what = {name: value for name, value in options.items() if name not in WHERE}
+    selected_by = {
+        "metric": metric,
+        "rule": how(metric, per, top, options["defaults"], repeated),
+        "per": per,
+        "top": top,
+        "command": COMMAND.line({**what, "study": study.name}),
+    }
+    selected = content(study, store.uri, seen, choices, selected_by, warning_lines)
     runs.write(file, yaml.safe_dump(selected, sort_keys=False), "selected")
     print(f"study {study.name}: selected of {len(trials)} trials ({len(dropped)} left out)")
     for reason in dropped:
         print(f"left out: {reason}")
-    print(RULE.format(metric=metric))
+    print(selected_by["rule"])
     for choice in choices:
         print(_line(choice, metric))
     for line in warning_lines:

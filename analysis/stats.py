@@ -206,7 +206,10 @@ def expected_maximum(scores: Sequence[float]) -> np.ndarray:
     ratios = np.maximum(i - k, 0) / (i - 1)
     weights = np.cumprod(np.hstack([k / n, ratios]), axis=1)
     # Above the lowest score, as in _mean: equal scores stay what they are.
-    return sample[0] + weights @ (sample - sample[0])[::-1]
+    curve = sample[0] + weights @ (sample - sample[0])[::-1]
+    # So many scores that one of the best is among them: exactly the best, which users compare with.
+    curve[np.count_nonzero(sample < sample[-1]) :] = sample[-1]
+    return curve
 
 
 def _sample(values: Iterable[float]) -> np.ndarray:

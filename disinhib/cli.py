@@ -17,9 +17,10 @@ Commands whose options Hydra composes (training, tuning, retraining) use `run` a
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from disinhib import process
@@ -64,6 +65,15 @@ class Command(NamedTuple):
             if value is REQUIRED:
                 raise ConfigError(f"{name}: missing, needed is {table[name].check[1]}")
         return values
+
+    def line(self, values: Mapping[str, Any]) -> str:
+        """The command line that gives these options their values; without defaults."""
+        given = [
+            f"{option.name}={_in_hydra(values[option.name])}"
+            for option in self.options
+            if values.get(option.name, option.default) != option.default
+        ]
+        return shlex.join(["python", "-m", self.name, *given])
 
     def help(self) -> str:
         lines = [(self.text or "").strip(), "", "Options:"]

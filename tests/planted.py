@@ -6,7 +6,7 @@ went is planted, among it what must not be selected.
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -125,8 +125,33 @@ def retrain(
         configurations._of_trial(store, study, rows[number]["run_id"], settings, (COMPLETE, PRUNED))
         for number in numbers
     ]
+    _train_again(written, study, chosen, {None: [*seeds]}, trained, settings)
+
+
+def retrain_selected(
+    written: Store,
+    selected: Path,
+    seeds: Iterable[int],
+    trained: Callable[[Record], Iterable[Event]],
+    name: str = "again",
+) -> None:
+    """As `retrain`, of the trials in the file `selected`."""
+    settings = configurations.checked_settings([f"out_dir={written.folder}", f"study={name}"])
+    _, study, chosen = configurations.of_selection(selected, settings, set())
+    own = {one.repeat: [*seeds] for one in chosen}
+    _train_again(written, study, chosen, own, trained, settings)
+
+
+def _train_again(
+    written: Store,
+    study: stores.StudyRun,
+    chosen: Sequence[configurations.Configuration],
+    seeds: retraining.Seeds,
+    trained: Callable[[Record], Iterable[Event]],
+    settings: dict[str, Any],
+) -> None:
     settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
-    job = retraining.job(settings, study, chosen, {None: [*seeds]}, "python -m analysis.retrain")
+    job = retraining.job(settings, study, chosen, seeds, "python -m analysis.retrain")
     events, records = [], {}
     while asked := [*job.source(records)]:
         for one in asked:

@@ -1,5 +1,6 @@
 """The command line: one grammar, one line for each refusal, help from the table."""
 
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -88,6 +89,17 @@ def test_refusals_are_one_line(arguments, message):
     with pytest.raises(ConfigError) as refusal:
         COMMAND.parse(arguments)
     assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["run=a b"], ["run=5", "times=3", "rate=0.5", "quick=true", "sizes=7,8", "tracking.uri=x=y"]],
+)
+def test_the_line_of_a_command_is_read_as_what_it_was_made_of(given):
+    values = COMMAND.parse(given)
+    line = COMMAND.line(values)
+    assert COMMAND.parse(shlex.split(line)[3:]) == values
+    assert line.startswith("python -m room.command run=") or "'run=a b'" in line
 
 
 def test_a_command_without_words_takes_none():

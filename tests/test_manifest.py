@@ -9,6 +9,7 @@ from disinhib.tuning import manifest, options, steering, study
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
+    INITIAL,
     REPEAT,
     Asked,
     Ended,
@@ -59,7 +60,20 @@ def test_repeats_are_tuned_side_by_side_each_from_the_published_defaults(tmp_pat
     rates = [record.config["searched"]["optimizer.learning_rate"] for record in records.values()]
     assert rates[:3] == [1e-3] * 3
     assert len({*rates[3:]}) == 3
+    assert [INITIAL in record.tags for record in records.values()] == [True] * 3 + [False] * 3
     assert propose(6, records).tags == {REPEAT: "1"}  # more trials go on in the same turns
+
+
+def test_points_of_a_file_are_initial_and_those_of_a_grid_are_not(tmp_path):
+    points = tmp_path / "points.yaml"
+    points.write_text("[{optimizer.learning_rate: 0.002}, {optimizer.learning_rate: 0.003}]")
+    of_tags = {}
+    for name, own in (("file", f"points={points}"), ("grid", "searcher=grid")):
+        study = composed(tmp_path, f"study={name}", "space=bp", "trials=3", own)
+        propose = manifest.proposer(study, manifest.of_search(study))
+        of_tags[name] = [INITIAL in propose(number, {}).tags for number in range(3)]
+    assert not any(of_tags["grid"])
+    assert of_tags["file"] == [True] * 3  # the published default first
 
 
 def test_a_point_that_is_added_belongs_to_the_repeat_whose_turn_it_is(tmp_path):

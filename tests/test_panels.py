@@ -46,6 +46,7 @@ def trial(number, rule, state, scores, rate, **searched):
         "run_id": f"run{number}",
         "rule": rule,
         "state": state,
+        "drawn": True,
         "reason": f"Diverged: {EVIL}" if state == FAILED else None,
         "epochs": len(scores),
         "seeds": (number,),

@@ -60,8 +60,27 @@ def test_how_hard_a_rule_is_to_tune():
     # Two of 78 among six: any five have one of them. The nudge is searched by some only.
     assert lin_thresh[:5] == ("lin-thresh", 4, 6, 2, 5)
     assert lin_thresh.seconds == pytest.approx(lin_thresh.epochs * 2)
-    default = FULL._replace(defaults=["run5"])
-    assert hardness.hardness(default)[1][2:4] == (5, 1)  # it is not drawn
+
+
+def test_points_that_were_not_drawn_are_neither_counted_nor_reached_with():
+    """Of bp the one of 80 is left, so its drawn ones reach 60 only where they were stopped; of
+    lin-thresh one of 78, and its best is still what is close to."""
+    rows = FULL.trials.assign(drawn=FULL.trials["trial"] != 7)
+    bp, lin_thresh = hardness.hardness(FULL._replace(trials=rows, defaults=["run5", "run0"]))
+    assert (bp.tried, bp.close) == (2, 0) and math.isnan(bp.trials + bp.epochs)
+    assert lin_thresh[2:4] == (4, 0)  # 60, 72, 76 and a failed one: 78 - 1 is not reached
+    given = FULL._replace(trials=rows, defaults=["run5", "run0"])
+    assert hardness.target(given) == 76 and lin_thresh.trials == 4
+    none = FULL._replace(trials=FULL.trials.assign(drawn=False))
+    assert [row[2:4] for row in hardness.hardness(none)] == [(0, 0), (0, 0)]
+
+
+def test_a_score_that_has_been_reached_is_reached_with_all_trials():
+    """13.9... + (87.1... - 13.9...) is less than 87.1... in the arithmetic of floats."""
+    scores = [13.937282229965156, 87.10801393728222]
+    rows = pd.DataFrame([lin(number, COMPLETE, [score]) for number, score in enumerate(scores)])
+    (row,) = hardness.hardness(FULL._replace(trials=rows))
+    assert row.trials == 2
 
 
 def test_how_hard_a_rule_is_to_tune_by_a_loss():

@@ -33,7 +33,7 @@ OTHER = (
     planted.Planted("exact-inv", (60.0, 86.0)),
 )
 WON = 1 + 9 + 10  # searched options of the rules
-METHOD = 13  # lines of how the study was done
+METHOD = 12  # lines of how the study was done; its retraining has not recorded how it was selected
 
 
 def score(trial, seed):
@@ -276,6 +276,7 @@ def test_the_report_says_what_won(folder):
 def test_the_report_says_how_the_study_was_done(folder):
     head, *rows = tables_of_markdown((folder / "report.md").read_text())[12 + WON : -8]
     assert head == ["what", "how"] and len(rows) == METHOD
+    assert "to select" not in dict(rows)
     how = dict(rows)
     assert how["data"] == (
         "digits: 1150 train, 287 validation, 360 test samples; validation: the first 20 % of the"
@@ -354,11 +355,11 @@ def test_the_checklist_is_what_the_record_knows_and_blank_elsewhere(study, folde
         "Which learning rules?": "\n  - bp: back-propagation through a plain network",
         "How large is the network?": "hidden layers of 16",
         "What was searched, and in which ranges?": "`bp.optimizer.learning_rate`: 0.0001 to 0.01",
-        "How was the best value chosen?": "ran their whole budget",
+        "How was the best value chosen?": checklist.BLANK,  # its retraining has not recorded it
         "What were the best values?": "trials 0 (bp), 1 (exact-inv), 2 (lin-thresh)",
         "How many runs?": "exact-inv: 2 trials (1 complete, 1 pruned, 0 failed)",
         "Which seeds?": "retraining: 0, 1, 2, 3",
-        "When was the test set used?": "after its last epoch; but in the search, too, by trials 3",
+        "When was the test set used?": "after its last epoch; but in the search, by trials 3",
         "Which machines?": "trained on h (cpu)",
         "How much was computed?": "search, bp: 6 epochs",
         "Which commands give the numbers again?": "to report: `python -m analysis.report study=",
@@ -366,6 +367,7 @@ def test_the_checklist_is_what_the_record_knows_and_blank_elsewhere(study, folde
     }.items():
         assert answer in items[question], (question, items[question])
     assert "retrained: 12 runs, 1 diverged, 1 flagged" in items["How many runs?"]
+    assert "left out of these: trial 7: it has not ended" in items["How many runs?"]
     blank = {question for question, answer in items.items() if answer == f" {checklist.BLANK}"}
     assert {"Were other ranges or values tried before?", "How were inputs prepared?",
             "Where can the data be had, and under which licence?"} < blank  # fmt: skip
@@ -377,7 +379,7 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     program.main([f"study={written.study}", f"tracking.uri={written.uri}",
                   f"out={tmp_path / 'out'}"])  # fmt: skip
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
-    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + (1 + METHOD) + 4 + 4
+    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + (1 + METHOD + 1) + 4 + 4
     how = dict(rows[2 + WON : -8])
     assert "retraining" not in how["seeds"]
     assert how["to retrain"] == "python -m analysis.retrain selected.yaml seeds=10"
@@ -385,8 +387,67 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 3
     asked = (tmp_path / "out" / checklist.FILE).read_text()
     assert "**When was the test set used?** not yet\n" in asked
+    assert "**How was the best value chosen?** Of the trials of each rule that ran" in asked
     sections = re.findall(r'<section id="([\w-]+)"', (tmp_path / "out/report.html").read_text())
     assert "learning" not in sections and "history" in sections
+
+
+def test_the_report_tells_how_its_trials_were_selected(tmp_path):
+    """What selection was told, by the record of the retraining: not the default rule."""
+    written, file = planted.write(tmp_path, trials=planted.TRIALS[:4]), tmp_path / "selected.yaml"
+    told = ["study=planted", "top=2", "metric=valid_loss"]
+    selection.main([f"tracking.uri={written.uri}", f"selected={file}", *told])
+    planted.retrain_selected(written, file, SEEDS, trained)
+    store = stores.connect(written.uri)
+    report = contents.read(store, stores.find_study(store))
+    how = dict(contents.method(report))
+    command = "python -m analysis.selection study=planted top=2 metric=valid_loss"
+    assert how["to select"] == command and str(tmp_path) not in how["to select"]
+    assert (
+        "of each rule that ran" in how["selection"]
+        and "2 with the best valid_loss" in how["selection"]
+    )
+    text = checklist.text(report)
+    assert f"**How was the best value chosen?** {how['selection']}\n" in text
+    assert f"to select: `{command}`" in text
+
+
+def test_what_nothing_was_searched_for_and_the_test_set_are_told_as_they_are(study):
+    store = stores.connect(study.uri)
+    report = contents.read(store, stores.find_study(store, study.study))
+    grid = report._replace(study=report.study._replace(space=None))
+    (measured,) = (
+        i for i in checklist._runs(grid, dict(contents.method(grid))) if "measured" in i.question
+    )
+    assert measured.answers == ["result: test accuracy in %"]
+    alone = report._replace(data=report.data._replace(retrained=pd.DataFrame()))
+    how = dict(contents.method(alone))
+    (used,) = (i for i in checklist._runs(alone, how) if "test set" in i.question)
+    assert used.answers == ["in the search, by trials 3"]
+
+
+def test_splits_that_seeds_have_drawn_are_told_though_the_record_is_of_others(study):
+    """The record, and its hash, is of the split by position."""
+    words = {"name": "arrays", "words": "validation is their first dataset.valid_split"}
+    options = {"dataset": {"valid_split": 0.2}}
+    assert contents._data(options, words, set()) == f"arrays: {words['words']}"
+    for drawn, said in (
+        ({**options, "repeat_splits": True}, "drawn for each repeat"),
+        ({"dataset": {"valid_split": 0.2, "valid_seed": 7}}, "drawn by the seed 7"),
+    ):
+        told = contents._data(drawn, words, set())
+        assert told == (
+            f"arrays: {words['words']}; but in this study validation: 20 % of the training file,"
+            f" {said}"
+        )
+    store = stores.connect(study.uri)
+    report = contents.read(store, stores.find_study(store, study.study))
+    text = checklist.text(report)
+    assert "hash of the images and labels of each split: digits" in text
+    report.study.options["repeat_splits"] = True
+    assert "cut by position (which samples seeds have drawn is not in it): " in checklist.text(
+        report
+    )
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["search", "retrained"])

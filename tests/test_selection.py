@@ -190,6 +190,30 @@ def test_equal_budgets_are_no_warning_and_a_group_with_few_complete_trials_is():
     ]
 
 
+def test_budgets_are_compared_by_rule_over_all_repeats():
+    """Repeats of a rule, of which one was stopped early more often, are none to compare."""
+    rows = frame(*[(rule, "complete", 1.0, "x") for rule in ("bp", "taylor") for _ in range(10)])
+    rows["repeat"] = [1, 2] * 10
+    rows["epochs"] = [1, 4] * 10
+    assert selection._unequal_budgets(selection.groups(rows, ["trainer"])) == []
+    rows["epochs"] = [1, 1] * 5 + [1, 4] * 5
+    assert selection._unequal_budgets(selection.groups(rows, ["trainer"])) == [
+        "the groups had unequal budgets: bp 10 trials of 10 epochs, taylor 10 trials of 25 epochs"
+    ]
+
+
+def test_how_trials_were_selected_is_told_as_it_was_asked():
+    assert selection.how("valid_loss").startswith(
+        "Of the trials of each rule that ran their whole budget (COMPLETE): the one with the best"
+        " valid_loss after"
+    )
+    words = selection.how("valid_accuracy", ["trainer", "a"], 2, defaults=True, repeated=True)
+    assert "each rule and a and repeat that ran" in words and ": the 2 with the best" in words
+    assert words.endswith(
+        "of each rule and repeat the trial with the published defaults, whatever its score."
+    )
+
+
 def test_a_choice_that_was_hardly_tried_is_a_warning():
     """In fewer than three trials, or in fewer than 5 % of those that had the parameter; but not
     because they are few and evenly split."""
@@ -238,7 +262,7 @@ def test_bad_input_is_refused_in_one_line(given, message, study, tmp_path, monke
 def test_no_password_is_written_into_the_file(opened):
     _, study = opened
     kept = selection.content(
-        study, "postgresql://me:secret@host/db", None, [], "valid_loss", [], []
+        study, "postgresql://me:secret@host/db", None, [], {"metric": "valid_loss"}, []
     )
     assert kept["tracking_uri"] == "postgresql://me:***@host/db"
 

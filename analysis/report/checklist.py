@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from analysis import selection
-from analysis.report import contents, tables
+from analysis.report import contents
 from analysis.report.contents import Report
 from disinhib.tuning import space_tree
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED
@@ -50,6 +50,8 @@ def sections(report: Report) -> dict[str, list[Item]]:
     """The items by the title of their section."""
     how = dict(contents.method(report))
     known = dict(contents.provenance(report))
+    drawn = contents.is_drawn(report.study.options)
+    by_position = ", cut by position (which samples seeds have drawn is not in it)" if drawn else ""
     answer = lambda *names: [how[name] for name in names if name in how]
     recorded = lambda *names: [f"{name}: {known[name]}" for name in names if name in known]
     return {
@@ -58,7 +60,7 @@ def sections(report: Report) -> dict[str, list[Item]]:
             Item("Which data, and how many samples in each split? How were they split?",
                  answer("data")),
             Item("Is it certain that these were the data?",
-                 [f"hash of what was read: {known['data']}"]),
+                 [f"hash of the images and labels of each split{by_position}: {known['data']}"]),
             Item("How were inputs prepared?", [known["inputs"]] if "inputs" in known else []),
             Item("Where can the data be had, and under which licence?", []),
         ],
@@ -87,20 +89,22 @@ def sections(report: Report) -> dict[str, list[Item]]:
 
 
 def _hyperparameters(report: Report, how: Mapping[str, str]) -> list[Item]:
-    study, data = report.study, report.data
+    study, won = report.study, report.won
     fixed = "all options: config.yaml among the artifacts of the study's run in MLflow"
     if study.space is None:
         return [Item("Which values?", [how["budget"], fixed]), Item("How were they chosen?", [])]
     ranges = [
         f"`{name}`: {space_tree.words(kind)}" for name, kind in study.space["parameters"].items()
     ]
-    chosen = selection.RULE.format(metric=study.options["metric"])
-    won = tables.winners(data.trials, data.retrained, report.defaults, data.metric)
+    repeated = study.options.get("repeats", 1) > 1  # earlier versions had none
+    chosen = [selection.how(study.options["metric"], repeated=repeated)]  # what would be retrained
+    if recorded := contents.selections(report):
+        chosen = [*dict.fromkeys(one.get("rule", BLANK) for one in recorded)]
     return [
         Item("What was searched, and in which ranges?", ranges),
         Item("How were values proposed, and trials stopped early?",
              [how["search"], how["sampler"], f"early stopping: {how['early stopping']}"]),
-        Item("How was the best value chosen?", [chosen]),
+        Item("How was the best value chosen?", chosen),
         Item("What were the best values?",
              ["the report's table *What won*; trials "
               + ", ".join(f"{row['trial']} ({row['rule']})" for row in won)] if won else []),
@@ -120,18 +124,20 @@ def _runs(report: Report, how: Mapping[str, str]) -> list[Item]:
     flagged = sum(bool(row["flag"]) for row in seeds)
     if seeds:
         counts.append(f"retrained: {len(seeds)} runs, {failed} diverged, {flagged} flagged")
+    counts += [f"left out of these: {reason}" for reason in report.left_out]
     saw_test = [str(row["trial"]) for row in trials if row["saw_test"]]
-    once = "once for each retrained run, after its last epoch" if seeds else "not yet"
+    used = ["once for each retrained run, after its last epoch"] if seeds else []
     if saw_test:
-        once += f"; but in the search, too, by trials {', '.join(saw_test)}"
+        used.append(f"{'but ' if seeds else ''}in the search, by trials {', '.join(saw_test)}")
     by_data = report.results.groupby("dataset", sort=False) if len(report.results) else ()
     notes = [contents.note(numbers) for _, numbers in by_data]
     return [
         Item("How many runs?", counts),
         Item("Which seeds?", [how["seeds"]] if "seeds" in how else []),
-        Item("What is measured?", [f"score of the search: {how['score']}"]
+        Item("What is measured?",
+             ([f"score of the search: {how['score']}"] if "score" in how else [])
              + (["result: test accuracy in %"] if seeds else [])),
-        Item("When was the test set used?", [once]),
+        Item("When was the test set used?", ["; ".join(used) or "not yet"]),
         Item("What do averages and intervals mean, and what varies?", list(dict.fromkeys(notes))),
         Item("What speaks against the numbers?",
              [f"{len(report.warnings)} warnings, listed in the report"] if report.warnings

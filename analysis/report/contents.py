@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -40,7 +41,7 @@ DEFAULTS_NOTE = (
 )
 TARGET_NOTE = (
     "The last columns are what it takes until the expected best score of a rule reaches one that"
-    " every rule has reached."
+    " every rule has reached with drawn configurations."
 )
 METHOD_NOTE = (
     "What the numbers rest on, and the commands that give them again. All options are in the file"
@@ -106,7 +107,8 @@ class Report(NamedTuple):
     results: pd.DataFrame  # accuracy.results
     search: pd.DataFrame  # tables.search
     tuned: pd.DataFrame  # accuracy.tuned
-    defaults: list[str]  # the runs of the trials with the published defaults
+    won: list[plot_data.Row]  # tables.winners
+    left_out: list[str]  # the reasons for which runs were left out
     warnings: list[str]
 
 
@@ -141,7 +143,7 @@ def read(store: Store, study: StudyRun) -> Report:
         defaults=defaults,
         adaptive=None if study.space is None else _adaptive(study.options["searcher"]["name"]),
     )
-    left_out = [f"left out: {reason}" for reason in (*dropped, *unfinished)]
+    left_out = [*dropped, *unfinished]
     of_study = [] if study.space is None else stores.retrainings(store, study)
     tunings = accuracy.tunings(retrained, trials, data.metric, defaults)
     results = accuracy.results(tunings, trials, metric)
@@ -153,8 +155,13 @@ def read(store: Store, study: StudyRun) -> Report:
         results,
         tables.search(trials, data.metric),
         accuracy.tuned(tunings, trials, data.metric, defaults),
-        defaults,
-        [*left_out, *accuracy.close(results), *_warnings(data, defaults)],
+        won,
+        left_out,
+        [
+            *(f"left out: {reason}" for reason in left_out),
+            *accuracy.close(results),
+            *_warnings(data, won),
+        ],
     )
 
 
@@ -181,10 +188,9 @@ def page(report: Report) -> Page:
     )
 
 
-def _warnings(data: PlotData, defaults: Sequence[str]) -> list[str]:
+def _warnings(data: PlotData, won: Sequence[plot_data.Row]) -> list[str]:
     seeds = data.retrained.to_dict("records")
-    chosen = tables.winners(data.trials, data.retrained, defaults, data.metric)
-    choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in chosen]
+    choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in won]
     lines = selection.warnings(data.trials, choices, [TRAINER], data.space, data.metric)
     for row in seeds:
         if row["state"] == FAILED:
@@ -219,9 +225,8 @@ def sections(report: Report) -> list[Section]:
         sections.append(
             Section("Tuned minus defaults", shown, differences_note(DEFAULTS_NOTE, report.tuned))
         )
-    winners = tables.winners(data.trials, data.retrained, report.defaults, data.metric)
-    if winners and report.study.space is not None:
-        chosen = tables.chosen(winners, report.study.space)
+    if report.won and report.study.space is not None:
+        chosen = tables.chosen(report.won, report.study.space)
         if len(chosen):
             sections.append(Section("What won", chosen, WINNERS_NOTE))
     done = pd.DataFrame(method(report), columns=["what", "how"])
@@ -351,16 +356,19 @@ def method(report: Report) -> list[tuple[str, str]]:
         "data": _data(options, study.provenance["data"], {row["dataset"] for row in seeds}),
         "hidden layers": _layers(study),
         "budget": f"{options['epochs']} epochs a trial, batches of {options['batchsize']}",
-        "score": f"{report.data.metric.words} after the last epoch",
+        "score": "",
         "search": "",
         "sampler": "",
         "early stopping": "",
+        "selection": "",
         "seeds": "",
         "machines": f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
         + (f"; trained on {', '.join(ran_on)}" if ran_on else ""),
     }
     if study.space is not None:
+        lines["score"] = f"{report.data.metric.words} after the last epoch"
         lines |= _search(options, len(study.space["parameters"]))
+        lines["selection"] = " ".join(_selections(report, "rule"))
     lines["seeds"] = "; ".join(
         [
             *([f"{options['replicates']} a trial, drawn from the study's seed, {options['seed']}"]
@@ -370,6 +378,18 @@ def method(report: Report) -> list[tuple[str, str]]:
     )  # fmt: skip
     lines |= _commands(report)
     return [(what, how) for what, how in lines.items() if how]
+
+
+def selections(report: Report) -> list[dict[str, Any]]:
+    """How the retrained trials were selected: the different ones of `runs.SELECTED_BY`, of which
+    one is empty if that was not recorded of all. None if nothing was retrained."""
+    seeds = report.data.retrained.to_dict("records")
+    return [json.loads(text) for text in dict.fromkeys(row[runs.SELECTED_BY] for row in seeds)]
+
+
+def _selections(report: Report, field: str) -> list[str]:
+    """Their `field`, as far as it was recorded."""
+    return [*dict.fromkeys(one[field] for one in selections(report) if field in one)]
 
 
 def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
@@ -390,14 +410,24 @@ def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
 
 def _data(options: Mapping[str, Any], data: Mapping[str, Any], retrained: set[str]) -> str:
     """The splits, as far as they were recorded: their sizes, and where validation comes from; and
-    further data sets of a grid."""
+    further data sets of a grid. What was recorded in words is of a split by position."""
+    words = data.get("words")
+    validation = f"validation: {split(options)}"
+    if words:
+        validation = f"{words}; but in this study {validation}" if is_drawn(options) else words
     samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
     parts = [
         *([f"{samples} samples"] if samples else []),
-        data.get("words") or f"validation: {split(options)}",
+        validation,
         *([f"also {', '.join(sorted(others))}"] if (others := retrained - {data["name"]}) else []),
     ]
     return f"{data['name']}: {'; '.join(parts)}"
+
+
+def is_drawn(options: Mapping[str, Any]) -> bool:
+    """Whether a seed decides which samples validate."""
+    seed = options["dataset"].get("valid_seed")  # earlier versions had neither
+    return seed is not None or options.get("repeat_splits", False)
 
 
 def split(options: Mapping[str, Any]) -> str:
@@ -440,14 +470,21 @@ def _search(options: Mapping[str, Any], parameters: int) -> dict[str, str]:
 
 
 def _commands(report: Report) -> dict[str, str]:
-    """What was run, and where no retraining is recorded, what would retrain the best trials."""
+    """What was run, and where no retraining is recorded, what would retrain the best trials. How
+    they were selected, only their retraining knows."""
     study = report.study
     own = study.run.data.tags.get("command", "")
-    select = f"python -m analysis.selection study={study.name}"
     commands = {"command": own}
     if study.space is not None:
-        retrain = report.retrained_by or ["python -m analysis.retrain selected.yaml seeds=10"]
-        commands = {"to search": own, "to select": select, "to retrain": "; ".join(retrain)}
+        select = [f"python -m analysis.selection study={study.name}"]
+        retrain = ["python -m analysis.retrain selected.yaml seeds=10"]
+        if len(report.data.retrained):
+            select, retrain = _selections(report, "command"), report.retrained_by or retrain
+        commands = {
+            "to search": own,
+            "to select": "; ".join(select),
+            "to retrain": "; ".join(retrain),
+        }
     return {**commands, "to report": f"python -m analysis.report study={study.name}"}
 
 

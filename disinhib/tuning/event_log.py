@@ -39,6 +39,7 @@ STATES = (*ENDED, RUNNING, KILLED)
 OF_STUDY = "retrains_study"  # tag of a retraining and its trials: the id of the study
 EPOCH_SECONDS = ("epoch_seconds", "compilation_seconds")  # metrics: the second is part of the first
 REPEAT = "repeat"  # tag of a trial, from 1; none in a study that is not repeated
+INITIAL = "initial_point"  # tag of a trial whose point the study has begun with, not drawn
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS events (

@@ -20,7 +20,7 @@ from disinhib import config
 from disinhib.checks import flatten, refusal
 from disinhib.errors import ConfigError, masked
 from disinhib.tuning import lease, provenance, quasi_random, retention, space_tree, suggest, turns
-from disinhib.tuning.event_log import REPEAT, Asked, EventLog, Record, follow, replay
+from disinhib.tuning.event_log import INITIAL, REPEAT, Asked, EventLog, Record, follow, replay
 from disinhib.tuning.loop import Proposer
 from disinhib.tuning.options import Study, check_space, configure, first_points
 from disinhib.tuning.resume import FILE, another, completed, free_name
@@ -222,6 +222,8 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
         whose = turns.turn(number, records, among)
         known = suggest.history(records, manifest.past, number, whose, study.batch, memory)
         fixed = point or suggest.fixed_params(whose, manifest.points)
+        # Those of a grid are all its points, in random order.
+        initial = point is None and not sampler.grid and bool(fixed.keys() - {space_tree.RULE})
         proposal = suggest.suggest(
             space,
             make,
@@ -231,6 +233,7 @@ def proposer(study: Study, manifest: Manifest) -> Proposer:
             fixed if sequence is None else {**sequence(whose), **fixed},
         )
         tags = {REPEAT: str(whose.repeat)} if among.repeats > 1 else {}
+        tags |= {INITIAL: "true"} if initial else {}
         trial = configure(study, number, proposal.overrides, whose.repeat)
         return Asked(number, trial, proposal.point, tags)
 

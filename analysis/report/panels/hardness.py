@@ -1,5 +1,8 @@
 """How hard each rule is to tune: how many of its configurations come close to its best, and what it
-costs to reach a score that every rule has reached."""
+costs to reach a score that every rule has reached.
+
+Only drawn configurations count: the initial points were chosen because they are good.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Hardness(NamedTuple):
 
     rule: str
     parameters: int  # searched
-    tried: int  # configurations, without the published defaults, which are not drawn
+    tried: int  # drawn configurations
     close: int  # of these, as good as the rule's best complete trial, or nearly
     trials: float  # whose best is expected to reach the target
     epochs: float  # of these trials, over all their seeds
@@ -41,9 +44,9 @@ def close_to(best: float, metric: Criterion) -> tuple[float, str]:
 
 
 def target(data: PlotData) -> float:
-    """The score that every rule with a complete trial has reached: the lowest of their best ones.
-    NaN if there is none."""
-    best = [max(own) for rows in trials_of(data).values() if (own := _complete(rows))]
+    """The score that every rule with a complete, drawn trial has reached with these: the lowest of
+    their best ones. NaN if there is none."""
+    best = [max(own) for rows in trials_of(_drawn(data)).values() if (own := _complete(rows))]
     return data.metric.sign * min(best) if best else math.nan
 
 
@@ -51,23 +54,23 @@ def hardness(data: PlotData) -> list[Hardness]:
     """One for each rule with a complete trial. A pruned trial counts with the score at which it was
     stopped, a failed one is not close."""
     aim = data.metric.sign * target(data)
-    costs = {budget.rule: budget for budget in budgets(data)}
+    drawn = _drawn(data)
+    costs, tried = {budget.rule: budget for budget in budgets(drawn)}, trials_of(drawn)
     rows = []
     for rule, trials in trials_of(data).items():
         if not (complete := _complete(trials)):
             continue
-        drawn = [row for row in trials if row["run_id"] not in data.defaults]
         distance, _ = close_to(max(complete), data.metric)
-        merits = [row["merit"] for row in drawn if row["state"] != FAILED]
+        merits = [row["merit"] for row in tried.get(rule, ()) if row["state"] != FAILED]
         close = sum(merit >= max(complete) - distance for merit in merits)
-        budget = costs[rule]
+        budget = costs.get(rule, Budget(rule, [], [], math.nan, math.nan))  # none has a score
         needed = _trials_to(budget, aim, data.metric.sign)
         searched = {name for row in trials for name in row if _searched(row, name)}
         rows.append(
             Hardness(
                 rule,
                 len(searched - {SEARCHED + RULE}),
-                len(drawn),
+                len(tried.get(rule, ())),
                 close,
                 needed,
                 needed * budget.epochs,
@@ -75,6 +78,15 @@ def hardness(data: PlotData) -> list[Hardness]:
             )
         )
     return rows
+
+
+def _drawn(data: PlotData) -> PlotData:
+    """Without the initial points. (Earlier versions recorded of the published defaults alone that
+    they are.)"""
+    rows = data.trials
+    if rows.empty:
+        return data
+    return data._replace(trials=rows[rows["drawn"] & ~rows["run_id"].isin([*data.defaults])])
 
 
 def _complete(rows: Sequence[Row]) -> list[float]:
@@ -131,8 +143,9 @@ def note(data: PlotData) -> str:
     _, words = close_to(1.0, data.metric)
     sentences = [
         f"Close is within {words} of the score of the rule's best complete trial. A pruned trial"
-        " counts with the score at which it was stopped, a failed one is not close, and the"
-        " published defaults, which are not drawn, are left out."
+        " counts with the score at which it was stopped, a failed one is not close. Initial"
+        " points (the published defaults, those of points=FILE) and points added by hand are left"
+        " out, as they are not drawn."
     ]
     if data.adaptive is not None:
         sentences.append(
