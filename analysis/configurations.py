@@ -10,13 +10,14 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from analysis import runs, store as stores
+from analysis.selection import TRAINER
 from analysis.store import Refused, Store, StudyRun
 from disinhib import config, hydra_config
 from disinhib.checks import COUNT, INDEX, check, flatten
@@ -47,6 +48,8 @@ class Configuration(NamedTuple):
     trial: int | None = None  # the selected trial, if any
     of_run: str | None = None  # the trial's run
     repeat: int | None = None  # in which it was selected; None if tuning was not repeated
+    rank: int | None = None  # in its group, from 1; 0: selected as the published defaults
+    group: str = ""  # of the selection, in words; "" if it is all trials of the rule
     selected_by: str | None = None  # how it was selected, see runs.SELECTED_BY
 
     @property
@@ -120,11 +123,22 @@ def fresh_seeds(
     second `repeat` are MOST_SEEDS higher, and so on: with the same seeds, repeats would not be
     independent.
 
-    Raises Refused if a seed in the list was used.
+    Raises Refused if a seed in the list was used, or if a repeat has too few of its own.
     """
     first = MOST_SEEDS * ((repeat or 1) - 1)
     if isinstance(asked, int):
-        return list(itertools.islice((s for s in itertools.count(first) if s not in used), asked))
+        own = itertools.count() if repeat is None else range(first, first + MOST_SEEDS)
+        seeds = list(itertools.islice((seed for seed in own if seed not in used), asked))
+        if len(seeds) < asked:
+            raise Refused(
+                f"seeds: given {asked}, but in repeat {repeat} no search has used {len(seeds)}"
+            )
+        return seeds
+    if repeat is not None and max(asked) >= MOST_SEEDS:
+        raise Refused(
+            f"seeds: given {max(asked)}, allowed are seeds below {MOST_SEEDS}: each repeat of the"
+            " tuning has as many of its own"
+        )
     seeds = [seed + first for seed in asked]
     for seed in seeds:
         if seed in used:
@@ -166,14 +180,14 @@ def of_selection(
     try:
         selection = yaml.safe_load(file.read_text("utf-8"))
         uri, study_run = str(selection["tracking_uri"]), str(selection["study_run"])
-        # The published defaults (rank 0) were selected for what they are, not for their score.
-        states = {
-            entry["run_id"]: (runs.COMPLETE,) if entry.get("rank") != 0 else (runs.COMPLETE, PRUNED)
+        selected = {
+            entry["run_id"]: (_rank(entry.get("rank")), _group(entry.get("group") or {}))
             for entry in selection["selected"]
         }
         # Earlier versions wrote fewer fields.
-        how = {name: selection[name] for name in runs.HOW_SELECTED if name in selection}
-        selected_by = json.dumps(how)
+        selected_by = json.dumps(
+            {name: selection[name] for name in runs.HOW_SELECTED if name in selection}
+        )
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,8 +208,22 @@ def of_selection(
         raise Refused(f"{file}: its store is missing: {error}") from error
     study = stores.find_study(store, study_run)
     stores.load_plugins(study.provenance)
-    planned = [_of_trial(store, study, id, settings, states[id]) for id in states]
+    planned = [_of_trial(store, study, id, settings, *how) for id, how in selected.items()]
     return store, study, [one._replace(selected_by=selected_by) for one in planned]
+
+
+def _rank(value: Any) -> int | None:
+    """Of a selected trial; earlier versions wrote none. Raises ValueError if it is none."""
+    if value is not None and not INDEX[0](value):
+        raise ValueError(f"rank: given {value}, allowed is {INDEX[1]}")
+    return value
+
+
+def _group(group: Mapping[str, str]) -> str:
+    """The group of a selected trial in words, without the rule and the repeat, which its run has,
+    too."""
+    own = {name: value for name, value in group.items() if name not in (TRAINER, REPEAT)}
+    return ", ".join(f"{name}={value}" for name, value in own.items())
 
 
 def _moved_with(file: Path, database: str | None, study_run: str) -> str | None:
@@ -217,7 +245,8 @@ def _of_trial(
     study: StudyRun,
     run_id: str,
     settings: Mapping[str, Any],
-    allowed: Collection[str] = (runs.COMPLETE,),  # states
+    rank: int | None,
+    group: str,
 ) -> Configuration:
     run = stores.run(store, run_id)
     tags = run.data.tags
@@ -226,7 +255,8 @@ def _of_trial(
     number, state = int(tags["trial"]), tags.get("trial_state", "still running")
     if run.info.lifecycle_stage == "deleted":
         raise Refused(f"trial {number} of {study.name}: its run was deleted in MLflow; restore it")
-    if state not in allowed:
+    # The published defaults (rank 0) were selected for what they are, not for their score.
+    if state not in ((runs.COMPLETE, PRUNED) if rank == 0 else (runs.COMPLETE,)):
         raise Refused(
             f"trial {number} of {study.name}: is {state}, needed is one that ran its whole budget"
             f" ({runs.COMPLETE})"
@@ -241,7 +271,9 @@ def _of_trial(
     words = [word for word in words if word != "-m" and not word.startswith("seed=")]
     command = shlex.join(["python", "-m", program, *words])
     repeat = int(tags[REPEAT]) if REPEAT in tags else None
-    return Configuration(options, command, tags["rule"], run.data.params, number, run_id, repeat)
+    return Configuration(
+        options, command, tags["rule"], run.data.params, number, run_id, repeat, rank, group
+    )
 
 
 def chosen_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -224,6 +224,8 @@ def _asked(
         **origin,
         **({OF_TRIAL: str(one.trial), OF_RUN: one.of_run} if one.of_run else {}),
         **({} if one.repeat is None else {REPEAT: str(one.repeat)}),
+        **({} if one.rank is None else {runs.RANK: str(one.rank)}),
+        **({runs.GROUP: one.group} if one.group else {}),
         **({} if one.selected_by is None else {runs.SELECTED_BY: one.selected_by}),
         runs.CONFIGURATION: one.id,
         "dataset": one.options["dataset"]["name"],

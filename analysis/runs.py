@@ -55,6 +55,9 @@ CONFIGURATION = "configuration"  # tag of a retrained seed: the id of its config
 SELECTED_BY = "selected_by"
 HOW_SELECTED = ("metric", "rule", "per", "top", "command")
 TEST_IMAGES = "test_images"  # tag of a retrained seed: how many its test set has
+# Tags of a retrained seed, if it was selected: what as. Repeats of the tuning are merged by both.
+RANK = "rank"  # in its group, from 1; 0: as the published defaults
+GROUP = "group"  # in words, if groups are more than the rules
 
 
 class Table(NamedTuple):
@@ -161,11 +164,13 @@ def retrained(store: Store, study: StudyRun) -> Table:
     """The study's retrained seeds: a row is a configuration with one seed.
 
     Columns: run_id, trial (number; NaN if no trial of a search), of_run, configuration, rule,
-    repeat (of the tuning, from 1), dataset, depth (hidden layers), feedback (how its weights come
-    about, in words), seed, state, reason, epochs (done), budget, command, flag (why the ODE check
-    failed, else ""), host, device, code and data (hashes), selected_by (how its trial was selected,
-    HOW_SELECTED as JSON; empty if that was not recorded), test_images (their number; NaN if it was
-    not recorded), and every metric after the last epoch.
+    repeat (of the tuning, from 1), rank (of the selection, from 1; 0: the published defaults; NaN
+    if none was recorded), group (of the selection within the rule; "" if it is the whole), dataset,
+    depth (hidden layers), feedback (how its weights come about, in words), seed, state, reason,
+    epochs (done), budget, command, flag (why the ODE check failed, else ""), host, device, code and
+    data (hashes), selected_by (how its trial was selected, HOW_SELECTED as JSON; empty if that was
+    not recorded), test_images (their number; NaN if it was not recorded), and every metric after
+    the last epoch.
     """
     rows, dropped = [], []
     own = study.provenance["data"]
@@ -182,6 +187,8 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 "of_run": tags.get(OF_RUN),
                 **{name: tags[name] for name in (CONFIGURATION, "rule", "dataset", "command")},
                 "repeat": _repeat(run),
+                RANK: float(tags.get(RANK, math.nan)),
+                GROUP: tags.get(GROUP, ""),
                 **{name: int(tags[name]) for name in ("depth", "seed", "epochs", "budget")},
                 "feedback": tags.get("feedback") or JACOBIAN_FEEDBACK[tags["averaged"]],
                 "state": tags["trial_state"],

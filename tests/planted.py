@@ -6,7 +6,7 @@ went is planted, among it what must not be selected.
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from analysis import configurations, retrain as retraining, runs, store as stores
+from analysis import configurations, retrain as retraining, selection
 from disinhib.tuning import manifest, mlflow_connection, options, retention
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
     PRUNED,
+    REPEAT,
     Asked,
     Ended,
     EpochDone,
@@ -62,6 +63,7 @@ class Planted(NamedTuple):
     reason: str | None = None
     test_accuracy: float | None = None  # as if it had been looked at
     rate: float | None = None  # learning rate, if it is another
+    repeat: int | None = None  # of the tuning; None if it is not repeated
 
 
 TRIALS = (
@@ -95,7 +97,8 @@ def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIA
     for number, trial in enumerate(trials):
         config, point = _configured(number, trial.rule, trial.rate)
         seeds += config["seeds"]
-        events.append(Asked(number, config, point))
+        tags = {} if trial.repeat is None else {REPEAT: str(trial.repeat)}
+        events.append(Asked(number, config, point, tags))
         for epoch, score in enumerate(trial.scores, start=1):
             metrics = {"valid_accuracy": [score], "valid_loss": [1 - score / 100]}
             if trial.test_accuracy is not None:
@@ -110,48 +113,22 @@ def write(folder: Path, study: str = "planted", trials: Iterable[Planted] = TRIA
 
 def retrain(
     written: Store,
-    numbers: Iterable[int],
     seeds: Iterable[int],
     trained: Callable[[Record], Iterable[Event]],
     name: str = "again",
+    select: Iterable[str] = (),
 ) -> None:
-    """A retraining of the trials `numbers` over `seeds`, in the study's store; `trained` gives the
-    events of one."""
-    store = stores.connect(written.uri)
-    study = stores.find_study(store, written.study)
-    rows = runs.trials(store, study).rows.to_dict("records")
+    """A retraining of the selected trials over `seeds` (of each repeat), in the study's store.
+    `trained` gives the events of one; `select` are options of the selection."""
+    selected = written.folder / f"{name}.yaml"
+    where = [f"study={written.study}", f"tracking.uri={written.uri}", f"selected={selected}"]
+    assert selection.main([*where, *select]) == 0
     settings = configurations.checked_settings([f"out_dir={written.folder}", f"study={name}"])
-    chosen = [
-        configurations._of_trial(store, study, rows[number]["run_id"], settings, (COMPLETE, PRUNED))
-        for number in numbers
-    ]
-    _train_again(written, study, chosen, {None: [*seeds]}, trained, settings)
-
-
-def retrain_selected(
-    written: Store,
-    selected: Path,
-    seeds: Iterable[int],
-    trained: Callable[[Record], Iterable[Event]],
-    name: str = "again",
-) -> None:
-    """As `retrain`, of the trials in the file `selected`."""
-    settings = configurations.checked_settings([f"out_dir={written.folder}", f"study={name}"])
-    _, study, chosen = configurations.of_selection(selected, settings, set())
-    own = {one.repeat: [*seeds] for one in chosen}
-    _train_again(written, study, chosen, own, trained, settings)
-
-
-def _train_again(
-    written: Store,
-    study: stores.StudyRun,
-    chosen: Sequence[configurations.Configuration],
-    seeds: retraining.Seeds,
-    trained: Callable[[Record], Iterable[Event]],
-    settings: dict[str, Any],
-) -> None:
+    _, study, chosen = configurations.of_selection(selected, settings, {"out_dir", "study"})
     settings["tracking"] = {"uri": written.uri, "experiment": "disinhib"}
-    job = retraining.job(settings, study, chosen, seeds, "python -m analysis.retrain")
+    repeats = {one.repeat for one in chosen}
+    of_repeats = {one: configurations.fresh_seeds([*seeds], {}, one) for one in repeats}
+    job = retraining.job(settings, study, chosen, of_repeats, "python -m analysis.retrain")
     events, records = [], {}
     while asked := [*job.source(records)]:
         for one in asked:

@@ -23,6 +23,7 @@ def seeds_of(rule, values, trial=None, valid=None, **other):
             "rule": rule, "repeat": 1, "dataset": "digits", "depth": 1, "budget": 2, "flag": "",
             "feedback": "none" if rule == "bp" else "per sample",
             "trial": math.nan if trial is None else trial,
+            "rank": math.nan if trial is None else 1, "group": "",
             "seed": seed, "state": "failed" if value is None else "complete",
             "test_accuracy": math.nan if value is None else value,
             "valid_accuracy": math.nan if value is None else value + 1,
@@ -45,8 +46,16 @@ def trials_of(scores):
 
 def results(rows, scores=None, defaults=()):
     trials = trials_of(scores or {})
-    tunings = accuracy.tunings(pd.DataFrame(rows), trials, METRIC, defaults)
-    return accuracy.results(tunings, trials)
+    return accuracy.results(tunings_of(rows, defaults), trials)
+
+
+def tunings_of(rows, defaults=()):
+    return accuracy.tunings(pd.DataFrame(rows), defaults)
+
+
+def trials_in(tunings):
+    """(rank, the trials of its seeds) of each row."""
+    return [(one.rank, [seed["trial"] for seed in one.seeds]) for one in tunings]
 
 
 def test_seeds_without_a_partner_are_compared_unpaired():
@@ -54,7 +63,7 @@ def test_seeds_without_a_partner_are_compared_unpaired():
     numbers = results(rows)
     _, taylor = numbers.to_dict("records")
     assert (taylor["rule"], taylor["bp_mean"], taylor["bp_paired"]) == ("taylor", -11, False)
-    assert "tuned" not in accuracy.shown_validation(numbers)
+    assert "tuned" not in accuracy.shown_validation(numbers, METRIC)
     shown = accuracy.shown(numbers)
     assert "trial" not in shown and "repeats" not in shown
     (line,) = accuracy.shown_comparisons(numbers).to_dict("records")
@@ -107,32 +116,105 @@ def test_a_note_says_of_one_tuning_what_its_interval_leaves_out():
     )
 
 
-def test_the_best_of_every_repeat_are_a_row_the_second_best_another_and_the_defaults_too():
+def test_repeats_are_merged_by_rank_and_the_defaults_of_all_of_them_are_a_row():
     rows = [
-        *seeds_of("bp", [90.0], trial=1, repeat=1),
+        *seeds_of("bp", [90.0], trial=1, repeat=1, rank=2),
         *seeds_of("bp", [91.0], trial=2, repeat=1),  # the best of the first repeat
-        *seeds_of("bp", [80.0], trial=3, repeat=1),  # its defaults
+        *seeds_of("bp", [80.0], trial=3, repeat=1, rank=0),  # its defaults
         *seeds_of("bp", [92.0], trial=4, repeat=2),  # both, in the second
     ]
-    scores, defaults = {1: 95.0, 2: 96.0, 3: 85.0, 4: 97.0}, ("run-3", "run-4")
-    trials = trials_of(scores)
-    tunings = accuracy.tunings(pd.DataFrame(rows), trials, METRIC, defaults)
-    assert [[seed["trial"] for seed in seeds] for seeds in tunings] == [[2, 4], [1], [3, 4]]
-    only = pd.DataFrame(row for row in rows if row["trial"] != 3)  # the defaults were not asked for
-    tunings_of_only = accuracy.tunings(only, trials, METRIC, defaults)
-    assert [[seed["trial"] for seed in seeds] for seeds in tunings_of_only] == [[2, 4], [1]]
-    (row,) = accuracy.tuned(tunings, trials, METRIC, defaults).to_dict("records")
+    defaults = ("run-3", "run-4")
+    tunings = tunings_of(rows, defaults)
+    assert trials_in(tunings) == [(1, [2, 4]), (2, [1]), (0, [3, 4])]
+    only = [row for row in rows if row["trial"] != 3]  # the defaults were not asked for
+    assert trials_in(tunings_of(only, defaults)) == [(1, [2, 4]), (2, [1])]
+    (row,) = accuracy.tuned(tunings).to_dict("records")
     assert row["mean"] == 91.5 - 86.0 and (row["first_repeats"], row["second_repeats"]) == (2, 2)
+    assert [*accuracy.shown(results(rows, defaults=defaults))["selected as"]] == [
+        "tuned", "rank 2", "published defaults"
+    ]  # fmt: skip
 
 
-def test_configurations_of_one_tuning_are_rows_of_their_own():
-    rows = [*seeds_of("bp", [90.0, 91.0], trial=1), *seeds_of("bp", [92.0, 93.0], trial=2)]
-    numbers = results(rows, {1: 95.0, 2: 96.0})
-    assert [*numbers["trial"]] == [1, 2]
+def test_what_was_selected_is_compared_whatever_the_others_reached_in_retraining():
+    rows = [
+        *seeds_of("bp", [90.0, 91.0], trial=1),
+        *seeds_of("bp", [95.0, 96.0], trial=2, rank=2),  # better with fresh seeds
+        *seeds_of("bp", [98.0, 99.0], trial=3, rank=0),
+        *seeds_of("taylor", [89.0, 90.5], trial=4),
+        *seeds_of("taylor", [97.0, 98.0], trial=5, rank=2),
+    ]
+    numbers = results(rows, {1: 95.0, 2: 94.0, 4: 93.0, 5: 92.0}, defaults=["run-3"])
+    compared = numbers[numbers["bp_mean"].notna()]
+    assert [*compared["trial"]] == [4] and [*compared["bp_mean"]] == [-0.75]
+    assert [*compared["bp_holm"]] == [*compared["bp_p"]]  # of one comparison
+    best = accuracy.selected(tunings_of(rows[:6], ["run-3"]))
+    assert best is not None and trials_in([best]) == [(1, [1, 1])]
+    (line,) = accuracy.close(numbers)
+    assert line.startswith("digits, 1 hidden layer, 2 epochs: bp leads taylor by 0.75 points")
+
+
+def test_groups_of_a_selection_are_not_merged():
+    rows = [
+        row
+        for repeat in (1, 2)
+        for i, group in enumerate(["feedback=jacobian", "feedback=random"])
+        for row in seeds_of("taylor", [90.0], trial=2 * repeat + i, repeat=repeat, group=group)
+    ]
+    assert trials_in(tunings_of(rows)) == [(1, [2, 4]), (1, [3, 5])]
+    shown = accuracy.shown(results(rows))
+    assert [*shown["selected as"]] == ["tuned, feedback=jacobian", "tuned, feedback=random"]
+
+
+def test_selections_by_different_metrics_are_not_merged():
+    rows = [
+        *seeds_of("bp", [90.0], trial=1, repeat=1),
+        *seeds_of("bp", [91.0], trial=2, repeat=2),
+        *seeds_of("bp", [92.0], trial=3, repeat=2),  # also the best, of another metric
+    ]
+    tunings = tunings_of(rows)
+    assert trials_in(tunings) == [(1, [1]), (1, [2]), (1, [3])]
+    assert accuracy.warnings(tunings) == [
+        "bp, digits, tuned: trials 1, 2, 3 come from several selections; their repeats are not"
+        " merged"
+    ]
+
+
+def test_a_repeat_whose_seeds_all_diverged_is_left_out_of_score_and_gap():
+    rows = [
+        *seeds_of("bp", [90.0, 91.0], trial=1, repeat=1),
+        *seeds_of("bp", [None, None], trial=2, repeat=2),
+        *seeds_of("taylor", [90.0, 91.0], trial=3, repeat=1),
+        *seeds_of("taylor", [90.0, 92.0], trial=4, repeat=2),
+    ]
+    numbers = results(rows, {1: 95.0, 2: 97.0, 3: 95.0, 4: 95.0})
+    bp, _ = numbers.to_dict("records")
+    assert (bp["tuned"], bp["gap"], bp["repeats"]) == (95.0, 3.5, 1)
+    assert accuracy.warnings(tunings_of(rows)) == [
+        "bp, digits, tuned: every seed of repeat 2 diverged; the means are over the other repeats"
+    ]
+    (line,) = accuracy.shown_comparisons(numbers).to_dict("records")
+    assert line["compared"] == "unpaired, 2 against 1 tunings"
+
+
+def test_a_loss_is_shown_in_its_unit_and_its_gap_is_what_was_lost():
+    rows = seeds_of("bp", [90.0, 91.0], trial=1, valid_loss=0.5)
+    numbers = accuracy.results(tunings_of(rows), trials_of({1: 0.3}), "valid_loss")
+    shown = accuracy.shown_validation(numbers, SELECTION["valid_loss"])
+    assert [*shown["retrained minus tuned"]] == ["+0.2"]
+    (tuned,) = (title for title in shown if title.startswith("tuned: "))
+    assert SELECTION["valid_loss"].words in tuned and [*shown[tuned]] == ["0.3"]
+
+
+def test_configurations_of_a_grid_are_rows_of_their_own():
+    rows = [
+        *seeds_of("bp", [90.0, 91.0], configuration="a"),
+        *seeds_of("bp", [92.0, 93.0], configuration="b"),
+        *seeds_of("taylor", [91.0, 92.0]),
+    ]
+    numbers = results(rows)
+    assert [*numbers["n"]] == [2, 2, 2] and numbers["rank"].isna().all()
     (line,) = accuracy.shown_comparisons(numbers).to_dict("records")  # with the better bp
-    assert line["test minus bp"] == "−2.00"
-    shown = accuracy.shown_validation(numbers)
-    assert [*shown["trial"]] == ["1", "2"] and "hidden layers" not in shown  # what tells them apart
+    assert (line["rule"], line["test minus bp"]) == ("taylor", "−1.00")
 
 
 def test_comparisons_are_corrected_for_their_number():
@@ -152,8 +234,8 @@ def test_comparisons_are_corrected_for_their_number():
 def test_a_winner_by_less_than_the_test_set_can_tell_is_named(lead, named):
     rows = [*seeds_of("bp", [90.0, 91.0]), *seeds_of("exact-inv", [90.0 + lead, 91.0 + lead])]
     words = (
-        "digits, 1 hidden layer: exact-inv leads bp by 0.28 points (1.0 of 360 test images), less"
-        " than the standard error of the test set (1.52 points)"
+        "digits, 1 hidden layer, 2 epochs: exact-inv leads bp by 0.28 points (1.0 of 360 test"
+        " images), less than the standard error of the test set (1.52 points)"
     )
     assert accuracy.close(results(rows)) == [words] * named
     assert accuracy.close(results(rows[:2])) == []  # nothing to lead

@@ -67,6 +67,7 @@ def lin(number, state, scores, rate=1e-3, gain=1.5, strong=True, nudge=None):
 def retrained(configuration, rule, seed, dataset="digits", state=COMPLETE, **numbers):
     return {
         "run_id": f"{configuration}-{seed}",
+        "of_run": None,
         "configuration": configuration,
         "rule": rule,
         "dataset": dataset,

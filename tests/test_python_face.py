@@ -251,7 +251,7 @@ def written(copied_stores, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted") / "out"
     folder.mkdir()
     store = planted.write(folder)
-    planted.retrain(store, [0, 1, 2], range(3), retrained)
+    planted.retrain(store, range(3), retrained)
     return store
 
 

@@ -17,11 +17,12 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import selection, store as stores
+from analysis import configurations, selection, store as stores
 from analysis.report import __main__ as program, checklist, comparison, contents, forms
 from analysis.store import Refused
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone
+from disinhib.tuning.mlflow_store import OF_TRIAL
 
 pytestmark = pytest.mark.usefixtures("copied_stores")
 
@@ -46,7 +47,7 @@ def study(tmp_path_factory):
     """A planted study, its selected trials retrained over four seeds: one diverged, one flagged."""
     folder = tmp_path_factory.mktemp("planted")
     written = planted.write(folder, study="under_score")
-    planted.retrain(written, RULES.values(), SEEDS, trained)
+    planted.retrain(written, SEEDS, trained)
     return written
 
 
@@ -57,27 +58,27 @@ def two(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "copied"
     shutil.copytree(study.folder, folder)
     other = planted.write(folder, study="other", trials=OTHER)
-    planted.retrain(other, [0, 1, 2], SEEDS, trained, name="other-again")
+    planted.retrain(other, SEEDS, trained, "other-again", ["defaults=true"])
     return study._replace(uri=f"sqlite:///{folder / 'mlflow.db'}", folder=folder)
 
 
 def trained(record):
     """How the retraining of a configuration went."""
-    number = record.number
+    number, trial = record.number, int(record.tags[OF_TRIAL])
     for epoch in (1, 2):
-        lanes = {"valid_accuracy": [score(number, seed) + epoch - 1 for seed in SEEDS],
+        lanes = {"valid_accuracy": [score(trial, seed) + epoch - 1 for seed in SEEDS],
                  "train_CL_loss": [1 / epoch for _ in SEEDS]}  # fmt: skip
         if epoch == 2:
-            lanes |= {"test_accuracy": [score(number, seed) for seed in SEEDS],
+            lanes |= {"test_accuracy": [score(trial, seed) for seed in SEEDS],
                       "test_loss": [0.5 for _ in SEEDS]}  # fmt: skip
             if record.rule != "bp":
                 lanes |= {"ode_gap": [1e-5] * 4, "ode_reached": [1.0] * 4,
                           "ode_growth": [-9.0 + seed for seed in SEEDS]}  # fmt: skip
         diverged, flags = {}, {}
-        if (number, epoch) == (2, 2):
+        if (trial, epoch) == (2, 2):
             diverged = {"3": "Diverged: x<b>&"}
             lanes = {name: [*values[:3], math.nan] for name, values in lanes.items()}
-        if (number, epoch) == (1, 2):
+        if (trial, epoch) == (1, 2):
             flags = {"2": "the steady state is unstable"}
         yield EpochDone(number, epoch, 0.0, lanes, planted.PLACE, diverged, flags)
         record.scores.append(0.0)
@@ -394,10 +395,8 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
 
 def test_the_report_tells_how_its_trials_were_selected(tmp_path):
     """What selection was told, by the record of the retraining: not the default rule."""
-    written, file = planted.write(tmp_path, trials=planted.TRIALS[:4]), tmp_path / "selected.yaml"
-    told = ["study=planted", "top=2", "metric=valid_loss"]
-    selection.main([f"tracking.uri={written.uri}", f"selected={file}", *told])
-    planted.retrain_selected(written, file, SEEDS, trained)
+    written = planted.write(tmp_path, trials=planted.TRIALS[:4])
+    planted.retrain(written, SEEDS, trained, select=["top=2", "metric=valid_loss"])
     store = stores.connect(written.uri)
     report = contents.read(store, stores.find_study(store))
     how = dict(contents.method(report))
@@ -456,7 +455,7 @@ def test_a_winner_at_the_edge_is_warned_of_by_selection_and_report(again, tmp_pa
     edge = planted.Planted("bp", (70.0, 95.0), rate=0.0099)
     written = planted.write(tmp_path, trials=[*planted.TRIALS[:3], edge])
     if again:
-        planted.retrain(written, [3], SEEDS, trained)
+        planted.retrain(written, SEEDS, trained)
     where = [f"study={written.study}", f"tracking.uri={written.uri}"]
     assert selection.main([*where, f"selected={tmp_path / 'selected.yaml'}"]) == 0
     warned = yaml.safe_load((tmp_path / "selected.yaml").read_text())["warnings"]
@@ -467,8 +466,9 @@ def test_a_winner_at_the_edge_is_warned_of_by_selection_and_report(again, tmp_pa
     assert any(line.startswith("bp: 2 of 2 trials ran the whole budget") for line in warned)
     assert any("exact-inv.trainer.strong_fb=False (0 of 1)" in line for line in warned)
     assert program.main([*where, f"out={tmp_path}"]) == 0
-    report = (tmp_path / "report.md").read_text().partition("## Warnings")[2]
-    assert report.splitlines()[2 : 2 + len(warned)] == [f"- {line}" for line in warned]
+    report = (tmp_path / "report.md").read_text().partition("## Warnings")[2].splitlines()
+    first = report.index(f"- {warned[0]}")
+    assert report[first : first + len(warned)] == [f"- {line}" for line in warned]
     assert "lies at the upper edge" in (tmp_path / "report.html").read_text()
 
 
@@ -515,6 +515,57 @@ def test_tuned_minus_defaults(two, tmp_path):
     assert {(line[0], line[1]) for line in tables_of_markdown(won)[1:]} == {
         ("bp", "0"), ("exact-inv", "2")
     }  # fmt: skip
+
+
+DEFAULT = 1e-3  # published learning rate of bp
+TWICE = (
+    planted.Planted("bp", (70.0, 96.0), repeat=1),
+    planted.Planted("bp", (60.0,), PRUNED, rate=DEFAULT, repeat=1),
+    planted.Planted("exact-inv", (60.0, 85.0), repeat=1),
+    planted.Planted("bp", (70.0, 97.0), rate=DEFAULT, repeat=2),  # the best is the default
+    planted.Planted("bp", (70.0, 95.0), repeat=2),
+    planted.Planted("exact-inv", (60.0, 86.0), repeat=2),
+)
+
+
+def trained_twice(record):
+    """Test accuracy is 90 - trial + seed / 10; validation is the same."""
+    seeds, trial = record.config["seeds"], int(record.tags[OF_TRIAL])
+    tested = [90 - trial + seed % configurations.MOST_SEEDS / 10 for seed in seeds]
+    for epoch in (1, 2):
+        lanes = {"valid_accuracy": tested} | ({"test_accuracy": tested} if epoch == 2 else {})
+        yield EpochDone(record.number, epoch, 0.0, lanes, planted.PLACE)
+        record.scores.append(0.0)
+    yield Ended(record.number, COMPLETE, 2, None, record.seed_ends(COMPLETE, None))
+
+
+def test_a_repeated_study_from_selection_to_report(tmp_path):
+    """In the first repeat the defaults were stopped, in the second they are the best trial."""
+    written = planted.write(tmp_path, trials=TWICE)
+    planted.retrain(written, [0, 1], trained_twice, select=["defaults=true"])
+    where = [f"study={written.study}", f"tracking.uri={written.uri}", f"out={tmp_path}"]
+    assert program.main(where) == 0
+    text = (tmp_path / "report.md").read_text()
+    tables = tables_of(text)
+    tested = [
+        (row["rule"], row["selected as"], row["repeats"], row["n"], row["test accuracy"])
+        for row in tables["Test accuracy on digits"]
+    ]
+    assert tested == [
+        ("bp", "tuned", "2", "4", "88.55"),  # trials 0 and 3
+        ("bp", "published defaults", "2", "4", "88.05"),  # 1 and 3
+        ("exact-inv", "tuned", "2", "4", "86.55"),  # 2 and 5
+    ]
+    (compared,) = tables["Compared with bp on digits"]
+    assert (compared["rule"], compared["test minus bp"]) == ("exact-inv", "−2.00")
+    assert compared["compared"] == "unpaired, by repeat"
+    (gain,) = tables["Tuned minus defaults"]
+    assert (gain["rule"], gain["tuned minus defaults"]) == ("bp", "+0.50")
+    validated = tables["Validation accuracy on digits"]
+    assert [row["tuned"] for row in validated] == ["96.50", "–", "85.50"]  # one was stopped
+    store = stores.connect(written.uri)
+    report = contents.read(store, stores.find_study(store, written.study))
+    assert len(report.data.labels) == 5  # trials retrained: those of equal options apart
 
 
 def test_studies_side_by_side(two, tmp_path):

@@ -250,6 +250,13 @@ def test_no_two_repeats_have_a_seed_in_common():
     assert configurations.fresh_seeds([7, 5], {}, 2) == [most + 7, most + 5]
     with pytest.raises(Refused, match=r"given 7, which a search has used \(trial 3\)"):
         configurations.fresh_seeds([7, 5], {most + 7: "trial 3"}, 2)
+    with pytest.raises(Refused, match=f"given {most}, allowed are seeds below {most}"):
+        configurations.fresh_seeds([0, most], {}, 1)
+    assert configurations.fresh_seeds([0, most], {}) == [0, most]  # without repeats, any
+    with pytest.raises(
+        Refused, match=f"given {most}, but in repeat 2 no search has used {most - 1}"
+    ):
+        configurations.fresh_seeds(most, {most: "trial 3"}, 2)
 
 
 @pytest.mark.parametrize(

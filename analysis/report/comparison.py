@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import pandas as pd
 
 from analysis import selection
 from analysis.report import accuracy, contents, panels, tables
-from analysis.report.accuracy import Pair, Seeds
+from analysis.report.accuracy import Pair, Tuning
 from analysis.report.contents import Page, Report, Section
 from analysis.report.panels import plot_data
 from analysis.report.tables import NOTHING
@@ -27,7 +27,8 @@ DIFFERS_NOTE = (
 )
 DIFFERENCES_NOTE = (
     "Accuracies in %, of each study's selected configuration of the rule (the best in its search;"
-    " of a grid, on validation data) over n retrained seeds."
+    " of several groups, or of a grid, on validation data) over n retrained seeds. p is corrected"
+    " for all studies together."
 )
 METHOD_NOTE = "How each study was done, and the commands that give its numbers again."
 SEARCH_NOTE = (
@@ -138,8 +139,8 @@ def _shared_data(reports: Sequence[Report]) -> list[str]:
 
 def _only(report: Report, shared: Iterable[str]) -> plot_data.PlotData:
     """Its rows of these data sets, of each rule only the selected configuration."""
-    groups = [seeds for own in _selected(report).values() for seeds in own.values()]
-    runs = {row["run_id"] for seeds in groups for row in seeds if row["dataset"] in shared}
+    chosen = [tuning for own in _selected(report).values() for tuning in own.values()]
+    runs = {seed["run_id"] for one in chosen for seed in one.seeds if seed["dataset"] in shared}
     retrained = report.data.retrained
     own = report.study.provenance["data"]["name"] in shared
     return report.data._replace(
@@ -172,36 +173,43 @@ def _search(reports: Sequence[Report], shared: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["rule"])))
 
 
-def _selected(report: Report) -> dict[tuple[str, str], dict[int, Seeds]]:
-    """The seeds of what was selected, by (data set, rule) and depth."""
-    data = report.data
-    key = lambda seeds: (seeds[0]["dataset"], seeds[0]["rule"])
-    return {
-        name: {
-            depth: accuracy.selected(alike, data.trials, data.metric)
-            for depth, alike in plot_data.grouped(own, lambda s: s[0]["depth"]).items()
-        }
-        for name, own in plot_data.grouped(report.tunings, key).items()
-    }
+def _selected(report: Report) -> dict[tuple[str, str], dict[int, Tuning]]:
+    """What was selected, by (data set, rule) and depth."""
+    of_rule: dict[tuple[str, str], dict[int, Tuning]] = {}
+    place = lambda tuning: tuple(tuning.seeds[0][name] for name in ("dataset", "rule", "depth"))
+    for (dataset, rule, depth), alike in plot_data.grouped(report.tunings, place).items():
+        if best := accuracy.selected(alike):
+            of_rule.setdefault((dataset, rule), {})[depth] = best
+    return of_rule
 
 
 def _differences(reports: Sequence[Report], shared: Sequence[str]) -> list[Versus]:
     """The first study against each other. A rule is compared at each depth that both have, or if
-    there is none, at the depths that they have."""
+    there is none, at the depths that they have. On a data set, p is corrected for the number of
+    comparisons with all studies."""
     first, *others = reports
     own = _selected(first)
     differences = []
     for dataset in shared:
-        for other in others:
-            pairs, its = [], _selected(other)
-            for name, by_depth in own.items():
-                theirs = its.get(name, {}) if name[0] == dataset else {}
-                alike = [Pair(by_depth[n], theirs[n]) for n in by_depth if n in theirs]
-                pairs += alike or [Pair(a, b) for a in by_depth.values() for b in theirs.values()]
-            if pairs:
-                numbers = accuracy.differences(pairs)
-                differences.append(Versus(dataset, first.study.name, other.study.name, numbers))
+        pairs = {other.study.name: _pairs(own, _selected(other), dataset) for other in others}
+        numbers = accuracy.differences(chain(*pairs.values()))
+        against = pd.Series([name for name, its in pairs.items() for _ in its], dtype=str)
+        for name, rows in numbers.groupby(against, sort=False):
+            differences.append(Versus(dataset, first.study.name, str(name), rows))
     return differences
+
+
+def _pairs(
+    own: Mapping[tuple[str, str], Mapping[int, Tuning]],
+    its: Mapping[tuple[str, str], Mapping[int, Tuning]],
+    dataset: str,
+) -> list[Pair]:
+    pairs = []
+    for name, by_depth in own.items():
+        theirs = its.get(name, {}) if name[0] == dataset else {}
+        alike = [Pair(by_depth[n], theirs[n]) for n in by_depth if n in theirs]
+        pairs += alike or [Pair(a, b) for a in by_depth.values() for b in theirs.values()]
+    return pairs
 
 
 def _summary(differences: Sequence[Versus]) -> list[str]:

@@ -63,7 +63,8 @@ COMPARED_NOTE = (
 )
 VALIDATION_NOTE = (
     "Accuracies in %, over the same networks. “tuned” is the selected trial's score in the search"
-    " (the mean over repeats); what it loses on fresh seeds was due to chance in the selection."
+    " ({metric}; the mean over repeats); what it loses on fresh seeds was due to chance in the"
+    " selection."
 )
 
 
@@ -103,7 +104,7 @@ class Report(NamedTuple):
     study: StudyRun
     retrained_by: list[str]  # the commands of its retrainings
     data: PlotData  # all rows that were read
-    tunings: list[accuracy.Seeds]
+    tunings: list[accuracy.Tuning]
     results: pd.DataFrame  # accuracy.results
     search: pd.DataFrame  # tables.search
     tuned: pd.DataFrame  # accuracy.tuned
@@ -139,13 +140,13 @@ def read(store: Store, study: StudyRun) -> Report:
             ]
         ),
         scores=runs.curves(store, [row["run_id"] for row in trials.to_dict("records")], (metric,)),
-        labels={row["configuration"]: _label(row) for row in retrained.to_dict("records")},
+        labels={plot_data.configuration(row): _label(row) for row in plot_data.records(retrained)},
         defaults=defaults,
         adaptive=None if study.space is None else _adaptive(study.options["searcher"]["name"]),
     )
     left_out = [*dropped, *unfinished]
     of_study = [] if study.space is None else stores.retrainings(store, study)
-    tunings = accuracy.tunings(retrained, trials, data.metric, defaults)
+    tunings = accuracy.tunings(retrained, defaults)
     results = accuracy.results(tunings, trials, metric)
     return Report(
         study,
@@ -154,11 +155,12 @@ def read(store: Store, study: StudyRun) -> Report:
         tunings,
         results,
         tables.search(trials, data.metric),
-        accuracy.tuned(tunings, trials, data.metric, defaults),
+        accuracy.tuned(tunings),
         won,
         left_out,
         [
             *(f"left out: {reason}" for reason in left_out),
+            *accuracy.warnings(tunings),
             *accuracy.close(results),
             *_warnings(data, won),
         ],
@@ -189,7 +191,7 @@ def page(report: Report) -> Page:
 
 
 def _warnings(data: PlotData, won: Sequence[plot_data.Row]) -> list[str]:
-    seeds = data.retrained.to_dict("records")
+    seeds = plot_data.records(data.retrained)
     choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in won]
     lines = selection.warnings(data.trials, choices, [TRAINER], data.space, data.metric)
     for row in seeds:
@@ -202,14 +204,16 @@ def _warnings(data: PlotData, won: Sequence[plot_data.Row]) -> list[str]:
     return lines
 
 
-def _label(row: Mapping[Any, Any]) -> str:
-    """A configuration in words; of a row of `runs.retrained`."""
-    return runs.called(row["rule"], row["feedback"], row["depth"], row["dataset"], row["trial"])
+def _label(row: plot_data.Row) -> str:
+    """What was retrained, in words; of a row of `runs.retrained`, or of `accuracy.results`."""
+    called = runs.called(row["rule"], row["feedback"], row["depth"], row["dataset"], row["trial"])
+    selected = accuracy.selected_as(row)
+    return called if selected in (accuracy.TUNED, tables.NOTHING) else f"{called}, {selected}"
 
 
 def sections(report: Report) -> list[Section]:
     """One for each data set, then what has won, how the study was done, and what it cost."""
-    sections = []
+    sections, data = [], report.data
     if len(report.results):
         for dataset, numbers in report.results.groupby("dataset", sort=False):
             shown = accuracy.shown(numbers)
@@ -217,9 +221,9 @@ def sections(report: Report) -> list[Section]:
             shown = accuracy.shown_comparisons(numbers)
             if len(shown):
                 sections.append(Section(f"Compared with bp on {dataset}", shown, bp_note(numbers)))
-            shown = accuracy.shown_validation(numbers)
-            sections.append(Section(f"Validation accuracy on {dataset}", shown, VALIDATION_NOTE))
-    data = report.data
+            shown = accuracy.shown_validation(numbers, data.metric)
+            of_metric = VALIDATION_NOTE.format(metric=data.metric.words)
+            sections.append(Section(f"Validation accuracy on {dataset}", shown, of_metric))
     if len(report.tuned):
         shown = accuracy.shown_differences(report.tuned, "tuned", "defaults")
         sections.append(
@@ -315,9 +319,10 @@ def summary(report: Report) -> list[str]:
     for row in plot_data.records(report.tuned):
         if not math.isnan(row["mean"]):
             words = "more" if row["mean"] >= 0 else "less"
+            group = f", {row['first_group']}" if row["first_group"] else ""
             lines.append(
-                f"{row['rule']}: {abs(row['mean']):.2f} points {words} than with its published"
-                " defaults."
+                f"{row['rule']}{group}: {abs(row['mean']):.2f} points {words} than with its"
+                " published defaults."
             )
     return lines
 

@@ -53,23 +53,25 @@ def courses(data: PlotData, metric: str) -> list[Course]:
     """Of each retrained configuration, over the seeds that have not diverged; of the best trials if
     none was retrained."""
     found = [
-        ((row["dataset"], drawing.counted(row["depth"], "hidden layer")), row, label)
-        for _, label, _, row in seeds(data)
+        (name, (row["dataset"], drawing.counted(row["depth"], "hidden layer")), row, label)
+        for name, label, _, row in seeds(data)
         if row["state"] != FAILED
     ]
     if data.retrained.empty:
-        found = [((), row, f"{row['rule']} (trial {row['trial']})") for row in records(data.trials)]
+        found = [
+            (row["run_id"], (), row, f"{row['rule']} (trial {row['trial']})")
+            for row in records(data.trials)
+        ]
     of_metric = data.curves["metric"].str.startswith(metric)
     by_run = dict(list(data.curves[of_metric].groupby("run_id")))
-    found = [one for one in found if one[1]["run_id"] in by_run]
-    key = lambda one: one[1].get("configuration", one[1]["run_id"])
+    found = [one for one in found if one[2]["run_id"] in by_run]
     order = [*trials_of(data)]  # of rules
     every = [
         Course(
-            own[0][0], own[0][1]["rule"], own[0][2],
-            _layers([by_run[row["run_id"]] for _, row, _ in own], metric),
+            own[0][1], own[0][2]["rule"], own[0][3],
+            _layers([by_run[row["run_id"]] for _, _, row, _ in own], metric),
         )
-        for own in grouped(found, key).values()
+        for own in grouped(found, lambda one: one[0]).values()
     ]  # fmt: skip
     return sorted(every, key=lambda one: order.index(one.rule) if one.rule in order else len(order))
 

@@ -28,7 +28,7 @@ class PlotData(NamedTuple):
     # runs.curves of the retrained seeds, of the metrics retraining.CURVES and of the alignment (if
     # there are none, of the alignment of the best trials)
     curves: pd.DataFrame
-    labels: Mapping[str, str]  # of configurations, as in the tables
+    labels: Mapping[str, str]  # by `configuration`, as in the tables
     scores: pd.DataFrame  # runs.curves of the trials, of the study's metric
     defaults: Sequence[str] = ()  # runs of the trials with the published defaults
     adaptive: str | None = None  # the sampler, if it learns from the scores
@@ -53,6 +53,12 @@ def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def configuration(seed: Row) -> str:
+    """What tells the configuration of a retrained seed from others: the run of its trial or, of a
+    grid, the hash of its options. (In several repeats, trials may have the same options.)"""
+    return seed["of_run"] or seed["configuration"]
 
 
 def trials_of(data: PlotData) -> dict[str, list[Row]]:

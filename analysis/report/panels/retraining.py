@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from analysis.report.panels import drawing
 from analysis.report.panels.drawing import Captioned, PanelFigures
-from analysis.report.panels.plot_data import PlotData, Row, grouped, records
+from analysis.report.panels.plot_data import PlotData, Row, configuration, grouped, records
 from disinhib.metrics import SELECTION
 from disinhib.tuning.event_log import FAILED
 
@@ -36,7 +36,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # confi
 class Seed(NamedTuple):
     """A retrained configuration with one seed."""
 
-    configuration: str
+    configuration: str  # plot_data.configuration
     label: str
     nth: int  # configuration of its rule, data set and depth, from 0
     row: Row  # of runs.retrained
@@ -52,7 +52,7 @@ def seeds(data: PlotData) -> list[Seed]:
     alike: dict[tuple, list[str]] = {}
     seeds = []
     for row in records(data.retrained):
-        name = row["configuration"]
+        name = configuration(row)
         others = alike.setdefault((row["rule"], row["dataset"], row["depth"]), [])
         if name not in others:
             others.append(name)
