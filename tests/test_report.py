@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
-from analysis import configurations, selection, store as stores
+from analysis import configurations, runs, selection, store as stores
 from analysis.report import __main__ as program, checklist, comparison, contents, forms
 from analysis.store import Refused
 from disinhib.errors import InputError
@@ -34,7 +34,7 @@ OTHER = (
     planted.Planted("exact-inv", (60.0, 86.0)),
 )
 WON = 1 + 9 + 10  # searched options of the rules
-METHOD = 12  # lines of how the study was done; its retraining has not recorded how it was selected
+METHOD = 14  # lines of how the study was done
 
 
 def score(trial, seed):
@@ -277,8 +277,8 @@ def test_the_report_says_what_won(folder):
 def test_the_report_says_how_the_study_was_done(folder):
     head, *rows = tables_of_markdown((folder / "report.md").read_text())[12 + WON : -8]
     assert head == ["what", "how"] and len(rows) == METHOD
-    assert "to select" not in dict(rows)
     how = dict(rows)
+    assert how["to select"] == "python -m analysis.selection study=under_score"
     assert how["data"] == (
         "digits: 1150 train, 287 validation, 360 test samples; validation: the first 20 % of the"
         " training file"
@@ -356,7 +356,7 @@ def test_the_checklist_is_what_the_record_knows_and_blank_elsewhere(study, folde
         "Which learning rules?": "\n  - bp: back-propagation through a plain network",
         "How large is the network?": "hidden layers of 16",
         "What was searched, and in which ranges?": "`bp.optimizer.learning_rate`: 0.0001 to 0.01",
-        "How was the best value chosen?": checklist.BLANK,  # its retraining has not recorded it
+        "How was the best value chosen?": "Of the trials of each rule that ran",
         "What were the best values?": "trials 0 (bp), 1 (exact-inv), 2 (lin-thresh)",
         "How many runs?": "exact-inv: 2 trials (1 complete, 1 pruned, 0 failed)",
         "Which seeds?": "retraining: 0, 1, 2, 3",
@@ -380,7 +380,7 @@ def test_without_retraining_it_reports_the_search_alone(tmp_path):
     program.main([f"study={written.study}", f"tracking.uri={written.uri}",
                   f"out={tmp_path / 'out'}"])  # fmt: skip
     rows = tables_of_markdown((tmp_path / "out" / "report.md").read_text())
-    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + (1 + METHOD + 1) + 4 + 4
+    assert rows[0][:2] == ["rule", "trial"] and len(rows) == 1 + WON + METHOD + 4 + 4
     how = dict(rows[2 + WON : -8])
     assert "retraining" not in how["seeds"]
     assert how["to retrain"] == "python -m analysis.retrain selected.yaml seeds=10"
@@ -409,6 +409,16 @@ def test_the_report_tells_how_its_trials_were_selected(tmp_path):
     text = checklist.text(report)
     assert f"**How was the best value chosen?** {how['selection']}\n" in text
     assert f"to select: `{command}`" in text
+
+
+def test_how_trials_were_selected_is_not_guessed_if_their_retraining_has_not_recorded_it(study):
+    """As earlier versions did not."""
+    store = stores.connect(study.uri)
+    report = contents.read(store, stores.find_study(store, study.study))
+    unknown = report.data.retrained.assign(**{runs.SELECTED_BY: "{}"})
+    older = report._replace(data=report.data._replace(retrained=unknown))
+    assert not {"selection", "to select"} & dict(contents.method(older)).keys()
+    assert f"**How was the best value chosen?** {checklist.BLANK}\n" in checklist.text(older)
 
 
 def test_what_nothing_was_searched_for_and_the_test_set_are_told_as_they_are(study):
