@@ -145,7 +145,8 @@ def improvement(a: Values, b: Values, draws: int = DRAWS) -> Improvement:
     far apart values are: it is the generalized confidence interval of Phi(difference of means /
     sqrt(sum of both variances)), drawn from the distributions of mean and variances, given the
     values, on normal data, widened to hold the share. Seeded: the same values, in any order, give
-    the same interval. None (NaN) if a rule has fewer than 2 values, or neither varies.
+    the same interval. None (NaN) if a rule has fewer than 2 values, or neither's vary: with several
+    repeats, the means of these.
 
     Weerahandi (1993), Generalized Confidence Intervals, JASA 88, 899-905.
     """
@@ -292,4 +293,6 @@ def _drawn(
     if len(repeats) == 1 or freedom == 0:  # a unit is one network
         return mean, of_units
     training = _within(repeats) / rng.chisquare(freedom, draws)
-    return mean, np.maximum(of_units - training * np.mean(1 / sizes), 0) + training
+    # That of tuning is of_units - training * mean(1 / sizes). Drawn below 0 it counts as well: at 0
+    # it would make the sum too large, and the interval miss a P near 0 or 1.
+    return mean, of_units + training * np.mean(1 - 1 / sizes)
