@@ -74,6 +74,7 @@ def main(arguments: list[str]) -> int:
         axes, overrides = configurations.chosen_axes(overrides)
         settings = configurations.checked_settings(overrides)
         store, study, planned = None, None, configurations.of_grid(settings, overrides, axes)
+        settings["dataset"] = planned[0].options["dataset"]  # whose provenance is the grid's
         if not settings["study"]:
             raise refusal("study", settings["study"], "the name under which the grid is recorded")
         used = configurations.used_in_experiment(settings)

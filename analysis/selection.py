@@ -29,6 +29,7 @@ from disinhib.rules import RULES, reported_name
 from disinhib.tuning import mlflow_connection, mlflow_settings
 from disinhib.tuning.event_log import COMPLETE, FAILED, REPEAT
 from disinhib.tuning.space_tree import RULE as OF_RULE, option_of, parameters_for, same
+from disinhib.tuning.turns import TRIALS
 
 HOW = (
     "Of the trials of each {group} that ran their whole budget (COMPLETE): the {number} with the"
@@ -177,8 +178,9 @@ def warnings(
     per: Sequence[str],
     space: Mapping[str, Any] | None,
     metric: Criterion,
+    budget: str = TRIALS,
 ) -> list[str]:
-    """Reasons to doubt a selection, a line each."""
+    """Reasons to doubt a selection, a line each. `budget` is the study's option."""
     rows = trials.to_dict("records")
     lines = []
     if space is not None:
@@ -186,7 +188,8 @@ def warnings(
             lines += _on_the_edge(choice, rows, space, metric)
             lines += _failed_nearby(choice, rows, space)
     of_groups = groups(trials, per)
-    lines += _unequal_budgets(of_groups)
+    if budget == TRIALS:  # else it was kept as asked
+        lines += _unequal_budgets(of_groups)
     if space is not None:
         lines += _rarely_tried(rows, space)
     for group, of_group in of_groups:
@@ -360,7 +363,9 @@ def main(arguments: list[str]) -> int:
     choices = select(trials, per, top, direction)
     if not choices:
         raise Refused(f"study {study.name}: none of its {len(trials)} trials ran its whole budget")
-    warning_lines = warnings(trials, choices, per, study.space, direction)
+    warning_lines = warnings(
+        trials, choices, per, study.space, direction, study.options.get("budget", TRIALS)
+    )
     if options["defaults"]:
         of_defaults, lacking = _defaults(trials, study, choices)
         choices += of_defaults

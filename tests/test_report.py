@@ -7,6 +7,8 @@ import math
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from scipy import stats as scipy_stats
 from analysis import configurations, runs, selection, store as stores
 from analysis.report import __main__ as program, checklist, comparison, contents, forms
 from analysis.store import Refused
+from disinhib.data import DATASETS
 from disinhib.errors import InputError
 from disinhib.tuning.event_log import COMPLETE, PRUNED, Ended, EpochDone
 from disinhib.tuning.mlflow_store import OF_TRIAL
@@ -298,13 +301,22 @@ def test_the_report_says_how_the_study_was_done(folder):
     assert html.count("n_startup_trials=5") == 1
 
 
-def test_where_validation_comes_from_is_said_as_it_was_recorded():
-    options = {"dataset": {"valid_split": 0.1}}
-    drawn = {"name": "arrays", "words": "data my.npz: samples are shuffled by seed 0"}
-    for data, words in ((drawn, f"arrays: {drawn['words']}"),
-                        ({"name": "digits", "words": ""},
-                         "digits: validation: the first 10 % of the training file")):  # fmt: skip
-        assert contents._data(options, data, set()) == words
+def of_data(name, words="", share=0.1, options=None, **dataset):
+    """What is told of the data of a study that recorded these of it."""
+    given = {"dataset": {"name": name, "valid_split": share, **dataset}, **(options or {})}
+    study: Any = SimpleNamespace(
+        options=given, provenance={"data": {"name": "arrays", "words": words}}
+    )
+    return contents._data(study, set())
+
+
+def test_where_validation_comes_from_is_said_as_it_was_recorded(monkeypatch):
+    words = "data my.npz: samples are shuffled by seed 0"
+    assert of_data("arrays", words) == f"arrays: {words}"
+    assert of_data("arrays") == "arrays: validation: the first 10 % of the training file"
+    monkeypatch.setitem(contents.DATASETS, "arrays", DATASETS["fmnist"])
+    of_grid = of_data("digits", share=0.2)  # kept by earlier versions, whatever its data
+    assert of_grid == "arrays: validation: the first 10 % of the training file"
 
 
 def test_seeds_that_not_every_configuration_has_are_not_called_the_same():
@@ -437,17 +449,14 @@ def test_what_nothing_was_searched_for_and_the_test_set_are_told_as_they_are(stu
 
 def test_splits_that_seeds_have_drawn_are_told_though_the_record_is_of_others(study):
     """The record, and its hash, is of the split by position."""
-    words = {"name": "arrays", "words": "validation is their first dataset.valid_split"}
-    options = {"dataset": {"valid_split": 0.2}}
-    assert contents._data(options, words, set()) == f"arrays: {words['words']}"
-    for drawn, said in (
-        ({**options, "repeat_splits": True}, "drawn for each repeat"),
-        ({"dataset": {"valid_split": 0.2, "valid_seed": 7}}, "drawn by the seed 7"),
+    words = "validation is their first dataset.valid_split"
+    assert of_data("arrays", words) == f"arrays: {words}"
+    for told, said in (
+        (of_data("arrays", words, options={"repeat_splits": True}), "drawn for each repeat"),
+        (of_data("arrays", words, valid_seed=7), "drawn by the seed 7"),
     ):
-        told = contents._data(drawn, words, set())
         assert told == (
-            f"arrays: {words['words']}; but in this study validation: 20 % of the training file,"
-            f" {said}"
+            f"arrays: {words}; but in this study validation: 10 % of the training file, {said}"
         )
     store = stores.connect(study.uri)
     report = contents.read(store, stores.find_study(store, study.study))

@@ -190,6 +190,15 @@ def test_equal_budgets_are_no_warning_and_a_group_with_few_complete_trials_is():
     ]
 
 
+def test_rules_that_were_to_spend_equally_much_may_have_unequal_numbers_of_trials():
+    rows = frame(*[("bp", "complete", 1.0, "x")] * 9, *[("taylor", "complete", 1.0, "x")] * 5)
+    chosen = selection.select(rows, ["trainer"], 1, ACCURACY)
+    warnings = lambda budget: selection.warnings(rows, chosen, ["trainer"], None, ACCURACY, budget)
+    (line,) = warnings("trials")
+    assert line.startswith("the groups had unequal budgets: bp 9 trials")
+    assert warnings("seconds") == warnings("epochs") == []
+
+
 def test_budgets_are_compared_by_rule_over_all_repeats():
     """Repeats of a rule, of which one was stopped early more often, are none to compare."""
     rows = frame(*[(rule, "complete", 1.0, "x") for rule in ("bp", "taylor") for _ in range(10)])

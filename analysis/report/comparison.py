@@ -53,7 +53,7 @@ def refuse_unlike(studies: Sequence[StudyRun]) -> None:
     names = ",".join(study.name for study in studies)
     told = {
         "the same metric": [s.options["metric"] for s in studies if s.space is not None],
-        "the same validation split": [contents.split(s.options) for s in studies],
+        "the same validation split": [contents.split(s) for s in studies],
     }
     for what, values in told.items():
         if len({*values}) > 1:

@@ -19,11 +19,13 @@ from analysis.report.panels.retraining import CURVES
 from analysis.selection import TRAINER, Choice
 from analysis.store import Refused, Store, StudyRun
 from disinhib.checks import in_hydra
+from disinhib.data import DATASETS
 from disinhib.metrics import SELECTION
 from disinhib.rules import COMPETITORS
 from disinhib.tuning.early_stopping import EARLY_STOPPING
 from disinhib.tuning.event_log import COMPLETE, FAILED
 from disinhib.tuning.suggest import SAMPLERS
+from disinhib.tuning.turns import TRIALS
 
 SEARCH_NOTE = (
     "The search budget of each rule. Epochs are summed over all seeds of a trial, hours over all"
@@ -191,7 +193,7 @@ def read(store: Store, study: StudyRun) -> Report:
             *(f"left out: {reason}" for reason in left_out),
             *accuracy.warnings(tunings),
             *accuracy.close(results),
-            *_warnings(data, won),
+            *_warnings(data, won, study.options),
         ],
     )
 
@@ -219,10 +221,13 @@ def page(report: Report) -> Page:
     )
 
 
-def _warnings(data: PlotData, won: Sequence[plot_data.Row]) -> list[str]:
+def _warnings(
+    data: PlotData, won: Sequence[plot_data.Row], options: Mapping[str, Any]
+) -> list[str]:
     seeds = plot_data.records(data.retrained)
     choices = [Choice({TRAINER: row["rule"]}, 1, row, [], []) for row in won]
-    lines = selection.warnings(data.trials, choices, [TRAINER], data.space, data.metric)
+    args = (data.trials, choices, [TRAINER], data.space, data.metric)
+    lines = selection.warnings(*args, options.get("budget", TRIALS))
     for row in seeds:
         if row["state"] == FAILED:
             lines.append(f"{_label(row)}, seed {row['seed']} diverged: {row['reason']}")
@@ -402,13 +407,14 @@ def method(report: Report) -> list[tuple[str, str]]:
     study, options = report.study, report.study.options
     trials = report.data.trials.to_dict("records")
     seeds = report.data.retrained.to_dict("records")
-    machine = study.provenance["machine"]
+    machine, equal = study.provenance["machine"], options.get("budget", TRIALS)
     places = {(row["host"], row["device"]) for row in (*trials, *seeds)}
     ran_on = sorted(f"{host} ({device})" for host, device in places if isinstance(host, str))
     lines = {  # in this order
-        "data": _data(options, study.provenance["data"], {row["dataset"] for row in seeds}),
+        "data": _data(study, {row["dataset"] for row in seeds}),
         "hidden layers": _layers(study),
-        "budget": f"{options['epochs']} epochs a trial, batches of {options['batchsize']}",
+        "budget": f"{options['epochs']} epochs a trial, batches of {options['batchsize']}"
+        + (f"; as many {equal} for every rule" if equal != TRIALS else ""),
         "score": "",
         "search": "",
         "sampler": "",
@@ -461,13 +467,14 @@ def _seeds(retrained: Sequence[Mapping[Any, Any]]) -> str:
     return f"{listed}, {how}"
 
 
-def _data(options: Mapping[str, Any], data: Mapping[str, Any], retrained: set[str]) -> str:
+def _data(study: StudyRun, retrained: set[str]) -> str:
     """The splits, as far as they were recorded: their sizes, and where validation comes from; and
     further data sets of a grid. What was recorded in words is of a split by position."""
-    words = data.get("words")
-    validation = f"validation: {split(options)}"
+    data = study.provenance["data"]
+    words, validation = data.get("words"), f"validation: {split(study)}"
     if words:
-        validation = f"{words}; but in this study {validation}" if is_drawn(options) else words
+        drawn = is_drawn(study.options)
+        validation = f"{words}; but in this study {validation}" if drawn else words
     samples = ", ".join(f"{n} {part}" for part, n in data.get("samples", {}).items())
     parts = [
         *([f"{samples} samples"] if samples else []),
@@ -483,9 +490,12 @@ def is_drawn(options: Mapping[str, Any]) -> bool:
     return seed is not None or options.get("repeat_splits", False)
 
 
-def split(options: Mapping[str, Any]) -> str:
+def split(study: StudyRun) -> str:
     """What validates a study's configurations, in words."""
+    options, name = study.options, study.provenance["data"]["name"]
     share, seed = options["dataset"]["valid_split"], options["dataset"].get("valid_seed")
+    if options["dataset"]["name"] != name and name in DATASETS:
+        share = DATASETS[name].valid_split  # grids of earlier versions kept another data set's
     of_file = f"{100 * share:g} % of the training file"
     if options.get("repeat_splits"):  # earlier versions had none
         return f"{of_file}, drawn for each repeat"
