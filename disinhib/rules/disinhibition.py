@@ -239,7 +239,7 @@ LINEAR_CONTRAST = Rule(
         "dale": Competitor(
             "the same where that straight line reads only how far the interneuron's activation"
             " changes as feedback comes in",
-            "#332288",
+            "#661100",
             _linear_contrast_branch,
         )
     },
