@@ -96,7 +96,7 @@ def test_all_rules_of_dis_inhibition_and_their_feedback_are_one_structure(dale):
     paths = [parse(with_value(dale, "trainer.feedback", path)) for path in PATHS]
     assert [run.hyperparameters.rule["feedback"] for run in paths] == [0, 1, 2, 3]
     feedback += paths
-    assert {run.rule for run in feedback} == {"exact-inv", "lin-thresh", "taylor"}
+    assert {run.rule for run in feedback} == {"exact-inv", "lin-thresh", "lin-contrast", "taylor"}
     (_,) = {run.architecture for run in feedback}
     (_,) = {jax.tree.structure(run.hyperparameters) for run in feedback}
 

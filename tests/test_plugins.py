@@ -145,7 +145,12 @@ def test_a_closed_loop_of_a_plugin_is_checked_and_named_as_ours(write):
     assert metrics["ode_reached"] == 1 and not why
     assert Configuration(composed, "", "counting", {}).feedback == "per sample"
     paths = space_tree.branches(SPACES["feedback_paths"])
-    assert {p.overrides["trainer"] for p in paths} == {"exact-inv", "lin-thresh", "taylor"}
+    assert {p.overrides["trainer"] for p in paths} == {
+        "exact-inv",
+        "lin-thresh",
+        "lin-contrast",
+        "taylor",
+    }
 
 
 def test_a_study_goes_on_when_the_file_of_a_plugin_is_gone(write):
