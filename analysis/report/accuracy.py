@@ -405,7 +405,7 @@ def shown_differences(numbers: pd.DataFrame, first: str, second: str) -> pd.Data
     columns[GROUP] = [", ".join(filter(None, own)) or NOTHING for own in groups]
     for name in ("depth", "feedback", "epochs"):
         both = [[str(row[f"{which}_{name}"]) for which in names] for row in rows]
-        columns[NAMES[name]] = [", ".join(dict.fromkeys(values)) for values in both]
+        columns[NAMES[name]] = ["; ".join(dict.fromkeys(values)) for values in both]
     for which, title in names.items():
         columns[f"{title}: trial"] = [number(row[f"{which}_trial"], ".0f") for row in rows]
         columns[f"{title}: test accuracy (n)"] = [
