@@ -246,15 +246,19 @@ def adder(study: Study, manifest: Manifest) -> Adder:
     propose, among = proposer(study, manifest), sharing(study, manifest)
 
     def add(point: Mapping[str, Any], records: Mapping[int, Record]) -> list[Asked]:
-        asked, trials = {**records}, []
-        for number in range(len(records), study.all_trials):
-            whose = turns.turn(number, asked, among)
+        ahead = {**records}
+        for its in range(len(records), study.all_trials):
+            whose = turns.turn(its, ahead, among)
             initial = suggest.fixed_params(whose, manifest.points).keys() - {space_tree.RULE}
-            its = not initial and whose.rule in (None, point.get(space_tree.RULE))
-            trials.append(propose(number, asked, point if its else None))
-            if its:
-                return trials
+            if not initial and whose.rule in (None, point.get(space_tree.RULE)):
+                break
+            ahead[its] = turns.reserved(its, whose, study.epochs)
+        else:
+            return []
+        asked, trials = {**records}, []
+        for number in range(len(records), its + 1):
+            trials.append(propose(number, asked, point if number == its else None))
             follow(asked, trials[-1])
-        return []
+        return trials
 
     return add

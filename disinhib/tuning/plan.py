@@ -31,7 +31,6 @@ from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
     PRUNED,
-    REPEAT,
     Asked,
     EpochDone,
     EventLog,
@@ -42,7 +41,7 @@ from disinhib.tuning.loop import Proposer, Stops, from_list, never
 from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
 from disinhib.tuning.suggest import SAMPLERS
-from disinhib.tuning.turns import TRIALS, Sharing, turn
+from disinhib.tuning.turns import TRIALS, Sharing, reserved, turn
 from disinhib.tuning.worker import GPU_MB, LANES
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
@@ -160,9 +159,7 @@ def simulate(study: Study, costs: Costs, at_once: int, stops: Stops, seed: int) 
     while True:
         while len(records) < trials and free and (not running or len(records) // batch == begun):
             number = len(records)
-            rule, repeat, _ = turn(number, records, among)
-            trial = TrialConfig(number=number, rule=rule, epochs=study.epochs)  # pyright: ignore
-            records[number] = Record(trial, tags={REPEAT: str(repeat)})
+            records[number] = reserved(number, turn(number, records, among), study.epochs)
             own = costs[records[number].rule]
             if not own:
                 records[number].state = FAILED

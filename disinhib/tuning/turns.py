@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from disinhib.tuning.event_log import COMPLETE, PRUNED, Record
+from disinhib.tuning.event_log import COMPLETE, NO_POINT, PRUNED, REPEAT, Point, Record, TrialConfig
+from disinhib.tuning.space_tree import RULE
 
 TRIALS = "trials"
 SPENT: dict[str, Callable[[Record], float]] = {  # by a trial
@@ -58,6 +59,13 @@ def turn(number: int, records: Mapping[int, Record], sharing: Sharing) -> Turn:
     return Turn(rules[place % turns] if rules else None, repeat + 1, own)
 
 
+def reserved(number: int, whose: Turn, epochs: int) -> Record:
+    """A trial of which no more is known than whose it is, and its budget."""
+    config = TrialConfig(number=number, rule=whose.rule or "", epochs=epochs)  # pyright: ignore
+    point = NO_POINT if whose.rule is None else Point(**{**NO_POINT, "params": {RULE: whose.rule}})
+    return Record(config, point, tags={REPEAT: str(whose.repeat)})
+
+
 def _least_spent(number: int, records: Mapping[int, Record], sharing: Sharing) -> Turn:
     """Initial points come first. Then the turn is that of the rule and repeat that has spent least;
     where several have, that with fewer trials.
@@ -73,7 +81,9 @@ def _least_spent(number: int, records: Mapping[int, Record], sharing: Sharing) -
     }
     for earlier in range(number):
         record = records[earlier]
-        shares[record.rule if sharing.rules else None, record.repeat].append(record)
+        # As the space calls it: its branch may choose a circuit on which the rule has another name.
+        rule = record.point["params"][RULE] if sharing.rules else None
+        shares[rule, record.repeat].append(record)
     cost = SPENT[sharing.budget]
     regular = lambda own: [cost(record) for record in own if record.state in (COMPLETE, PRUNED)]
     of_all = [spent for own in shares.values() for spent in regular(own)] or [0.0]
