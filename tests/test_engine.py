@@ -207,10 +207,10 @@ def test_a_choice_that_is_refused_in_the_midst_deletes_nothing(tmp_path, monkeyp
     asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine", "trials=4"])
     configure = manifest.configure
 
-    def refused(study, number, overrides):
+    def refused(study, number, *chosen):
         if number == 2:
             raise ConfigError("x: unknown option")
-        return configure(study, number, overrides)
+        return configure(study, number, *chosen)
 
     job = study.job(asked)
     with monkeypatch.context() as patch:
