@@ -172,25 +172,28 @@ def retrained(store: Store, study: StudyRun) -> Table:
     not recorded), test_images (their number; NaN if it was not recorded), and every metric after
     the last epoch.
     """
-    rows, dropped = [], []
+    rows, unfinished = [], {}
     own = study.provenance["data"]
     images = {own["sha256"]: own.get("samples", {}).get("test", math.nan)}
     for run in stores.retrained(store, study):
         tags = run.data.tags
+        trial = int(tags[OF_TRIAL]) if OF_TRIAL in tags else math.nan
+        feedback = tags.get("feedback") or JACOBIAN_FEEDBACK[tags["averaged"]]
         if tags.get("trial_state") not in ENDED:
-            dropped.append(f"{tags['rule']}, seed {tags['seed']}: its retraining has not ended")
+            name = called(tags["rule"], feedback, int(tags["depth"]), tags["dataset"], trial)
+            unfinished.setdefault(name, []).append(int(tags["seed"]))
             continue
         rows.append(
             {
                 "run_id": run.info.run_id,
-                "trial": int(tags[OF_TRIAL]) if OF_TRIAL in tags else math.nan,
+                "trial": trial,
                 "of_run": tags.get(OF_RUN),
                 **{name: tags[name] for name in (CONFIGURATION, "rule", "dataset", "command")},
                 "repeat": _repeat(run),
                 RANK: float(tags.get(RANK, math.nan)),
                 GROUP: tags.get(GROUP, ""),
                 **{name: int(tags[name]) for name in ("depth", "seed", "epochs", "budget")},
-                "feedback": tags.get("feedback") or JACOBIAN_FEEDBACK[tags["averaged"]],
+                "feedback": feedback,
                 "state": tags["trial_state"],
                 "flag": tags.get("flag", ""),
                 **{name: tags.get(name) for name in ("reason", "host", "device")},
@@ -203,6 +206,11 @@ def retrained(store: Store, study: StudyRun) -> Table:
                 **run.data.metrics,
             }
         )
+    dropped = [
+        f"{name}: the retraining of {'seed' if len(seeds) == 1 else 'seeds'}"
+        f" {', '.join(map(str, sorted(seeds)))} has not ended"
+        for name, seeds in unfinished.items()
+    ]
     return Table(pd.DataFrame(rows, columns=None if rows else ["run_id", "state"]), dropped)
 
 
