@@ -128,6 +128,18 @@ def test_the_test_set_is_evaluated_once_at_the_last_epoch(study, rows):
         assert steps("valid_accuracy") == [1, 2]
 
 
+def test_seeds_that_have_not_ended_are_named_by_their_configuration(opened, monkeypatch):
+    present = stores.retrained(*opened)
+    for run in present:
+        if run.data.tags["rule"] == "lin-thresh":
+            del run.data.tags["trial_state"]
+    monkeypatch.setattr(stores, "retrained", lambda *_: present)
+    rows, dropped = runs.retrained(*opened)
+    assert set(rows["rule"]) == {"bp", "exact-inv"}
+    name = f"lin-thresh, 1 hidden layer, digits (trial {SELECTED['lin-thresh']})"
+    assert dropped == [f"{name}: the retraining of seeds 0, 1 has not ended"]
+
+
 def test_a_seed_is_what_its_command_trains(study, rows):
     """The pasteable command composes to the options; trained alone it gives the lane's metrics."""
     row = next(row for row in rows if row["rule"] == "exact-inv" and row["seed"] == 1)
