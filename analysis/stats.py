@@ -38,6 +38,7 @@ class Summary(NamedTuple):
     repeats: int  # that have a value
     mean: float  # over repeats; NaN of no value
     interval: Interval  # of the mean, 95 %
+    another: Interval  # in which the mean of another such study lies, 95 %
     training_sd: float  # between the seeds of a repeat
     tuning_sd: float  # between repeats, without what training contributes; at least 0
 
@@ -88,10 +89,17 @@ def summary(values: Values) -> Summary:
     These vary with the variance of tuning plus that of training / n, so that the interval is exact
     for normal data with equally many seeds in each repeat, whatever the ratio of the two variances.
 
+    The mean of another study with as many repeats and seeds varies as much as this one, so the
+    interval in which it lies is sqrt(2) times as wide (with one repeat: if it has the same
+    configuration). The interval of the mean holds it in 88 % of cases with 5 repeats, and in 83 %
+    with many.
+
     The standard deviation of training is pooled over the repeats. That of tuning is the moment
     estimator: the variance of the repeats' means, less what training contributes to it.
 
     Bouthillier et al. (2021), Accounting for Variance in Machine Learning Benchmarks, MLSys 3.
+    Cumming and Maillardet (2006), Psychological Methods 11, 217-227. Spence and Stanley (2016),
+    PLoS ONE 11, e0162874.
     """
     repeats = _repeats(values)
     means = _units(repeats)
@@ -103,9 +111,9 @@ def summary(values: Values) -> Summary:
         if len(repeats) > 1 and not math.isnan(training)
         else math.nan
     )
-    return Summary(
-        n, len(repeats), _mean(means), _t_test(means)[0], math.sqrt(training), math.sqrt(tuning)
-    )
+    mean, (interval, _) = _mean(means), _t_test(means)
+    another = Interval(*(mean + math.sqrt(2) * (end - mean) for end in interval))
+    return Summary(n, len(repeats), mean, interval, another, math.sqrt(training), math.sqrt(tuning))
 
 
 def difference(a: Values, b: Values) -> Difference:

@@ -72,6 +72,16 @@ class Kind(NamedTuple):
 
 
 MEAN = Kind("mean", (Rule(),), lambda a: stats.summary(a).interval)
+ANOTHER = Kind(
+    "mean of another study",
+    (Rule(), Rule()),
+    lambda a, b: _from_mean(stats.summary(a).another, b),
+)
+ANOTHER_BY_MEAN = Kind(
+    "mean of another study, by the interval of the mean",
+    (Rule(), Rule()),
+    lambda a, b: _from_mean(stats.summary(a).interval, b),
+)
 DIFFERENCE = Kind(
     "difference; half of training's variance is the seeds'",
     (Rule(shared=0.5), Rule(shared=0.5)),
@@ -96,7 +106,13 @@ PROBABILITIES = [
     )
     for better in range(4)
 ]
-KINDS = (MEAN, DIFFERENCE, UNPAIRED, MIXED, *PROBABILITIES)
+KINDS = (MEAN, ANOTHER, ANOTHER_BY_MEAN, DIFFERENCE, UNPAIRED, MIXED, *PROBABILITIES)
+
+
+def _from_mean(interval: Interval, values: Values) -> Interval:
+    """As seen from the mean of `values`: it holds 0 where it holds that mean."""
+    mean = stats.summary(values).mean
+    return Interval(interval.low - mean, interval.high - mean)
 
 
 def study(rng: np.random.Generator, case: Case, rules: Sequence[Rule]) -> list[Values]:
@@ -193,13 +209,13 @@ def _scopes(
     kind: Kind,
 ) -> Iterator[tuple[str, str, tuple[float, ...], tuple[tuple[int, ...], ...]]]:
     """(repeats, whether tuning varies, ratios, seeds of each repeat): what has a row of its own."""
-    if kind is not MIXED:
-        yield "one", "no", (0.0,), ONCE
-        yield "one", "yes", (1.0,), ONCE
-        yield "several", "no or yes", RATIOS, REPEATED
-    else:
+    if kind is MIXED:
         yield "one, several", "no", (0.0,), REPEATED
         yield "one, several", "yes", (1.0,), REPEATED
+        return
+    yield "one", "no", (0.0,), ONCE
+    yield "one", "yes", (1.0,), ONCE
+    yield "several", "no or yes", RATIOS, REPEATED
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,13 +1,15 @@
 """The tables of accuracies, from rows as `runs.retrained` gives them: no study is needed."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from analysis import stats
-from analysis.report import accuracy, contents
+from analysis.report import accuracy, comparison, contents
 from benchmarks import coverage
 from disinhib.metrics import SELECTION
 
@@ -65,7 +67,7 @@ def test_seeds_without_a_partner_are_compared_unpaired():
     assert (taylor["rule"], taylor["bp_mean"], taylor["bp_paired"]) == ("taylor", -11, False)
     assert "tuned" not in accuracy.shown_validation(numbers, METRIC)
     shown = accuracy.shown(numbers)
-    assert "trial" not in shown and "repeats" not in shown
+    assert {"trial", "repeats", accuracy.ANOTHER}.isdisjoint(shown)
     (line,) = accuracy.shown_comparisons(numbers).to_dict("records")
     assert line["test minus bp"] == "−11.00" and line["compared"] == "unpaired"
 
@@ -100,6 +102,7 @@ def test_a_rule_that_was_tuned_several_times_is_one_row_with_both_levels():
     assert rule["bp_p"] == rule["bp_holm"]
     shown, compared = accuracy.shown(numbers), accuracy.shown_comparisons(numbers)
     assert [*shown["repeats"]] == ["3", "3"] and [*shown["sd of tuning"]] == ["0.87", "0.82"]
+    assert [*shown[accuracy.ANOTHER]] == ["[87.99, 95.01]", "[84.99, 92.01]"]
     assert [*compared["compared"]] == ["unpaired, by repeat"]
     words = contents.note(numbers)
     assert "the luck of tuning and that of training in it, but not the choice" in words
@@ -275,3 +278,59 @@ def test_planted_rules_equal_and_better_by_a_point():
     assert found["equal"]["bp_low"] < 0 < found["equal"]["bp_high"]
     assert found["better"]["bp_holm"] < 0.05 and found["better"]["bp_better"] > 0.95
     assert found["better"]["bp_low"] < 1 < found["better"]["bp_high"]
+
+
+# Two studies
+
+
+def planted(name, seed=0, space=True, repeats=5, better=0.0, rules=("bp", "taylor"), **options):
+    """A study and its rows; the last rule is better by so many points, all vary by 0.3 points."""
+    rng = np.random.default_rng((7, seed))
+    rows = [
+        row
+        for i, rule in enumerate(rules)
+        for repeat in range(1, repeats + 1)
+        for row in seeds_of(
+            rule, rng.normal(90 + better * (i == len(rules) - 1), 0.3, 3), 10 * i + repeat,
+            repeat=repeat, configuration=f"{rule}-{repeat}",
+        )
+    ]  # fmt: skip
+    options = {"seed": seed, "epochs": 2, "repeats": repeats, **options}
+    study: Any = SimpleNamespace(
+        name=name, options=options, space={"parameters": {}} if space else None
+    )
+    return study, {one.seeds[0]["rule"]: one for one in tunings_of(rows)}
+
+
+def agreement(*studies):
+    (first, own), (second, its) = studies
+    pairs = [accuracy.Pair(own[rule], its[rule]) for rule in own if rule in its]
+    return comparison.agreement((first, second), accuracy.differences(pairs))
+
+
+@pytest.mark.parametrize("space", [True, False], ids=["search", "grid"])
+def test_two_studies_of_other_seeds_agree_or_not(space):
+    first = planted("A", 1, space)
+    significant = "differences is significant (p < 0.05, Holm). The intervals say how large"
+    words = agreement(first, planted("B", 2, space))
+    assert words == f"A and B agree: none of 2 {significant} they may be."
+    words = agreement(first, planted("B", 2, space, better=1.5))
+    assert words == f"A and B do not agree on taylor: 1 of 2 {significant} they may be."
+    words = agreement(first, planted("B", 2, space, rules=("bp",)))
+    assert words.startswith("A and B agree: none of 1 ")  # taylor is only in the first
+
+
+def test_whether_others_agree_is_not_told():
+    first, cannot = planted("A", 1), "Whether A and B agree cannot be told: "
+    words = agreement(first, planted("B", 2, epochs=3, loss="mse", repeats=4, depth=3))
+    assert words == "A and B need not agree: they differ in epochs, repeats."
+    options = {f"option{i}": i for i in range(5)}
+    words = agreement(
+        planted("A", 1, True, **dict.fromkeys(options, 0)), planted("B", 2, True, **options)
+    )
+    assert words.endswith("they differ in option1, option2, option3 and more.")
+    assert agreement(first, planted("B", 1)) == f"{cannot}they have the same seed."
+    words = agreement(*(planted(name, i, repeats=1) for i, name in enumerate("AB")))
+    assert words == (
+        f"{cannot}with one tuning, its luck is not in the intervals (repeats=5 puts it in)."
+    )

@@ -604,6 +604,7 @@ def test_studies_side_by_side(two, tmp_path):
         bp["its 95 % interval"] == "–" and bp["P(under_score > other)"] == "0.50"
     )  # the same runs
     assert "bp, digits: under_score leads other by 0.00 points (0.0 of 360 test images)" in text
+    assert "Whether under_score and other agree cannot be told: they have the same seed." in text
     means = [
         np.mean([score(1, seed) for seed in SEEDS]),
         np.mean([score(2, seed) for seed in SEEDS if seed != 3]),  # it diverged

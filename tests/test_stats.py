@@ -13,7 +13,17 @@ from hypothesis import given, strategies as st
 from analysis import stats
 from analysis.report.contents import COVERS, FALSE_ALARMS, compared
 from benchmarks import coverage
-from benchmarks.coverage import DIFFERENCE, MEAN, MIXED, PROBABILITIES, UNPAIRED, Case
+from benchmarks.coverage import (
+    ANOTHER,
+    ANOTHER_BY_MEAN,
+    DIFFERENCE,
+    MEAN,
+    MIXED,
+    PROBABILITIES,
+    UNPAIRED,
+    Case,
+    Rule,
+)
 
 # Degenerate input included, nothing that numpy or scipy would warn of is computed.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -27,6 +37,8 @@ SIMULATED = {  # where benchmarks.coverage finds the figures of the notes
     "mean": (MEAN, "normal", 1.0, (3, 3, 3)),
     "mean, skewed": (MEAN, "skewed", 0.0, (3,)),
     "mean, strongly skewed": (MEAN, "strongly skewed", 0.0, (3,)),
+    "another study's mean": (ANOTHER, "normal", 1.0, (3, 3, 3)),
+    "another study's mean, strongly skewed": (ANOTHER, "strongly skewed", 1.0, (3,) * 5),
     "difference": (UNPAIRED, "strongly skewed", 0.0, (3,)),
     "P": (MUCH_BETTER, "skewed", 0.0, (3, 3, 3)),
     "P, strongly skewed": (FAR_BETTER, "strongly skewed", 0.0, (10,)),
@@ -125,6 +137,9 @@ def test_that_of_several_is_students_of_the_means_of_repeats():
     assert (found.n, found.repeats) == (10, 3)
     assert found.interval == pytest.approx(tuple(direct.confidence_interval(0.95)))
     assert found.mean == pytest.approx(np.mean([np.mean(own) for own in repeats]))
+    error = np.std([np.mean(own) for own in repeats], ddof=1) * math.sqrt(1 / 3 + 1 / 3)
+    another = scipy.stats.t(2, found.mean, error).interval(0.95)
+    assert found.another == pytest.approx(another)
 
 
 def test_the_variances_are_those_of_an_analysis_of_variance():
@@ -193,6 +208,27 @@ def test_the_interval_of_a_mean_covers_it(seeds):
 )
 def test_the_interval_of_a_comparison_covers_it(kind, seeds, ratio, least, most):
     assert least < coverage.coverage(kind, Case("normal", ratio, seeds), 600) < most
+
+
+@pytest.mark.parametrize("repeats", [3, 5])
+def test_the_interval_of_a_mean_holds_that_of_another_study_less_often(repeats):
+    """Student's t lies within 1/sqrt(2) of its 95 % quantile in so many cases."""
+    t = scipy.stats.t(repeats - 1)
+    exact = 1 - 2 * t.sf(t.ppf(0.975) / math.sqrt(2))
+    found = coverage.coverage(ANOTHER_BY_MEAN, Case("normal", 1.0, (3,) * repeats), 600)
+    assert within(found, 100 * exact, 600)
+    assert round(100 * exact) == {3: 91, 5: 88}[repeats]
+
+
+def test_two_studies_of_the_same_rules_rarely_disagree():
+    """A false alarm: of four rules one or more has p < 0.05 (Holm)."""
+    rng, rules = np.random.default_rng(0), [Rule()] * 4
+    alarms = 0
+    for _ in range(200):
+        pair = (coverage.study(rng, Case("normal", 1.0, (3,) * 5), rules) for _ in range(2))
+        p = [stats.unpaired_difference(a, b).p for a, b in zip(*pair, strict=True)]
+        alarms += min(stats.holm(p)) < 0.05
+    assert alarms <= 0.08 * 200  # 5 % and two standard errors
 
 
 def test_rules_tuned_repeatedly_are_rarely_told_apart_if_equal_and_often_if_not():

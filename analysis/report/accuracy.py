@@ -27,6 +27,7 @@ from disinhib.tuning.event_log import COMPLETE, FAILED
 REFERENCE = "bp"  # what every rule is compared with
 TEST, VALID = "test_accuracy", "valid_accuracy"
 TUNED, DEFAULTS = "tuned", "published defaults"
+ANOTHER = "another study's mean"
 # The columns that tell rows of a rule apart, and what a reader sees.
 NAMES = {"depth": "hidden layers", "feedback": "feedback", "trial": "trial", "epochs": "epochs"}
 
@@ -119,16 +120,16 @@ def results(tunings: Sequence[Tuning], trials: pd.DataFrame, metric: str = VALID
     """A row for each of `tunings`.
 
     Columns: dataset, rule, rank and group (as in `runs.retrained`), depth, feedback, trial (NaN if
-    none was selected, or several), epochs, repeats, n; test_mean, test_low, test_high, tuning_sd,
-    training_sd (stats.Summary of the test accuracy); test_images, test_error (its standard error,
-    binomial); diverged, flagged (seeds that failed the check of the dynamics); valid_mean, valid_sd
-    (of training); of what was selected, other than bp: bp_mean, bp_low, bp_high, bp_p, bp_paired
-    (stats.Difference of test accuracy to bp on the same data with the same depth and epochs),
-    bp_better, bp_better_low, bp_better_high (stats.Improvement), bp_repeats; tuned (the score of
-    its trials in the search, by `metric`), gap (how much better that is than the mean of `metric`
-    over the fresh seeds), search_trials and search_epochs (of the rule), configuration (a hash of
-    its options, the same in every store; several, of repeats); bp_holm (p, adjusted for the number
-    of comparisons on a data set).
+    none was selected, or several), epochs, repeats, n; test_mean, test_low, test_high, another_low,
+    another_high, tuning_sd, training_sd (stats.Summary of the test accuracy); test_images,
+    test_error (its standard error, binomial); diverged, flagged (seeds that failed the check of the
+    dynamics); valid_mean, valid_sd (of training); of what was selected, other than bp: bp_mean,
+    bp_low, bp_high, bp_p, bp_paired (stats.Difference of test accuracy to bp on the same data with
+    the same depth and epochs), bp_better, bp_better_low, bp_better_high (stats.Improvement),
+    bp_repeats; tuned (the score of its trials in the search, by `metric`), gap (how much better
+    that is than the mean of `metric` over the fresh seeds), search_trials and search_epochs (of the
+    rule), configuration (a hash of its options, the same in every store; several, of repeats);
+    bp_holm (p, adjusted for the number of comparisons on a data set).
     """
     scores, tried, sign = _scores(trials), records(trials), SELECTION[metric].sign
     rows = []
@@ -198,6 +199,8 @@ def _described(tuning: Tuning) -> Row:
         "test_mean": test.mean,
         "test_low": test.interval.low,
         "test_high": test.interval.high,
+        "another_low": test.another.low,
+        "another_high": test.another.high,
         "tuning_sd": test.tuning_sd,
         "training_sd": test.training_sd,
         TEST_IMAGES: first[TEST_IMAGES],
@@ -351,6 +354,11 @@ def shown(numbers: pd.DataFrame) -> pd.DataFrame:
         **_distinct(rows),
         "test accuracy": [number(row["test_mean"]) for row in rows],
         "95 % interval": [interval(row["test_low"], row["test_high"]) for row in rows],
+        ANOTHER: [
+            # Of one tuning it would leave out what varies most from study to study.
+            interval(row["another_low"], row["another_high"]) if row["repeats"] > 1 else NOTHING
+            for row in rows
+        ],
         "repeats": [str(row["repeats"]) for row in rows],
         "n": [str(row["n"]) for row in rows],
         "sd of tuning": [number(row["tuning_sd"]) for row in rows],
@@ -362,7 +370,7 @@ def shown(numbers: pd.DataFrame) -> pd.DataFrame:
     }
     if all(row["repeats"] < 2 for row in rows):
         del columns["repeats"]
-    return _without_empty(columns, ("trial", "sd of tuning", "error of test set"))
+    return _without_empty(columns, (ANOTHER, "trial", "sd of tuning", "error of test set"))
 
 
 def shown_comparisons(numbers: pd.DataFrame) -> pd.DataFrame:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
 import pandas as pd
 
-from analysis import selection
+from analysis import selection, stats
 from analysis.report import accuracy, contents, panels, tables
 from analysis.report.accuracy import Pair, Tuning
 from analysis.report.contents import Page, Report, Section
@@ -21,6 +22,8 @@ from disinhib.tuning import space_tree
 # Options that say where and how a study runs, not what it is; their first part, or whole.
 ELSEWHERE = {"study", "out_dir", "tracking", "cluster", "checkpoints", "resume", "plan", "device",
              "gpu_id", "points", "grid", "experiment"}  # fmt: skip
+SEEDS = {"seed", "seeds"}  # options in which two studies may differ and should agree
+NAMED = 3  # options that are named if they differ
 DIFFERS_NOTE = (
     "What the studies do not share: options that both have (where they run, left out), searched"
     " parameters with their ranges, code and packages. What is not listed is equal."
@@ -45,6 +48,7 @@ class Versus(NamedTuple):
     first: str
     second: str
     numbers: pd.DataFrame  # accuracy.differences
+    agreement: str  # `agreement`
 
 
 def refuse_unlike(studies: Sequence[StudyRun]) -> None:
@@ -68,10 +72,10 @@ def page(reports: Sequence[Report]) -> Page:
     joined = _results(reports, shared)
     differences = _differences(reports, shared)
     sections = []
-    for dataset, first, second, rows in differences:
+    for dataset, first, second, rows, agree in differences:
         shown = accuracy.shown_differences(rows, first, second)
         title = f"Test accuracy on {dataset}: {first} minus {second}"
-        note = contents.differences_note(DIFFERENCES_NOTE, rows)
+        note = contents.differences_note(f"{agree} {DIFFERENCES_NOTE}", rows)
         sections.append(Section(title, shown, note))
     for dataset, rows in joined.groupby("dataset", sort=False) if len(joined) else ():
         shown = accuracy.shown(rows)
@@ -194,8 +198,10 @@ def _differences(reports: Sequence[Report], shared: Sequence[str]) -> list[Versu
         pairs = {other.study.name: _pairs(own, _selected(other), dataset) for other in others}
         numbers = accuracy.differences(chain(*pairs.values()))
         against = pd.Series([name for name, its in pairs.items() for _ in its], dtype=str)
+        studies = {other.study.name: other.study for other in others}
         for name, rows in numbers.groupby(against, sort=False):
-            differences.append(Versus(dataset, first.study.name, str(name), rows))
+            agree = agreement((first.study, studies[str(name)]), rows)
+            differences.append(Versus(dataset, first.study.name, str(name), rows, agree))
     return differences
 
 
@@ -212,9 +218,36 @@ def _pairs(
     return pairs
 
 
+def agreement(studies: Sequence[StudyRun], numbers: pd.DataFrame) -> str:
+    """Whether two studies of which only the seeds differ have come to the same, or why that cannot
+    be told. `numbers` are their `accuracy.differences`."""
+    names = " and ".join(study.name for study in studies)
+    differs = [what for what, *_ in _settings(studies)]
+    if others := [what for what in differs if what not in SEEDS]:
+        listed = ", ".join(others[:NAMED]) + " and more" * (len(others) > NAMED)
+        return f"{names} need not agree: they differ in {listed}."
+    rows = [row for row in plot_data.records(numbers) if not math.isnan(row["p"])]
+    unknown = "no difference has an interval"
+    if any(study.space is not None for study in studies):
+        rows = [row for row in rows if min(row["first_repeats"], row["second_repeats"]) > 1]
+        unknown = "with one tuning, its luck is not in the intervals (repeats=5 puts it in)"
+        if not differs:
+            rows, unknown = [], "they have the same seed"
+    if not rows:
+        return f"Whether {names} agree cannot be told: {unknown}."
+    apart = [row["rule"] for row in rows if row["holm"] < 1 - stats.LEVEL]
+    words = f"do not agree on {', '.join(dict.fromkeys(apart))}" if apart else "agree"
+    return (
+        f"{names} {words}: {len(apart) or 'none'} of {len(rows)} differences"
+        f" {'are' if len(apart) > 1 else 'is'} significant (p < 0.05, Holm). The intervals say how"
+        " large they may be."
+    )
+
+
 def _summary(differences: Sequence[Versus]) -> list[str]:
     lines = []
-    for dataset, first, second, numbers in differences:
+    for dataset, first, second, numbers, agree in differences:
+        lines.append(f"{dataset}: {agree}")
         for row in numbers.to_dict("records"):
             if not pd.isna(row["mean"]):
                 words = "above" if row["mean"] >= 0 else "below"
@@ -228,6 +261,21 @@ def _summary(differences: Sequence[Versus]) -> list[str]:
 def differing(studies: Sequence[StudyRun]) -> list[tuple[str, ...]]:
     """What is not the same in all studies: (what, its value in each)."""
     lines: dict[str, list[str]] = {}
+    about = [study.provenance for study in studies]
+    lines["code"] = [
+        f"disinhib {one['code']['version']}, commit {one['code']['commit'] or 'unknown'}"
+        + (", with uncommitted changes" if one["code"]["diff"] else "")
+        for one in about
+    ]
+    lines["python"] = [one["python"] for one in about]
+    for name in dict.fromkeys(name for one in about for name in one["packages"]):
+        lines[name] = [one["packages"].get(name) or NOTHING for one in about]
+    return [*_settings(studies), *_unequal(lines)]
+
+
+def _settings(studies: Sequence[StudyRun]) -> list[tuple[str, ...]]:
+    """The options and searched parameters that are not the same in all studies."""
+    lines: dict[str, list[str]] = {}
     options = [flatten(study.options) for study in studies]
     spaces = [(study.space or {"parameters": {}})["parameters"] for study in studies]
     searched = {space_tree.option_of(name) for space in spaces for name in space}
@@ -240,15 +288,10 @@ def differing(studies: Sequence[StudyRun]) -> list[tuple[str, ...]]:
     if all(study.space is not None for study in studies):
         for name in dict.fromkeys(name for space in spaces for name in space):
             lines[f"search.{name}"] = [space_tree.words(space.get(name)) for space in spaces]
-    about = [study.provenance for study in studies]
-    lines["code"] = [
-        f"disinhib {one['code']['version']}, commit {one['code']['commit'] or 'unknown'}"
-        + (", with uncommitted changes" if one["code"]["diff"] else "")
-        for one in about
-    ]
-    lines["python"] = [one["python"] for one in about]
-    for name in dict.fromkeys(name for one in about for name in one["packages"]):
-        lines[name] = [one["packages"].get(name) or NOTHING for one in about]
+    return _unequal(lines)
+
+
+def _unequal(lines: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     return [(what, *values) for what, values in lines.items() if len({*values}) > 1]
 
 

@@ -58,6 +58,8 @@ COVERS = {
     "mean": 95,
     "mean, skewed": 92,
     "mean, strongly skewed": 87,
+    "another study's mean": 95,
+    "another study's mean, strongly skewed": 91,
     "difference": 91,
     "P": 89,
     "P, strongly skewed": 87,
@@ -72,6 +74,12 @@ MEAN_COVERS = (
     f"Such intervals cover the mean in {COVERS['mean']} % of cases if data are normal, in"
     f" {COVERS['mean, skewed']} % or more if they are skewed, in"
     f" {COVERS['mean, strongly skewed']} % or more if strongly"
+)
+ANOTHER_NOTE = (
+    f"In the interval “{accuracy.ANOTHER}” lies that of a study like this one with other seeds, in"
+    f" {COVERS[accuracy.ANOTHER]} % of cases"
+    f" ({COVERS[f'{accuracy.ANOTHER}, strongly skewed']} % if data are strongly skewed); in that of"
+    " the mean itself it lies less often, as it varies, too."
 )
 COMPARED_NOTE = (
     "Rules with one tuning each and the same seeds are compared in pairs, others by their means"
@@ -301,6 +309,8 @@ def note(numbers: pd.DataFrame) -> str:
     of_what = "" if False not in repeated else "; with one tuning, that of the configuration only"
     sentences.append(f"{MEAN_COVERS}{of_what}.")
     sentences += of_test_set(rows)
+    if True in repeated:
+        sentences.append(ANOTHER_NOTE)
     if any(row["diverged"] for row in rows):
         sentences.append("Means exclude diverged seeds.")
     if any(row["flagged"] for row in rows):
