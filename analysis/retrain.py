@@ -42,6 +42,7 @@ from disinhib.tuning.event_log import (
     Objective,
     Point,
     Record,
+    Tagged,
     TrialConfig,
     replay,
 )
@@ -149,6 +150,12 @@ def job(
     asked = lacking(planned, seeds, records, threads, origin)
     trials = len(records) + len(asked)
     shown = {"metric": runs.DEFAULT_METRIC, "mode": "max"}
+
+    def begin(log: EventLog) -> None:
+        if resume:
+            keep_trials(folder, trials)
+            log.append(retagged(planned, records, log.last() + 1))
+
     return Job(
         name=name,
         out_dir=out_dir,
@@ -164,7 +171,7 @@ def job(
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
         tags={} if study is None else origin,
-        begin=lambda: keep_trials(folder, trials) if resume else None,
+        begin=begin,
     )
 
 
@@ -207,6 +214,26 @@ def lacking(
     return asked
 
 
+def retagged(
+    planned: Sequence[Configuration], records: Mapping[int, Record], number: int
+) -> list[Tagged]:
+    """What makes seeds that were trained earlier say how their trial was selected now. `number` is
+    that of no earlier such event."""
+    now = {one.key: _selection_tags(one) for one in planned if one.rank is not None}
+    return [
+        Tagged(record.number, number, tags)
+        for record in records.values()
+        if (tags := now.get(_key(record)))
+        and any(record.tags.get(name, "") != value for name, value in tags.items())
+    ]
+
+
+def _selection_tags(one: Configuration) -> dict[str, str]:
+    """As what it was selected, and how."""
+    tags = {runs.RANK: one.rank, runs.GROUP: one.group, runs.SELECTED_BY: one.selected_by}
+    return {name: str(value) for name, value in tags.items() if value is not None}
+
+
 def _key(record: Record) -> str:
     return record.tags.get(OF_RUN) or record.tags[runs.CONFIGURATION]
 
@@ -225,9 +252,7 @@ def _asked(
         **origin,
         **({OF_TRIAL: str(one.trial), OF_RUN: one.of_run} if one.of_run else {}),
         **({} if one.repeat is None else {REPEAT: str(one.repeat)}),
-        **({} if one.rank is None else {runs.RANK: str(one.rank)}),
-        **({runs.GROUP: one.group} if one.group else {}),
-        **({} if one.selected_by is None else {runs.SELECTED_BY: one.selected_by}),
+        **_selection_tags(one),
         runs.CONFIGURATION: one.id,
         "dataset": one.options["dataset"]["name"],
         "depth": str(one.depth),

@@ -184,6 +184,26 @@ def test_given_again_nothing_is_trained_again(study, selected, done, rows):
     assert not [*folder.rglob("*.msgpack"), *folder.rglob("*.model")]
 
 
+def test_selected_again_otherwise_seeds_say_so_without_training(study, selected, done, rows):
+    store = stores.connect(study.uri)
+    told = lambda: {
+        row["rule"]: (row["rank"], row["group"], json.loads(row["selected_by"])["metric"])
+        for row in runs.retrained(store, stores.find_study(store, study.study)).rows.to_dict(
+            "records"
+        )
+    }
+    first = told()
+    file = study.folder / "otherwise.yaml"
+    content = yaml.safe_load(selected.read_text()) | {"metric": "valid_loss"}
+    (bp,) = (one for one in content["selected"] if one["trial"] == SELECTED["bp"])
+    bp |= {"rank": 2, "group": {"trainer": "bp", "trainer.feedback": "random"}}
+    file.write_text(yaml.safe_dump(content | {"selected": [bp]}))
+    assert call(file, f"seeds={SEEDS}", f"out_dir={study.folder}")[0] == 0
+    assert told() == first | {"bp": (2, "trainer.feedback=random", "valid_loss")}
+    assert call(selected, f"seeds={SEEDS}", f"out_dir={study.folder}")[0] == 0
+    assert told() == first  # also that it is of no group
+
+
 def test_a_study_that_is_resumed_leaves_retrained_seeds_alone(study, opened, rows):
     """They are no trials of it: `MlflowStore.load` deletes what is there twice."""
     experiment = mlflow_connection.open_store(

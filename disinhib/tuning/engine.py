@@ -84,7 +84,7 @@ class Job:
     add: steering.Adder | None = None  # asks for a trial by hand
     keep_best: int = 0  # complete trials of each rule that keep their final state
     numbered: bool = False  # the user gave it no name: it takes a number if the name is taken
-    begin: Callable[[], object] = lambda: None  # called when nothing can be refused any more
+    begin: Callable[[EventLog], object] = lambda log: None  # when nothing can be refused any more
 
     @property
     def folder(self) -> Path:
@@ -184,7 +184,7 @@ def run(
             for outbox in outboxes:
                 outbox.start()
             begun = True
-            job.begin()
+            job.begin(log)
             with shown:
                 _run_loop(job, log, records, nodes, trainable, callbacks, shown, own)
         except KeyboardInterrupt:  # Tune itself ends in good order, when it runs

@@ -144,8 +144,18 @@ class Paused:
     on: bool
 
 
-Event = Asked | EpochDone | Ended | Paused
-KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended, Paused)}
+@dataclass(frozen=True)
+class Tagged:
+    """A trial's runs in MLflow get other `tags`. Its `epoch` tells several of a trial apart."""
+
+    kind: ClassVar = "tagged"
+    trial: int
+    epoch: int
+    tags: dict[str, str]
+
+
+Event = Asked | EpochDone | Ended | Paused | Tagged
+KINDS = {kind.kind: kind for kind in (Asked, EpochDone, Ended, Paused, Tagged)}
 
 
 class Logged(NamedTuple):
@@ -233,6 +243,8 @@ def follow(records: dict[int, Record], event: Event) -> None:
         case Ended():
             records[event.trial].state = event.state
             records[event.trial].reason = event.reason
+        case Tagged():
+            records[event.trial].tags = {**records[event.trial].tags, **event.tags}
 
 
 def _net_seconds(metrics: Mapping[str, Sequence[float]]) -> float:

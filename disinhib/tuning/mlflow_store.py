@@ -38,6 +38,7 @@ from disinhib.tuning.event_log import (
     Logged,
     Objective,
     Record,
+    Tagged,
     TrialConfig,
     follow,
     over_seeds,
@@ -287,6 +288,8 @@ class MlflowStore:
                     tags |= _ending(end["state"], end["epochs"], end["reason"])
                     tags |= {FLAG: end["flag"]} if "flag" in end else {}
                     status, ended_at = RUN_STATUS[end["state"]], _milliseconds(logged.time)
+                case Tagged() as tagged:
+                    tags |= tagged.tags
         for first in range(0, max(1, len(metrics)), MOST_METRICS):
             self.client.log_batch(
                 run,

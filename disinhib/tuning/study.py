@@ -111,7 +111,7 @@ def job(study: Study) -> Job:
         storage=study.searcher["storage"],
         add=None if study.batch else manifest.adder(study, begun),
         keep_best=study.checkpoints["keep_best"],
-        begin=lambda: resume.keep_trials(study.folder, study.trials) if study.resume else None,
+        begin=lambda _: resume.keep_trials(study.folder, study.trials) if study.resume else None,
     )
 
 
