@@ -29,7 +29,7 @@ from disinhib.tuning.event_log import COMPLETE
 from disinhib.tuning.loop import StudyStopped
 from disinhib.tuning.worker import MACHINE, NODE, SAVED
 
-pytestmark = pytest.mark.usefixtures("copied_stores")
+pytestmark = pytest.mark.usefixtures("copied_stores", "mlflow_here")
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 

@@ -139,7 +139,8 @@ def ending():
 SIGNALS = {2: signal.SIGINT, 3: signal.SIGTERM, 4: signal.SIGUSR1}  # each in a trial
 
 
-def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray, ending):
+def test_an_interrupted_study_says_so_and_goes_on(tmp_path, monkeypatch, one_ray, ending):
+    """The first time with MLflow in its own process."""
     handlers = lambda: [signal.getsignal(each) for each in (signal.SIGINT, *process.ENDING)]
     before, printed, trials = handlers(), io.StringIO(), 5
 
@@ -167,6 +168,7 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray, ending):
         assert in_mlflow(done) == ("KILLED", {**dict.fromkeys(range(at), COMPLETE), at: KILLED})
         process._received.clear()
         words = [*place, "resume=true"]
+        bring_mlflow_here(monkeypatch)
 
     done = study.run(options.compose(words), Console(file=printed, width=120), tiny.played())
     assert done.whole and [record.state for record in done.records] == [COMPLETE] * trials
@@ -177,6 +179,7 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, one_ray, ending):
 
 def test_the_lease_says_how_the_study_stands_once_a_beat(tmp_path, monkeypatch, one_ray):
     """Not after each event, as it takes a look at all trials."""
+    bring_mlflow_here(monkeypatch)
     asked = options.compose([*tiny.STUDY, f"out_dir={tmp_path}", "study=mine", "trials=4"])
     outlines, known = [], []
     whole = engine.progress.outline
