@@ -229,8 +229,10 @@ def retagged(
 
 
 def _selection_tags(one: Configuration) -> dict[str, str]:
-    """As what it was selected, and how."""
-    tags = {runs.RANK: one.rank, runs.GROUP: one.group, runs.SELECTED_BY: one.selected_by}
+    """As what it was selected, and how. A group of "" takes the place of an earlier one; where
+    nothing was selected there is none."""
+    group = None if one.rank is None else one.group
+    tags = {runs.RANK: one.rank, runs.GROUP: group, runs.SELECTED_BY: one.selected_by}
     return {name: str(value) for name, value in tags.items() if value is not None}
 
 

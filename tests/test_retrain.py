@@ -417,16 +417,18 @@ def test_the_parts_of_a_grid_add_up(tmp_path, monkeypatch):
         (["trainer=bp", "seeds=3"], {("bp", 2)}),
         (["trainer=exact-inv", "seeds=[5]"], set()),
     ]
-    seeds = set()
+    seeds, uri = set(), f"sqlite:///{tmp_path / 'mlflow.db'}"
     for words, new in parts:
         code, printed = call(GRID[0], *words, ALONE, f"out_dir={tmp_path}")
         assert code == 0, printed
-        rows, parent, epochs = trained(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        rows, parent, epochs = trained(uri)
         assert {*epochs} - seeds == new and {*epochs} >= seeds
         seeds = {*epochs}
         assert set(map(tuple, epochs.values())) == {(1, 2)}
         assert {row["state"] for row in rows} == {"complete"}
         assert parent.info.status == "FINISHED"
+    tags = MlflowClient(tracking_uri=uri).get_run(rows[0]["run_id"]).data.tags
+    assert {runs.RANK, runs.GROUP, runs.SELECTED_BY}.isdisjoint(tags)  # nothing was selected
 
 
 def test_what_raised_is_trained_again_and_a_seed_that_diverged_is_a_result(tmp_path, monkeypatch):
