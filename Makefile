@@ -15,8 +15,8 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install study figures test run-tests test-cluster test-slurm kill hostile lint \
-	lint-format lint-check lint-types format lock wheel wheel-check
+.PHONY: help install study figures test test-cluster test-slurm kill hostile lint lint-format \
+	lint-check lint-types format lock wheel wheel-check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,14 +29,9 @@ study: $(STAMP) ## run the default study, to its report: selection, 3 fresh seed
 figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (ARGS="out=FOLDER")
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
-# Types are checked beside the tests: it takes half a minute of one core.
-test: lint-format lint-check ## lint and every test, in three processes
-	@$(MAKE) --no-print-directory -j 2 lint-types run-tests
-
-# A file is one process's, as its tests share fixtures: a Ray, a trained network. Three processes keep
-# two cores busy, as many tests wait for servers and workers. The order is that of tests/conftest.py.
-run-tests: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+# A file is one process's, as its tests share fixtures: a Ray, a trained network.
+test: lint ## lint, then every test, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slurm: $(STAMP) ## cluster/slurm.sbatch on a real SLURM (Debian: slurm-wlm, munge); not part of test
 	$(BIN)/python -m tests.slurm $(ARGS)

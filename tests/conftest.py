@@ -73,21 +73,6 @@ def pytest_configure(config: pytest.Config) -> None:
     compilation_cache.trim(KEPT / "xla", KEPT_BYTES)
 
 
-# The files that take longest, first: one that begins last would leave the other processes idle.
-# Those that wait for Ray alternate with those that compute.
-LONG = (
-    *("kill", "training", "engine", "student_teacher", "cluster", "python_face", "retrain"),
-    *("docs", "newton", "studies", "reference", "ray_backend", "stability", "study", "options"),
-    *("lane_server", "figures", "resume", "alignment", "mlflow_process", "ode", "outage"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files of LONG; the order within a file stays."""
-    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-
-
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory) -> Path:
     """A new MLflow store in SQLite, whose tables take MLflow seconds to make: a copy of it, put
