@@ -6,12 +6,13 @@ is c (as many numbers a sample as there are outputs): the root of
 
     F(c) = K e(y(c)) - c,        K the controller's equilibrium gain.
 
-Broyden's method finds it from an analytic first Jacobian, and every evaluation is one Newton step
-of every neuron from its last potential. Where it has not converged after `BROYDEN_EVALUATIONS`,
-neurons are settled at every control and Newton's method with the exact Jacobian goes on, up to the
-solver's cap. A step that does not bring |F| down is halved, and a sample of which even the
-`SMALLEST_SHARE` of a step makes nothing is given up. Nothing raises: residual, evaluations and
-convergence of every sample come back as data.
+Broyden's method begins, from an analytic first Jacobian; an evaluation is one Newton step of every
+neuron from its last potential. Samples that are not solved after `BROYDEN_EVALUATIONS` go on with
+Newton's method, up to the solver's cap: an exact step of all neurons and the control at once, for
+which a pass from layer to layer and one linear system as large as c suffice. A step that does not
+bring the sum of all squared errors down is halved, and a sample of which even the `SMALLEST_SHARE`
+of a step makes nothing is given up. Nothing raises: residual, evaluations and convergence of every
+sample come back as data.
 """
 
 from __future__ import annotations
@@ -27,27 +28,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from disinhib.controller import CONTROLLERS
 from disinhib.feedback import FeedbackWeights, disinhibition
-from disinhib.hyperparameters import Architecture, Hyperparameters, Newton
+from disinhib.hyperparameters import Architecture, Hyperparameters, Newton, Scalar
 from disinhib.losses import Loss, bind
 from disinhib.microcircuit import (
     Microcircuit,
     imbalance,
     inhibitory_potential,
-    loop_gain,
     microcircuit,
     relax,
     search_from,
 )
 from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 
-BROYDEN_EVALUATIONS = 20
-# Evaluations of all samples of a batch together, and how many of those left go on at a time.
-COMMON_EVALUATIONS, FEW_SAMPLES = 4, 32
+# Of every neuron in open loop, before those that have not settled go on.
+OPEN_STEPS = 3
+BROYDEN_EVALUATIONS = 4
+FEW_SAMPLES, FEW_LANES = 16, 16  # that go on at a time
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
-NOT_SETTLED = 2.0  # in place of a share: neurons have to settle before the first step
-# Neurons count as settled at this share of the tolerance: |F| is only as exact as they are, and it
-# is what steps are judged by.
-SETTLED = 1e-2
 NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 
 
@@ -80,13 +77,15 @@ def open_loop(
     # Newton's first step from u = 0 is the same line for every neuron.
     f_0, slope_0 = imbalance(circuit, zero, zero, 0.0)
 
-    def two_steps(layer, a):
-        u_e, _ = _step(circuit, (a - f_0) / slope_0, a, 0.0)
-        return _step(circuit, u_e, a, 0.0)
+    def steps(layer, a):
+        u_e, f = _step(circuit, (a - f_0) / slope_0, a, 0.0)
+        for _ in range(OPEN_STEPS - 1):
+            u_e, f = _step(circuit, u_e, a, 0.0)
+        return u_e, f
 
     first = _first_input(parameters, x)
     layers = architecture.hidden_layers
-    u_e, residual = _forward(circuit, parameters, first, layers, two_steps)
+    u_e, residual, _ = _forward(circuit, parameters, first, layers, steps)
     u_e, residual, sweeps = settle(
         *(circuit, parameters, first, u_e, [zero] * layers, residual),
         *(solver.tolerance, solver.max_iterations),
@@ -109,24 +108,26 @@ def _first_input(parameters: Parameters, x: Array) -> Array:
 
 def _forward(
     circuit: Microcircuit, parameters: Parameters, first: Array, layers: int, move: Callable
-) -> tuple[Layers, Float[Array, " batch"]]:
-    """(u_E, each sample's residual) of one pass from layer to layer, in which `move(layer, a)` says
-    both of a layer, for its input."""
-    potentials, residual, a = [], jnp.zeros(len(first), first.dtype), first
+) -> tuple[Layers, Float[Array, " batch"], Float[Array, " batch"]]:
+    """(u_E, each sample's residual, its sum of f^2) of one pass from layer to layer, in which
+    `move(layer, a)` is (u_E, f) of a layer, for its input."""
+    potentials, a = [], first
+    residual = squares = jnp.zeros(len(first), first.dtype)
     for layer in range(layers):
         if layer > 0:
             a = feedforward_input(parameters, layer, circuit.phi_e.value(potentials[-1]))
-        u_e, layer_residual = move(layer, a)
+        u_e, f = move(layer, a)
         potentials.append(u_e)
-        residual = jnp.maximum(residual, layer_residual)
-    return tuple(potentials), residual
+        residual = jnp.maximum(residual, relative_norm(f, u_e))
+        squares += _squared(f)
+    return tuple(potentials), residual, squares
 
 
 def _step(circuit: Microcircuit, u_e: Array, a: Array, s: Array | float) -> tuple[Array, Array]:
-    """(u_E, residual of each sample) of one layer after one step of Newton's method."""
+    """(u_E, f there) of one layer after one step of Newton's method."""
     f, slope = imbalance(circuit, u_e, a, s)
     u_e = u_e - f / slope
-    return u_e, _neuron_residual(circuit, u_e, a, s)
+    return u_e, imbalance(circuit, u_e, a, s)[0]
 
 
 def settle(
@@ -180,29 +181,25 @@ def settle(
     return tuple(jnp.split(search.u_e, ends, axis=-1)), residual, sweeps
 
 
-def _neuron_residual(circuit, u_e, a, s):
-    f, _ = imbalance(circuit, u_e, a, s)
-    return relative_norm(f, u_e)
-
-
 def relative_norm(error: Array, value: Array) -> Array:
     """|error| / (1 + |value|) with Euclidean norms over the last axis."""
-    norm = lambda v: jnp.sqrt(jnp.einsum("...n,...n->...", v, v))
-    return norm(error) / (1 + norm(value))
+    return jnp.sqrt(_squared(error)) / (1 + jnp.sqrt(_squared(value)))
+
+
+def _squared(vector: Array) -> Array:
+    return jnp.einsum("...n,...n->...", vector, vector)
 
 
 class _Iterate(NamedTuple):
-    """Carry of the closed-loop iteration."""
+    """How far each sample has come."""
 
     control: Float[Array, "batch out"]
     mismatch: Float[Array, "batch out"]  # F(c)
-    u_e: tuple[Float[Array, "batch neurons"], ...]
-    neurons: Float[Array, " batch"]  # residual of the neurons alone
+    u_e: Layers
     residual: Float[Array, " batch"]
-    inverse: Float[Array, "batch out out"]  # of dF/dc
-    share: Float[Array, " batch"]  # of Newton's step that is taken
-    iterations: Float[Array, " batch"]
-    evaluations: Array
+    errors: Float[Array, " batch"]  # |F|^2, and f^2 of every neuron
+    share: Float[Array, " batch"]  # of Newton's next step that is taken
+    evaluations: Float[Array, " batch"]
 
 
 class _Samples(NamedTuple):
@@ -218,8 +215,27 @@ class _Network(NamedTuple):
     """What it is solved with."""
 
     architecture: Architecture
+    solver: Newton
+    circuit: Microcircuit
     parameters: Parameters
-    hyper: Hyperparameters
+    loss: Loss
+    gain: Scalar  # K
+
+    def output(self, x: Array, u_e: Layers, control: Array) -> Array:
+        top = self.circuit.phi_e.value(u_e[-1]) if u_e else x
+        u_y = top @ self.parameters["kernel_out"]
+        return u_y + control if self.architecture.fb_to_readout else u_y
+
+
+def _network(
+    architecture: Architecture, parameters: Parameters, hyper: Hyperparameters
+) -> _Network:
+    solver = architecture.solver
+    assert isinstance(solver, Newton)
+    circuit = microcircuit(architecture, hyper)
+    loss = bind(architecture.loss, hyper.loss)
+    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
+    return _Network(architecture, solver, circuit, parameters, loss, gain)
 
 
 def closed_loop(
@@ -232,198 +248,217 @@ def closed_loop(
     start: NetworkState,
 ) -> Solution:
     """Steady state under control towards `target`, from the open-loop state `start`."""
-    solver = architecture.solver
-    assert isinstance(solver, Newton)
-    circuit = microcircuit(architecture, hyper)
-    loss = bind(architecture.loss, hyper.loss)
-    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    network = _Network(architecture, parameters, hyper)
+    network = _network(architecture, parameters, hyper)
     samples = _Samples(x, _first_input(parameters, x), target, weights)
+    mismatch = network.gain * network.loss.error(start.u_y, target)
     iterate = _Iterate(
         control=jnp.zeros_like(start.u_y),
         # At c = 0 the open-loop state solves every neuron; only the control is off.
-        mismatch=gain * loss.error(start.u_y, target),
+        mismatch=mismatch,
         u_e=start.u_e,
-        neurons=jnp.zeros(len(x), x.dtype),
         residual=jnp.full(len(x), jnp.inf, x.dtype),
-        inverse=_first_inverse(architecture, loss, gain, start.u_y, target),
-        share=jnp.full(len(x), NOT_SETTLED, x.dtype),
-        iterations=jnp.zeros(len(x), x.dtype),
-        evaluations=jnp.zeros((), jnp.int32),
+        errors=_squared(mismatch),
+        share=jnp.ones(len(x), x.dtype),
+        evaluations=jnp.zeros(len(x), x.dtype),
     )
-    iterate = _solved(network, samples, iterate)
+    inverse = _first_inverse(architecture, network.loss, network.gain, start.u_y, target)
+    iterate = _by_broyden(network, samples, iterate, inverse)
+    iterate = _by_newton(architecture)(parameters, hyper, samples, iterate)
     s = disinhibition(iterate.control, weights)
     u_i = tuple(
-        inhibitory_potential(circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
+        inhibitory_potential(network.circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
     )
     return Solution(
-        NetworkState(iterate.u_e, u_i, _output(network, x, iterate.u_e, iterate.control)),
+        NetworkState(iterate.u_e, u_i, network.output(x, iterate.u_e, iterate.control)),
         iterate.control,
-        iterate.iterations,
+        iterate.evaluations,
         iterate.residual,
-        iterate.residual <= solver.tolerance,  # not of a NaN, which ends the iteration as well
+        iterate.residual
+        <= network.solver.tolerance,  # not of a NaN, which ends the iteration as well
     )
 
 
-def _solved(network: _Network, samples: _Samples, iterate: _Iterate) -> _Iterate:
-    """After the closed loop's iteration. A loop over samples goes on until the last one of them is
-    solved, and over lanes (vmap) until the last one of all: so most samples are solved together,
-    and the others by few at a time, which cost little."""
-    solver = network.architecture.solver
-    assert isinstance(solver, Newton)
-    brief = min(BROYDEN_EVALUATIONS, solver.max_iterations)
-    rest = (("broyden", brief), ("newton", solver.max_iterations))
-    if len(iterate.residual) <= FEW_SAMPLES:
-        return _iterated(network, rest, samples, iterate)
-    common = (("broyden", min(COMMON_EVALUATIONS, brief)),)
-    iterate = _iterated(network, common, samples, iterate)
-
-    def round_of_few(carry):
-        iterate, waiting = carry
-        which = jnp.argsort(~waiting)[:FEW_SAMPLES]  # samples that wait go first
-        few = lambda leaf: leaf[which] if leaf.ndim else leaf
-        put = lambda leaf, its: leaf.at[which].set(its) if leaf.ndim else leaf
-        own = jax.tree.map(few, (samples, iterate))
-        iterate = jax.tree.map(put, iterate, _iterated(network, rest, *own))
-        return iterate, waiting.at[which].set(False)
-
-    waiting = _unsolved(solver, iterate)
-    return jax.lax.while_loop(lambda c: jnp.any(c[1]), round_of_few, (iterate, waiting))[0]
-
-
-def _unsolved(solver: Newton, iterate: _Iterate) -> Bool[Array, "*lanes batch"]:
-    return (iterate.residual > solver.tolerance) & (iterate.share >= SMALLEST_SHARE)
-
-
-def _output(network: _Network, x: Array, u_e: Layers, control: Array) -> Array:
-    circuit = microcircuit(network.architecture, network.hyper)
-    top = circuit.phi_e.value(u_e[-1]) if u_e else x
-    u_y = top @ network.parameters["kernel_out"]
-    return u_y + control if network.architecture.fb_to_readout else u_y
-
-
-def _iterated(
-    network: _Network,
-    stages: Sequence[tuple[str, int]],
-    samples: _Samples,
-    iterate: _Iterate,
+def _by_broyden(
+    network: _Network, samples: _Samples, iterate: _Iterate, inverse: Float[Array, "batch out out"]
 ) -> _Iterate:
-    """After each method of `stages` has gone on until all samples are solved, or so many
-    evaluations have been made in all."""
-    architecture, parameters, hyper = network
+    """After Broyden's method with the first `inverse` of dF/dc, for all samples together."""
+    near = max(NEAR, network.solver.tolerance)
+
+    def step(carry):
+        iterate, neurons, inverse = carry
+        # A sample whose neurons are far from where its control puts them waits for them.
+        ready = (neurons <= near)[:, None]
+        dc = jnp.where(ready, -_apply(inverse, iterate.mismatch), 0)
+        after, neurons = _evaluated(network, samples, iterate, iterate.control + dc)
+        inverse = _broyden_update(inverse, dc, after.mismatch - iterate.mismatch)
+        return _counted(after, iterate, active(iterate)), neurons, inverse
+
+    def active(iterate):
+        begins = iterate.evaluations < BROYDEN_EVALUATIONS
+        return begins & _goes_on(network.architecture, iterate)
+
+    carry = iterate, jnp.zeros_like(iterate.residual), inverse
+    return jax.lax.while_loop(lambda carry: jnp.any(active(carry[0])), step, carry)[0]
+
+
+def _by_newton(architecture: Architecture) -> Callable[..., _Iterate]:
+    """Newton's method for (parameters, hyperparameters, samples, iterate).
+
+    A loop over samples goes on until the last of them is solved, and one over lanes (vmap) until
+    the last of all lanes is. Most are solved before it begins; so it takes a few samples at a time,
+    and of many lanes a few.
+    """
+
+    def solved(parameters, hyper, samples: _Samples, iterate: _Iterate) -> _Iterate:
+        network = _network(architecture, parameters, hyper)
+
+        def step(iterate):
+            which = jnp.argsort(~_goes_on(architecture, iterate))[:FEW_SAMPLES]
+            own = _newton_step(network, *_taken((samples, iterate), which))
+            return _put(iterate, which, own)
+
+        return jax.lax.while_loop(lambda of: jnp.any(_goes_on(architecture, of)), step, iterate)
+
+    by_newton = jax.custom_batching.custom_vmap(solved)
+
+    @by_newton.def_vmap
+    def of_lanes(lanes, batched, *arguments):
+        for_each = lambda of, leaf: (
+            leaf if of else jnp.broadcast_to(leaf, (lanes, *jnp.shape(leaf)))
+        )
+        *given, iterate = jax.tree.map(for_each, tuple(batched), arguments)
+
+        def waiting(iterate):
+            return jnp.sum(jax.vmap(partial(_goes_on, architecture))(iterate), axis=1)
+
+        def round_of_few(iterate):
+            which = jnp.argsort(-waiting(iterate))[:FEW_LANES]
+            return _put(iterate, which, jax.vmap(solved)(*_taken((*given, iterate), which)))
+
+        iterate = jax.lax.while_loop(lambda of: jnp.any(waiting(of) > 0), round_of_few, iterate)
+        return iterate, jax.tree.map(lambda _: True, iterate)
+
+    return by_newton
+
+
+def _taken(of_all, which):
+    return jax.tree.map(lambda leaf: leaf[which], of_all)
+
+
+def _put(of_all, which, few):
+    put = lambda leaf, its: leaf.at[which].set(its, unique_indices=True)
+    return jax.tree.map(put, of_all, few)
+
+
+def _newton_step(network: _Network, samples: _Samples, iterate: _Iterate) -> _Iterate:
+    """A step that brings the errors down, or half of it the next time."""
+    x, share = samples.x, iterate.share[:, None]
+    du, dy = _linearised(network, samples, iterate.u_e, iterate.control)
+    u_y = network.output(x, iterate.u_e, iterate.control)
+    error = lambda y: network.loss.error(y, samples.target)
+    slope = jax.vmap(lambda d: jax.jvp(error, (u_y,), (d,))[1], in_axes=1, out_axes=2)
+    moved = network.gain * slope(dy)
+    jacobian = moved[..., 1:] - jnp.eye(u_y.shape[-1], dtype=x.dtype)
+    mismatch = iterate.mismatch + moved[..., 0]  # once the neurons have made their own step
+    dc = -share * _solve(jacobian, mismatch)
+    moves = jnp.concatenate([share, dc], axis=1)
+    along = lambda directions: jnp.einsum("bi,bin->bn", moves, directions)
+    u_e = tuple(u + along(d) for u, d in zip(iterate.u_e, du, strict=True))
+    after, _ = _evaluated(network, samples, iterate._replace(u_e=u_e), iterate.control + dc)
+    active = _goes_on(network.architecture, iterate)
+    better = (after.errors < iterate.errors) | (after.residual <= network.solver.tolerance)
+    after = _counted(after, iterate, active & better, active)
+    next_share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
+    return after._replace(share=jnp.where(active, next_share, iterate.share))
+
+
+def _solve(matrix: Float[Array, "batch out out"], right: Float[Array, "batch out"]) -> Array:
+    """Gaussian elimination, with the largest pivot of each column. (`jnp.linalg.solve` calls a
+    library, for which a loop on a GPU would have to stop.)"""
+    batch, size = right.shape
+    rows = jnp.concatenate([matrix, right[..., None]], axis=-1)
+
+    def eliminate(column, carry):
+        rows, order = carry
+        values = rows[..., column]
+        left = jnp.where(jnp.any(order, axis=1), -1.0, jnp.abs(values))
+        pivot = jax.nn.one_hot(jnp.argmax(left, axis=-1), size, dtype=rows.dtype)
+        row = jnp.einsum("bi,bij->bj", pivot, rows)
+        row /= jnp.einsum("bi,bi->b", pivot, values)[:, None]
+        rows -= (values - pivot)[..., None] * row[:, None]
+        return rows, order.at[:, column].set(pivot > 0)
+
+    order = jnp.zeros((batch, size, size), bool)  # [.., column, its pivot's row]
+    rows, order = jax.lax.fori_loop(0, size, eliminate, (rows, order))
+    return jnp.einsum("bij,bj->bi", order.astype(rows.dtype), rows[..., -1])
+
+
+def _goes_on(architecture: Architecture, iterate: _Iterate) -> Bool[Array, " batch"]:
+    """Which samples are not solved, nor given up."""
     solver = architecture.solver
     assert isinstance(solver, Newton)
+    unsolved = iterate.residual > solver.tolerance
+    more = iterate.evaluations < solver.max_iterations
+    return unsolved & more & (iterate.share >= SMALLEST_SHARE)
+
+
+def _evaluated(
+    network: _Network, samples: _Samples, iterate: _Iterate, control: Float[Array, "batch out"]
+) -> tuple[_Iterate, Float[Array, " batch"]]:
+    """With another control, for which every neuron makes a step; and the residual of neurons
+    alone."""
     x, first, target, weights = samples
-    circuit = microcircuit(architecture, hyper)
-    loss = bind(architecture.loss, hyper.loss)
-    gain = CONTROLLERS[architecture.controller].gain(hyper.controller)
-    near = max(NEAR, solver.tolerance)
-    settled = max(SETTLED * solver.tolerance, 4 * float(jnp.finfo(x.dtype).eps))
-    output = partial(_output, network, x)
-    unsolved = partial(_unsolved, solver)
-
-    def step_neurons(u_e, s):
-        move = lambda layer, a: _step(circuit, u_e[layer], a, s[layer])
-        return _forward(circuit, parameters, first, len(u_e), move)
-
-    def settle_neurons(which, u_e, s):
-        unknown = jnp.full(len(x), jnp.inf if u_e else 0.0, x.dtype)
-        goal = jnp.where(which, settled, jnp.inf)
-        arguments = (circuit, parameters, first, u_e, s, unknown, goal)
-        return settle(*arguments, solver.max_iterations)[:2]
-
-    def evaluated(iterate: _Iterate, control, move) -> _Iterate:
-        """With another control, for which `move(u_E, s)` moves the neurons."""
-        u_e, neurons = move(iterate.u_e, disinhibition(control, weights))
-        mismatch = gain * loss.error(output(u_e, control), target) - control
-        residual = jnp.maximum(neurons, relative_norm(mismatch, control))
-        return iterate._replace(
-            control=control, mismatch=mismatch, u_e=u_e, neurons=neurons, residual=residual
-        )
-
-    def counted(after: _Iterate, before: _Iterate, taken) -> _Iterate:
-        """`after` for the samples that have `taken` it, `before` for the others."""
-        keep = lambda new, old: jnp.where(taken if new.ndim == 1 else taken[:, None], new, old)
-        return after._replace(
-            control=keep(after.control, before.control),
-            mismatch=keep(after.mismatch, before.mismatch),
-            u_e=jax.tree.map(keep, after.u_e, before.u_e),
-            neurons=keep(after.neurons, before.neurons),
-            residual=keep(after.residual, before.residual),
-            iterations=before.iterations + unsolved(before).astype(x.dtype),
-            evaluations=before.evaluations + 1,
-        )
-
-    def broyden(iterate: _Iterate) -> _Iterate:
-        # A sample whose neurons are far from where its control puts them waits for them.
-        ready = (iterate.neurons <= near)[:, None]
-        step = jnp.where(ready, -_apply(iterate.inverse, iterate.mismatch), 0)
-        after = evaluated(iterate, iterate.control + step, step_neurons)
-        inverse = _broyden_update(iterate.inverse, step, after.mismatch - iterate.mismatch)
-        return counted(after._replace(inverse=inverse), iterate, unsolved(iterate))
-
-    def newton(iterate: _Iterate) -> _Iterate:
-        """A step that brings |F| down, or half of it the next time."""
-        slope = _output_slope(
-            architecture, parameters, circuit, weights, iterate.u_e, iterate.control
-        )
-        u_y = output(iterate.u_e, iterate.control)
-        error = lambda y: loss.error(y, target)
-        derivative = jax.vmap(lambda dy: jax.jvp(error, (u_y,), (dy,))[1], in_axes=2, out_axes=2)
-        jacobian = gain * derivative(slope) - jnp.eye(u_y.shape[-1], dtype=x.dtype)
-        step = -jnp.linalg.solve(jacobian, iterate.mismatch[..., None])[..., 0]
-        first = iterate.share == NOT_SETTLED
-        step = jnp.where(first[:, None], 0, iterate.share[:, None] * step)
-        active = unsolved(iterate)
-        move = partial(settle_neurons, active)
-        after = evaluated(iterate, iterate.control + step, move)
-        size = lambda of: jnp.linalg.norm(of.mismatch, axis=-1)
-        better = first | (size(after) < size(iterate)) | (after.residual <= solver.tolerance)
-        after = counted(after, iterate, active & better)
-        share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
-        return after._replace(share=jnp.where(active, jnp.where(first, 1, share), iterate.share))
-
-    methods = {"broyden": broyden, "newton": newton}
-    for method, cap in stages:
-        with jax.named_scope(method):
-            iterate = jax.lax.while_loop(
-                lambda iterate, cap=cap: jnp.any(unsolved(iterate)) & (iterate.evaluations < cap),
-                methods[method],
-                iterate,
-            )
-    return iterate
+    s = disinhibition(control, weights)
+    move = lambda layer, a: _step(network.circuit, iterate.u_e[layer], a, s[layer])
+    layers = len(iterate.u_e)
+    u_e, neurons, squares = _forward(network.circuit, network.parameters, first, layers, move)
+    error = network.loss.error(network.output(x, u_e, control), target)
+    mismatch = network.gain * error - control
+    residual = jnp.maximum(neurons, relative_norm(mismatch, control))
+    errors = squares + _squared(mismatch)
+    after = _Iterate(
+        control, mismatch, u_e, residual, errors, iterate.share, iterate.evaluations + 1
+    )
+    return after, neurons
 
 
-def _output_slope(
-    architecture: Architecture,
-    parameters: Parameters,
-    circuit: Microcircuit,
-    weights: FeedbackWeights,
-    u_e: tuple[Array, ...],
-    control: Float[Array, "batch out"],
-) -> Float[Array, "batch out out"]:
-    """dy/dc, `[sample, of y, to c]`, with every neuron at equilibrium, where an input moves it by
-    du = (da + g_IE phi_I' ds) / f' (the implicit function theorem)."""
-    dr = None  # of the layer below, [batch, direction of c, neurons]
+def _counted(after: _Iterate, before: _Iterate, taken, evaluated=None) -> _Iterate:
+    """`after` for the samples that have `taken` it, `before` for the others; what was `evaluated`
+    counts in any case."""
+    keep = lambda new, old: jnp.where(taken if new.ndim == 1 else taken[:, None], new, old)
+    counted = taken if evaluated is None else evaluated
+    evaluations = jnp.where(counted, after.evaluations, before.evaluations)
+    return jax.tree.map(keep, after, before)._replace(evaluations=evaluations)
+
+
+def _linearised(
+    network: _Network, samples: _Samples, u_e: Layers, control: Float[Array, "batch out"]
+) -> tuple[tuple[Float[Array, "batch 1+out neurons"], ...], Float[Array, "batch 1+out out"]]:
+    """How the neurons of each layer, and the output, move along: first with the neurons' own Newton
+    step at this control, then with each of its outputs. An input moves a neuron by
+    du = (da + g_IE phi_I' ds - f) / f'."""
+    circuit, parameters = network.circuit, network.parameters
+    x, a, _, weights = samples
+    du, dr = [], None  # dr: of the rates of the layer below
     for layer, (u, s, q) in enumerate(
         zip(u_e, disinhibition(control, weights), weights, strict=True)
     ):
-        u_i = inhibitory_potential(circuit, u, s)
-        reach = circuit.g_ie * circuit.phi_i.derivative(u_i)
-        moved = reach[:, None] * q
+        if layer > 0:
+            a = feedforward_input(parameters, layer, circuit.phi_e.value(u_e[layer - 1]))
+        f, slope = imbalance(circuit, u, a, s)
+        reach = circuit.g_ie * circuit.phi_i.derivative(inhibitory_potential(circuit, u, s))
+        moved = jnp.concatenate([-f[:, None], reach[:, None] * q], axis=1)
         if dr is not None:
             moved += dr @ parameters[f"kernel_{layer}"]
-        du = moved / (1 + loop_gain(circuit, u, u_i))[:, None]
-        dr = circuit.phi_e.derivative(u)[:, None] * du
-    ones = jnp.eye(control.shape[-1], dtype=control.dtype)
-    dy = (
-        jnp.zeros((len(control), *ones.shape), control.dtype)
-        if dr is None
-        else dr @ parameters["kernel_out"]
-    )
-    if architecture.fb_to_readout:
-        dy += ones
-    return jnp.swapaxes(dy, 1, 2)
+        du.append(moved / slope[:, None])
+        dr = circuit.phi_e.derivative(u)[:, None] * du[-1]
+    out = control.shape[-1]
+    dy = jnp.zeros((len(x), 1 + out, out), x.dtype)
+    if dr is not None:
+        dy += dr @ parameters["kernel_out"]
+    if network.architecture.fb_to_readout:
+        dy = dy.at[:, 1:].add(jnp.eye(out, dtype=x.dtype))
+    return tuple(du), dy
 
 
 def _first_inverse(architecture: Architecture, loss: Loss, gain, output, target) -> Array:
