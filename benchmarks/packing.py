@@ -4,7 +4,7 @@
                                  [fmnist=FOLDER]
 
 The same study over all rules, with successive halving, once in each way, one after another: a trial
-a device (on a CPU: a core), lanes, and four trials that share a GPU. Each begins without compiled
+a device (on a CPU: a core), four trials that share a GPU, and lanes. Each begins without compiled
 programs, as a first study does. On digits or, with the folder of its files, on Fashion-MNIST (3 x
 256). Without lanes, `alone` trials are enough to tell their rate. Seconds are those of the study,
 with the start of Ray; `start s` of them are before the first epoch's report or after the last
@@ -52,8 +52,8 @@ def ways(gpu: bool, lanes: int) -> dict[str, list[str]]:
     share = lambda of_gpu: f"cluster.gpus_per_trial={of_gpu}"
     return {
         "a trial a GPU": [*alone, share(1)],
-        f"{lanes} lanes a GPU": [*packed, share(1)],
         "four trials a GPU": [*alone, share(0.25)],
+        f"{lanes} lanes a GPU": [*packed, share(1)],
     }
 
 

@@ -16,7 +16,7 @@ from test_worker import computed, report_of, trial_config
 from disinhib import checkpoint, lanes
 from disinhib.tuning import engine, options, study
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
-from disinhib.tuning.lane_group import QUIET_EPOCHS, Group, Process
+from disinhib.tuning.lane_group import Group, Process
 from disinhib.tuning.lane_server import Server
 from disinhib.tuning.retention import checkpoint_file
 from disinhib.tuning.worker import FAILURE, LANES, PROCESS
@@ -173,12 +173,15 @@ def test_in_one_program_a_trial_is_what_it_would_be_alone(alone, tmp_path, monke
             assert epoch["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5)
 
 
-def test_slots_that_have_long_been_free_are_given_up_until_they_are_needed(monkeypatch):
+def test_slots_are_given_up_when_they_were_free_for_as_long_as_a_program_compiles(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     nothing: Any = None
     group: Any = Group("", nothing, nothing, 8, Process())
     slots = lambda needed, largest=1: group._slots(needed, largest)
-    assert [slots(1) for _ in range(QUIET_EPOCHS)] == [8] * QUIET_EPOCHS
+    assert slots(1) == 8
+    group.compiling, group.quiet = 20.0, 19.0
+    assert slots(1) == 8
+    group.quiet = 21.0
     assert slots(1) == 2  # a quarter of what fits
     assert slots(3) == 4
     assert slots(30) == 8

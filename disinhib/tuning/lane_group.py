@@ -27,7 +27,6 @@ from disinhib.tuning.retention import checkpoint_file, sizes
 from disinhib.tuning.worker import GPU_MB, LANES, Policy
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
-QUIET_EPOCHS = 20  # for which fewer slots would have done, before there are fewer
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
 
@@ -148,7 +147,9 @@ class Group:
         self.lanes: Lanes | None = None
         self.most: int | None = process.most.get(key)  # slots that fit into the device's memory
         self.slots = self.most or 0  # on a GPU
-        self.quiet = 0  # epochs for which fewer would have done
+        self.quiet = 0.0  # seconds of epochs for which fewer would have done
+        self.compiling = 0.0  # seconds that its newest program took
+        self.preparation = 0.0  # seconds before the next epoch
         self.taken = False  # whether a thread has the turn, and with it `lanes` and all states
         self.news = threading.Condition()  # the turn is free again
 
@@ -201,11 +202,19 @@ class Group:
             lanes_of = sum(len(other.names) for other in (*training, trial))
             if trial not in waiting and trial.may_run_ahead and lanes_of <= room:
                 training.append(trial)
+        start = time.perf_counter()
         try:
             self._place(training)
             assert self.lanes is not None
-            seconds = self._prepare()
+            compiled = self._prepare()
+            self.preparation += time.perf_counter() - start
+            if compiled:  # so long that others may wait by now
+                self.compiling = self.preparation
+                return
+            start = time.perf_counter()
             self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
+            self.quiet += time.perf_counter() - start
+            preparation, self.preparation = self.preparation, 0.0
         except Exception as error:
             if not (_is_out_of_memory(error) and self._halve()):
                 self._give_up(waiting, error)
@@ -213,7 +222,7 @@ class Group:
         for trial in training:
             if trial.state is None:
                 try:
-                    self._report(trial, told, seconds)
+                    self._report(trial, told, preparation)
                 except Exception as error:  # this trial's alone
                     trial.fail(error)
 
@@ -258,8 +267,9 @@ class Group:
 
     def _slots(self, needed: int, largest: int) -> int:
         """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else,
-        as each number is a program to compile, all of what fits, or half or a quarter of it: fewer
-        when fewer have long been enough, more as soon as they are needed."""
+        as each number is a program to compile, all of what fits, or half or a quarter of it: more
+        as soon as they are needed, fewer when fewer have been enough for as long as it took to
+        compile a program."""
         if self.most is None:
             self.most = self.process.most[self.key] = self._fitting()
             self.slots = self.most  # which has just been compiled, to see whether it fits
@@ -268,9 +278,10 @@ class Group:
         enough = max(self.most, largest)
         while enough // 2 >= max(needed, largest, self.most // 4):
             enough //= 2
-        self.quiet = self.quiet + 1 if max(enough, needed) < self.slots else 0
-        if enough > self.slots or self.quiet > QUIET_EPOCHS:
-            self.slots, self.quiet = enough, 0
+        if max(enough, needed) >= self.slots:
+            self.quiet = 0.0
+        if enough > self.slots or self.quiet > self.compiling:
+            self.slots, self.quiet = enough, 0.0
         return self.slots
 
     def _fitting(self) -> int:
@@ -293,18 +304,18 @@ class Group:
         self.process.most[self.key] = self.most
         return True
 
-    def _prepare(self) -> float:
-        """Traces and compiles what trains the slots, unless this process has it; takes seconds."""
-        start = time.perf_counter()
+    def _prepare(self) -> bool:
+        """Traces and compiles what trains the slots, unless this process has it."""
         assert self.lanes is not None
         run = (self.run, self.data, self.lanes.state)
-        if (needed := training.programs_of(*run)) not in self.process.programs:
-            lowered = training.lowered_programs(*run)
-            with compilation_cache.alone(needed):
-                for program in lowered:
-                    program.compile()
-            self.process.programs.add(needed)
-        return time.perf_counter() - start
+        if (needed := training.programs_of(*run)) in self.process.programs:
+            return False
+        lowered = training.lowered_programs(*run)
+        with compilation_cache.alone(needed):
+            for program in lowered:
+                program.compile()
+        self.process.programs.add(needed)
+        return True
 
     def _report(
         self, trial: Trial, told: Mapping[Any, Mapping[str, float]], preparation: float

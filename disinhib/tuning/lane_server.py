@@ -51,6 +51,8 @@ class Server:
         self.process = Process()
         self.proved = False
         self.lock = threading.Lock()  # of all of these
+        # One trial begins at a time: the next one finds its data and its first programs.
+        self.beginning = threading.Lock()
 
     def admit(self, number: int, count: int) -> bool:
         """Whether there is room for the `count` lanes of a trial, which then has it until it is
@@ -83,7 +85,8 @@ class Server:
         trial = self.trials.get(number)
         try:
             if trial is None:
-                trial = self._begin(order)
+                with self.beginning:
+                    trial = self._begin(order)
             first = trial.told
             trial.group.train(trial)
             result = {**self._result(trial, first), SAVED: trial.saved_epochs}
@@ -97,13 +100,12 @@ class Server:
     def _begin(self, order: Order) -> Trial:
         """Loads the data, and the trial's checkpoint if it has one."""
         policy = order["policy"]
-        with self.lock:
-            if not self.proved:
-                if lines := machines.faults(policy["need"]):
-                    raise Unfit("; ".join(lines))
-                numerics.set_jax()
-                compilation_cache.share()  # here, because it needs the device, which may be missing
-                self.proved = True
+        if not self.proved:
+            if lines := machines.faults(policy["need"]):
+                raise Unfit("; ".join(lines))
+            numerics.set_jax()
+            compilation_cache.share()  # here, because it needs the device, which may be missing
+            self.proved = True
         # Before the start, which is of the first epoch.
         mark, compiled = memory.start(), len(self.process.compilations)
         run = parse(order["options"])
