@@ -6,11 +6,13 @@
 The same study over all rules, with successive halving, once in each way, one after another: a trial
 a device (on a CPU: a core), four trials that share a GPU, and lanes. Each begins without compiled
 programs, as a first study does. On digits or, with the folder of its files, on Fashion-MNIST (3 x
-256). Without lanes, `alone` trials are enough to tell their rate. Seconds are those of the study,
-with the start of Ray; `start s` of them are before the first epoch's report or after the last
-one's, and `epochs an hour` leaves them out, as a long study would.
+256). Seconds are those of the study, with the start of Ray; `start s` of them are before the first
+epoch's report or after the last one's, and `epochs an hour` leaves them out, as a long study would.
+For that rate, the studies without lanes may have fewer trials (`alone`); trials an hour compare
+studies of as many trials only, as more of them are pruned earlier.
 """
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -64,6 +66,8 @@ def measured(overrides: Sequence[str]) -> Measured:
         with environment.variables(programs):
             asked = options.compose([*overrides, f"out_dir={folder}/out", "study=packing"])
             finished = study.run(asked, Console(quiet=True))
+        if not finished.whole:
+            sys.exit("interrupted: a part of a study has no rate")
         with closing(EventLog(finished.job.folder)) as log:
             reports = [e.time for e in log.events() if isinstance(e.event, EpochDone)]
     # The last report is the study's end, but for its farewells.
@@ -77,17 +81,19 @@ def main(arguments: Sequence[str]) -> None:
     if given["fmnist"] is not None:
         common += ["dataset=fmnist", f"dataset.path={given['fmnist']}", "batchsize=100"]
         common += ["model.vf.nb_hidden=3"]
-    columns = ("trials share", "trials", "s", "start s", "trials an hour", "epochs an hour", "gain")
-    table = Table(*columns, box=None)
-    first = None
+    rates = ("trials an hour", "gain", "epochs an hour", "gain")
+    table = Table("trials share", "trials", "epochs", "s", "start s", *rates, box=None)
+    first: tuple[float, float] | None = None
     for name, own in ways(given["gpu"], given["lanes"]).items():
         trials = given["trials" if "lanes" in name else "alone"]
         found = measured([*common, *own, f"trials={trials}"])
-        rate = 3600 * trials / found.seconds
-        first = first or rate
-        epochs = 3600 * found.epochs / (found.seconds - found.start)
-        numbers = (found.seconds, found.start, rate, epochs)
-        table.add_row(name, str(trials), *(f"{n:.0f}" for n in numbers), f"{rate / first:.2f}")
+        of_trials = 3600 * trials / found.seconds
+        of_epochs = 3600 * found.epochs / (found.seconds - found.start)
+        first = first or (of_trials, of_epochs)
+        gains = of_trials / first[0], of_epochs / first[1]
+        counts = (trials, found.epochs, round(found.seconds), round(found.start))
+        numbers = (f"{of_trials:.0f}", f"{gains[0]:.2f}", f"{of_epochs:.0f}", f"{gains[1]:.2f}")
+        table.add_row(name, *map(str, counts), *numbers)
         Console().print(table)  # each time, as a machine may be lent for a while only
 
 
