@@ -363,7 +363,7 @@ def _newton_step(network: _Network, samples: _Samples, iterate: _Iterate) -> _It
     moved = network.gain * slope(dy)
     jacobian = moved[..., 1:] - jnp.eye(u_y.shape[-1], dtype=x.dtype)
     mismatch = iterate.mismatch + moved[..., 0]  # once the neurons have made their own step
-    dc = -share * _solve(jacobian, mismatch)
+    dc = -share * jnp.linalg.solve(jacobian, mismatch[..., None])[..., 0]
     moves = jnp.concatenate([share, dc], axis=1)
     along = lambda directions: jnp.einsum("bi,bin->bn", moves, directions)
     u_e = tuple(u + along(d) for u, d in zip(iterate.u_e, du, strict=True))
@@ -373,27 +373,6 @@ def _newton_step(network: _Network, samples: _Samples, iterate: _Iterate) -> _It
     after = _counted(after, iterate, active & better, active)
     next_share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
     return after._replace(share=jnp.where(active, next_share, iterate.share))
-
-
-def _solve(matrix: Float[Array, "batch out out"], right: Float[Array, "batch out"]) -> Array:
-    """Gaussian elimination, with the largest pivot of each column. (`jnp.linalg.solve` calls a
-    library, for which a loop on a GPU would have to stop.)"""
-    batch, size = right.shape
-    rows = jnp.concatenate([matrix, right[..., None]], axis=-1)
-
-    def eliminate(column, carry):
-        rows, order = carry
-        values = rows[..., column]
-        left = jnp.where(jnp.any(order, axis=1), -1.0, jnp.abs(values))
-        pivot = jax.nn.one_hot(jnp.argmax(left, axis=-1), size, dtype=rows.dtype)
-        row = jnp.einsum("bi,bij->bj", pivot, rows)
-        row /= jnp.einsum("bi,bi->b", pivot, values)[:, None]
-        rows -= (values - pivot)[..., None] * row[:, None]
-        return rows, order.at[:, column].set(pivot > 0)
-
-    order = jnp.zeros((batch, size, size), bool)  # [.., column, its pivot's row]
-    rows, order = jax.lax.fori_loop(0, size, eliminate, (rows, order))
-    return jnp.einsum("bij,bj->bi", order.astype(rows.dtype), rows[..., -1])
 
 
 def _goes_on(architecture: Architecture, iterate: _Iterate) -> Bool[Array, " batch"]:
