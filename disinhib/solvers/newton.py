@@ -270,14 +270,10 @@ def closed_loop(
     u_i = tuple(
         inhibitory_potential(network.circuit, u, s_l) for u, s_l in zip(iterate.u_e, s, strict=True)
     )
-    return Solution(
-        NetworkState(iterate.u_e, u_i, network.output(x, iterate.u_e, iterate.control)),
-        iterate.control,
-        iterate.evaluations,
-        iterate.residual,
-        iterate.residual
-        <= network.solver.tolerance,  # not of a NaN, which ends the iteration as well
-    )
+    state = NetworkState(iterate.u_e, u_i, network.output(x, iterate.u_e, iterate.control))
+    # False of a NaN, which ends the iteration as well.
+    converged = iterate.residual <= network.solver.tolerance
+    return Solution(state, iterate.control, iterate.evaluations, iterate.residual, converged)
 
 
 def _by_broyden(
@@ -293,7 +289,7 @@ def _by_broyden(
         dc = jnp.where(ready, -_apply(inverse, iterate.mismatch), 0)
         after, neurons = _evaluated(network, samples, iterate, iterate.control + dc)
         inverse = _broyden_update(inverse, dc, after.mismatch - iterate.mismatch)
-        return _counted(after, iterate, active(iterate)), neurons, inverse
+        return _taking(active(iterate), after, iterate), neurons, inverse
 
     def active(iterate):
         begins = iterate.evaluations < BROYDEN_EVALUATIONS
@@ -370,9 +366,9 @@ def _newton_step(network: _Network, samples: _Samples, iterate: _Iterate) -> _It
     after, _ = _evaluated(network, samples, iterate._replace(u_e=u_e), iterate.control + dc)
     active = _goes_on(network.architecture, iterate)
     better = (after.errors < iterate.errors) | (after.residual <= network.solver.tolerance)
-    after = _counted(after, iterate, active & better, active)
     next_share = jnp.where(better, jnp.minimum(2 * iterate.share, 1), iterate.share / 2)
-    return after._replace(share=jnp.where(active, next_share, iterate.share))
+    count = lambda of: of._replace(share=next_share, evaluations=after.evaluations)
+    return _taking(active, count(_taking(better, after, iterate)), iterate)
 
 
 def _goes_on(architecture: Architecture, iterate: _Iterate) -> Bool[Array, " batch"]:
@@ -404,13 +400,10 @@ def _evaluated(
     return after, neurons
 
 
-def _counted(after: _Iterate, before: _Iterate, taken, evaluated=None) -> _Iterate:
-    """`after` for the samples that have `taken` it, `before` for the others; what was `evaluated`
-    counts in any case."""
-    keep = lambda new, old: jnp.where(taken if new.ndim == 1 else taken[:, None], new, old)
-    counted = taken if evaluated is None else evaluated
-    evaluations = jnp.where(counted, after.evaluations, before.evaluations)
-    return jax.tree.map(keep, after, before)._replace(evaluations=evaluations)
+def _taking(which: Bool[Array, " batch"], after: _Iterate, before: _Iterate) -> _Iterate:
+    """`after` for the samples `which`, `before` for the others."""
+    keep = lambda new, old: jnp.where(which if new.ndim == 1 else which[:, None], new, old)
+    return jax.tree.map(keep, after, before)
 
 
 def _linearised(
