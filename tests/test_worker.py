@@ -461,8 +461,17 @@ def test_errors_in_training_are_the_trials_or_the_machines(
 
 
 def test_the_first_epoch_counts_the_time_of_its_programs(configure, monkeypatch):
-    worker, seconds = TrainingTrial(configure()), iter([1e6, 0.0])
-    monkeypatch.setattr(lane_server.Group, "_prepare", lambda group: next(seconds))
+    worker, preparations = (
+        TrainingTrial(configure()),
+        iter([(1e6, True), (0.0, False), (0.0, False)]),
+    )
+
+    def planted(group):
+        seconds, compiled = next(preparations)
+        group.preparation += seconds
+        return compiled
+
+    monkeypatch.setattr(lane_server.Group, "_prepare", planted)
     first, second = (report_of(result)["metrics"]["epoch_seconds"] for result in steps(worker, 2))
     assert min(first) > 1e6 > max(second)
 
