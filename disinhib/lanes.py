@@ -62,20 +62,26 @@ def join(
     held = dict(enumerate(lanes.names)) | dict(zip(slots, names, strict=True))
     own = state, training.for_lanes(hyper, len(names))
     states, scalars = _put((lanes.state, lanes.hyper), np.asarray(slots), own)
-    return Lanes(states, scalars, tuple(held.values()))
+    return _copied(Lanes(states, scalars, tuple(held.values())))
 
 
 def leave(lanes: Lanes, names: Sequence[Name]) -> Lanes:
-    """Frees the slots of `names`. All free slots then hold a copy of a lane that stays: a loop over
-    lanes at once goes on until the last one is done, and what has left, or diverged, could take
-    longer than all that stay."""
-    left = tuple(None if name in names else name for name in lanes.names)
-    held = [slot for slot, name in enumerate(left) if name is not None]
-    if left == lanes.names or not held:
-        return lanes._replace(names=left)
-    index = [held[0] if name is None else slot for slot, name in enumerate(left)]
+    """Frees the slots of `names`."""
+    left = lanes._replace(names=tuple(None if name in names else name for name in lanes.names))
+    return lanes if left.names == lanes.names else _copied(left)
+
+
+def _copied(lanes: Lanes) -> Lanes:
+    """Its free slots hold copies of its lanes, in turn: a loop over lanes at once goes on until the
+    last one is done, and what has left, or diverged, or many copies of one lane, could take longer
+    than all that stay."""
+    held = [slot for slot, name in enumerate(lanes.names) if name is not None]
+    if not held or not lanes.free:
+        return lanes
+    copied = lambda slot, name: held[slot % len(held)] if name is None else slot
+    index = [copied(*named) for named in enumerate(lanes.names)]
     states, scalars = _take((lanes.state, lanes.hyper), np.asarray(index))
-    return Lanes(states, scalars, left)
+    return lanes._replace(state=states, hyper=scalars)
 
 
 def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
@@ -95,7 +101,7 @@ def resized(lanes: Lanes, slots: int) -> Lanes:
         return lanes
     index = held + [0] * (slots - len(held))  # what is in a free slot is nobody's
     states, scalars = _take((lanes.state, lanes.hyper), np.asarray(index))
-    return Lanes(states, scalars, names)
+    return _copied(Lanes(states, scalars, names))
 
 
 @jax.jit

@@ -101,6 +101,16 @@ def test_what_has_left_does_not_go_on_in_its_slot():
     assert lanes.leave(slots, ["exact"]).free == 3
 
 
+def test_free_slots_hold_copies_of_all_lanes_in_turn():
+    """Of one alone, it could be the one that takes longest."""
+    state = training.initial_state(EXACT, [3, 4, 5])
+    slots = lanes.join(lanes.empty(EXACT, 6), [*"abc"], state, EXACT.hyperparameters)
+    seeds = lambda slots: np.asarray(slots.state.seed).tolist()
+    assert seeds(slots) == [3, 4, 5, 3, 4, 5]
+    assert seeds(lanes.leave(slots, ["a"])) == [4, 4, 5, 5, 4, 5]
+    assert seeds(lanes.resized(lanes.leave(slots, ["a"]), 4)) == [4, 5, 4, 5]
+
+
 def test_a_lane_goes_on_from_a_checkpoint_among_others(tmp_path):
     data, file = training.prepare(EXACT), tmp_path / "lane"
     slots = join(join(lanes.empty(EXACT, 2), "exact"), "averaged")
