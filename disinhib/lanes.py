@@ -99,9 +99,10 @@ def resized(lanes: Lanes, slots: int) -> Lanes:
     names = tuple(lanes.names[slot] for slot in held) + (None,) * (slots - len(held))
     if names == lanes.names:
         return lanes
-    index = held + [0] * (slots - len(held))  # what is in a free slot is nobody's
+    copied = held or [0]
+    index = held + [copied[slot % len(copied)] for slot in range(len(held), slots)]
     states, scalars = _take((lanes.state, lanes.hyper), np.asarray(index))
-    return _copied(Lanes(states, scalars, names))
+    return Lanes(states, scalars, names)
 
 
 @jax.jit

@@ -139,12 +139,12 @@ def settle(
     u_e: Layers,
     s: Sequence[Array],
     residual: Float[Array, " batch"],
-    goal,
+    goal: float,
     cap: int,
 ) -> tuple[Layers, Float[Array, " batch"], Int[Array, ""]]:
     """(u_E, each sample's residual, sweeps): safeguarded Newton steps of all neurons of all layers
     at once, for the first layer's input `first` and the dis-inhibition `s` of each layer, until the
-    residual of every sample is below its `goal`, at most `cap` sweeps a layer (the residual is then
+    residual of every sample is down to `goal`, at most `cap` sweeps a layer (the residual is then
     that before the last)."""
     if not u_e:
         return u_e, residual, jnp.zeros((), int)
@@ -166,7 +166,7 @@ def settle(
         # As f' >= 1, a root moves by no more than its input.
         low, high = jnp.minimum(a - last_a, 0), jnp.maximum(a - last_a, 0)
         search = search._replace(low=search.low + low, high=search.high + high)
-        # One step more than the goal asks for: the control is found by what neurons answer.
+        # One step more than the goal asks for: the closed loop begins where neurons settle.
         moves = jnp.maximum(last_residual, residual) > goal
         keep = partial(jnp.where, moves[:, None])
         search = jax.tree.map(keep, relax(circuit, search, a, relief), search)

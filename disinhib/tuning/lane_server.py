@@ -48,9 +48,9 @@ class Server:
         self.trials: dict[int, Trial] = {}
         self.groups: dict[str, Group] = {}
         self.admitted: dict[int, int] = {}  # lanes of each trial
+        self.lock = threading.Lock()  # of all of these
         self.process = Process()
         self.proved = False
-        self.lock = threading.Lock()  # of all of these
         # One trial begins at a time: the next one finds its data and its first programs.
         self.beginning = threading.Lock()
 
