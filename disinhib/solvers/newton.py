@@ -45,7 +45,7 @@ from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 OPEN_STEPS = 3
 BROYDEN_EVALUATIONS = 4
 # That go on at a time: of one lane, and of several lanes at once.
-FEW_SAMPLES, FEW_OF_LANES, FEW_LANES = 8, 16, 16
+FEW_SAMPLES, FEW_OF_LANES, FEW_LANES = 8, 64, 8
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
 NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 
@@ -302,39 +302,42 @@ def _by_broyden(
 def _by_newton(architecture: Architecture) -> Callable[..., _Iterate]:
     """Newton's method for (parameters, hyperparameters, samples, iterate).
 
-    A loop over samples goes on until the last of them is solved, and one over lanes (vmap) until
-    the last of all lanes is. Most are solved before it begins; so it takes a few samples at a time,
-    and of many lanes a few.
+    Most samples are solved before it begins, so it takes a few at a time. Of one lane, each step is
+    of the next few. Of several lanes (vmap) a step costs the launches of its kernels, whatever
+    their size: so it takes more samples of a few lanes, until the last of these is solved.
     """
+    goes_on = partial(_goes_on, architecture)
 
-    def solved(few: int, parameters, hyper, samples: _Samples, iterate: _Iterate) -> _Iterate:
-        network = _network(architecture, parameters, hyper)
+    def step(parameters, hyper, samples: _Samples, iterate: _Iterate) -> _Iterate:
+        return _newton_step(_network(architecture, parameters, hyper), samples, iterate)
 
-        def step(iterate):
-            which = jnp.argsort(~_goes_on(architecture, iterate))[:few]
-            own = _newton_step(network, *_taken((samples, iterate), which))
+    @jax.custom_batching.custom_vmap
+    def by_newton(parameters, hyper, samples: _Samples, iterate: _Iterate) -> _Iterate:
+        def step_of_few(iterate):
+            which = jnp.argsort(~goes_on(iterate))[:FEW_SAMPLES]
+            own = step(parameters, hyper, *_taken((samples, iterate), which))
             return _put(iterate, which, own)
 
-        return jax.lax.while_loop(lambda of: jnp.any(_goes_on(architecture, of)), step, iterate)
-
-    by_newton = jax.custom_batching.custom_vmap(partial(solved, FEW_SAMPLES))
+        return jax.lax.while_loop(lambda of: jnp.any(goes_on(of)), step_of_few, iterate)
 
     @by_newton.def_vmap
     def of_lanes(lanes, batched, *arguments):
         for_each = lambda of, leaf: (
             leaf if of else jnp.broadcast_to(leaf, (lanes, *jnp.shape(leaf)))
         )
-        *given, iterate = jax.tree.map(for_each, tuple(batched), arguments)
-
-        def waiting(iterate):
-            return jnp.sum(jax.vmap(partial(_goes_on, architecture))(iterate), axis=1)
+        *given, samples, iterate = jax.tree.map(for_each, tuple(batched), arguments)
 
         def round_of_few(iterate):
-            which = jnp.argsort(-waiting(iterate))[:FEW_LANES]
-            own = jax.vmap(partial(solved, FEW_OF_LANES))(*_taken((*given, iterate), which))
+            waits = goes_on(iterate)
+            lane = jnp.argsort(-jnp.sum(waits, axis=1))[:FEW_LANES]
+            sample = jnp.argsort(~waits[lane], axis=1)[:, :FEW_OF_LANES]
+            which = lane[:, None], sample
+            own = _taken((samples, iterate), which)
+            steps = partial(jax.vmap(step), *_taken(given, lane), own[0])
+            own = jax.lax.while_loop(lambda of: jnp.any(goes_on(of)), steps, own[1])
             return _put(iterate, which, own)
 
-        iterate = jax.lax.while_loop(lambda of: jnp.any(waiting(of) > 0), round_of_few, iterate)
+        iterate = jax.lax.while_loop(lambda of: jnp.any(goes_on(of)), round_of_few, iterate)
         return iterate, jax.tree.map(lambda _: True, iterate)
 
     return by_newton
@@ -371,7 +374,7 @@ def _newton_step(network: _Network, samples: _Samples, iterate: _Iterate) -> _It
     return _taking(active, count(_taking(better, after, iterate)), iterate)
 
 
-def _goes_on(architecture: Architecture, iterate: _Iterate) -> Bool[Array, " batch"]:
+def _goes_on(architecture: Architecture, iterate: _Iterate) -> Bool[Array, "*lanes batch"]:
     """Which samples are not solved, nor given up."""
     solver = architecture.solver
     assert isinstance(solver, Newton)
