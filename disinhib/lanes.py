@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from disinhib import training
+from disinhib import compilation_cache, memory, training
 from disinhib.config import RunConfig
 from disinhib.hyperparameters import Hyperparameters
 from disinhib.training import Data, TrainingState
@@ -85,10 +85,17 @@ def _copied(lanes: Lanes) -> Lanes:
 
 
 def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
-    """The state `[names, ...]` of these lanes, to be kept, or to join others with."""
+    """The state `[names, ...]` of these lanes, to be kept, or to join others with; on the host if
+    the device has no memory for it."""
     if lanes.names == tuple(names):
         return lanes.state
-    return _take(lanes.state, np.asarray([lanes.names.index(name) for name in names]))
+    index = np.asarray([lanes.names.index(name) for name in names])
+    try:
+        return jax.block_until_ready(_take(lanes.state, index))
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.is_short(error):
+            raise
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[index], lanes.state)
 
 
 def resized(lanes: Lanes, slots: int) -> Lanes:
@@ -139,8 +146,9 @@ def bytes_needed(config: RunConfig, data: Data, slots: int) -> int:
     the compiled program; on a CPU, where lanes take turns, that of one."""
     state = jax.eval_shape(lambda: training.initial_state(config, [0] * slots))
     hyper = jax.eval_shape(lambda: training.for_lanes(config.hyperparameters, slots))
-    epoch = training.programs().epoch
-    compiled = epoch.lower(config.architecture, (state, hyper), data).compile()
+    lowered = training.programs().epoch.lower(config.architecture, (state, hyper), data)
+    with compilation_cache.alone(training.programs_of(config, data, state)):
+        compiled = lowered.compile()
     needs = compiled.memory_analysis()
     if needs is None:  # a backend that does not tell
         return 0
@@ -150,8 +158,17 @@ def bytes_needed(config: RunConfig, data: Data, slots: int) -> int:
 
 def fitting(config: RunConfig, data: Data, most: int, limit: int) -> int:
     """The number of slots, `most` or a half, a quarter ... of it, whose epoch takes at most `limit`
-    bytes; at least 1."""
+    bytes, and whose program can be compiled; at least 1."""
+
+    def fits(slots: int) -> bool:
+        try:
+            return bytes_needed(config, data, slots) <= limit
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_short(error):
+                raise
+            return False
+
     slots = most
-    while slots > 1 and bytes_needed(config, data, slots) > limit:
+    while slots > 1 and not fits(slots):
         slots //= 2
     return slots

@@ -20,6 +20,7 @@ import jax
 
 RESET = Path("/proc/self/clear_refs")  # Linux, as is the next
 STATUS = Path("/proc/self/status")
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
 RESET_PEAK = "5"  # proc_pid_clear_refs(5): the high-water mark becomes what is held now
 
 
@@ -51,6 +52,11 @@ def device_mb() -> float | None:
     """What this process may take of its device's memory, in MB; None on a CPU."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return None if limit is None else limit / 1e6
+
+
+def is_short(error: Exception) -> bool:
+    """Whether the device had no memory for what raised `error`."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(OUT_OF_MEMORY)
 
 
 def _now() -> Memory:

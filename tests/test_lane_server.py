@@ -4,20 +4,22 @@ import json
 import os
 import signal
 import threading
+import time
 from contextlib import closing
 from typing import Any
 
 import jax
 import pytest
+import ray
 import tiny
 from ray import tune
 from test_worker import computed, report_of, trial_config
 
-from disinhib import checkpoint, lanes
-from disinhib.tuning import engine, options, study
+from disinhib import checkpoint, lanes, memory, training
+from disinhib.tuning import engine, options, ray_backend, study, worker
 from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
 from disinhib.tuning.lane_group import Group, Process
-from disinhib.tuning.lane_server import Server
+from disinhib.tuning.lane_server import Released, Server
 from disinhib.tuning.retention import checkpoint_file
 from disinhib.tuning.worker import FAILURE, LANES, PROCESS
 from search_spaces import SPACES
@@ -91,6 +93,8 @@ def test_there_is_room_for_so_many_lanes(tmp_path):
     assert server.admit(0, 2) and server.admit(1, 2)
     assert not server.admit(2, 1)
     assert server.admit(1, 2)  # it has its own
+    server.step(order(tmp_path), anew=True)
+    assert not server.admit(2, 1)
     server.release(0)
     assert server.admit(2, 1)
     assert Server(4).admit(0, 10)  # more than there are slots: it trains alone
@@ -129,25 +133,149 @@ def test_an_error_of_all_that_train_leaves_those_alone_that_do_not(alone, tmp_pa
     assert server.step(orders[1])[FAILURE].startswith("ZeroDivisionError")  # it stays so
 
 
-def test_what_does_not_fit_goes_on_with_half_of_the_slots(alone, tmp_path, monkeypatch):
-    """Planted: more than two lanes are too much for the memory."""
-    advance, tried = lanes.advance, []
+def out_of_memory(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    def scarce(run, data, slots):
-        tried.append(len(slots.names))
-        if len(slots.names) > 2:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return advance(run, data, slots)
 
-    monkeypatch.setattr(lanes, "advance", scarce)
-    server = Server(4)
-    orders = [order(tmp_path, number, stretch_seconds=1e9) for number in range(4)]
+def train_to_the_end(folder, number=4, **policy):
+    """What four trials tell that are asked for at once."""
+    server = Server(number)
+    orders = [order(folder, n, stretch_seconds=1e9, **policy) for n in range(number)]
     results = at_once(server, orders)
-    assert max(tried) > 2 and tried[-1] <= 2
-    told = json.loads(results[0]["report"])["epochs"]
+    return [json.loads(results[n]["report"])["epochs"] for n in range(number)]
+
+
+def check_epochs(told, alone):
     assert [epoch["epoch"] for epoch in told] == [1, 2, 3, 4]
     for epoch, expected in zip(told, alone, strict=False):
         assert epoch["metrics"]["valid_loss"] == expected["metrics"]["valid_loss"]
+
+
+@pytest.mark.parametrize("name", ["advance", "resized", "join"])
+def test_what_does_not_fit_goes_on_with_half_of_the_slots(alone, tmp_path, monkeypatch, name):
+    """Planted: more than two slots are too much for the memory, also when they are made."""
+    works, tried = getattr(lanes, name), []
+
+    def scarce(*arguments):
+        slots = next(len(x.names) for x in arguments if isinstance(x, lanes.Lanes))
+        tried.append(max(slots, arguments[1]) if name == "resized" else slots)
+        return out_of_memory() if tried[-1] > 2 else works(*arguments)
+
+    monkeypatch.setattr(lanes, name, scarce)
+    for told in train_to_the_end(tmp_path):
+        check_epochs(told, alone)
+    assert sum(slots > 2 for slots in tried) == 1
+
+
+def test_states_are_kept_on_the_host_if_the_device_has_no_memory(alone, tmp_path, monkeypatch):
+    """Planted: as lanes are taken out, to be saved or to go on with half as many."""
+    advance = lanes.advance
+
+    def scarce(run, data, slots):
+        return out_of_memory() if len(slots.names) > 2 else advance(run, data, slots)
+
+    monkeypatch.setattr(lanes, "advance", scarce)
+    monkeypatch.setattr(lanes, "_take", out_of_memory)
+    for told in train_to_the_end(tmp_path, every_seconds=0):
+        check_epochs(told, alone)
+    for number in range(4):
+        assert checkpoint_file(tmp_path, number).exists()
+
+
+def test_a_number_of_slots_whose_program_cannot_be_compiled_does_not_fit(
+    alone, tmp_path, monkeypatch
+):
+    needed = lanes.bytes_needed
+    scarce = lambda run, data, slots: out_of_memory() if slots > 1 else needed(run, data, slots)
+    monkeypatch.setattr(memory, "device_mb", lambda: 1e5)
+    monkeypatch.setattr(lanes, "bytes_needed", scarce)
+    (told,) = train_to_the_end(tmp_path, 1)
+    check_epochs(told, alone)
+
+
+@pytest.mark.parametrize("place", [(lanes, "advance"), (training, "initial_state")])
+def test_a_structure_gets_memory_that_another_one_has(alone, tmp_path, monkeypatch, place):
+    """Planted: the device holds three slots in all, or no first state beside three."""
+    works, server = getattr(*place), Server(4)
+    held = lambda: sum(g.slots for g in server.process.groups.values() if g.lanes is not None)
+    most = 3 if place[0] is lanes else 2
+    orders = [order(tmp_path, number) for number in range(3)]
+    told = at_once(server, orders)
+    assert held() == 3
+    scarce = lambda *arguments: out_of_memory() if held() > most else works(*arguments)
+    monkeypatch.setattr(*place, scarce)
+    other = order(tmp_path, 3, options=["model.vf.sizes_hidden=[9]"])
+    assert report_of(server.step(other))["epoch"] == 1
+    assert held() <= 2
+    told = [told[0], server.step(orders[0])]
+    assert [without_place(computed(result)) for result in told] == [*map(without_place, alone[:2])]
+
+
+def test_what_fits_nowhere_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "advance", out_of_memory)
+    server = Server(4)
+    results = at_once(server, [order(tmp_path, number) for number in range(2)])
+    assert all("RESOURCE_EXHAUSTED" in result[FAILURE] for result in results.values())
+
+
+def test_fewer_slots_than_lanes_that_stay_are_not_made(tmp_path):
+    """After a trial of four seeds, for which there were more slots than else fit."""
+    server = Server(8)
+    many, *others = (order(tmp_path, n, seeds=[1, 2, 3, 4][: 4 if n == 0 else 1]) for n in range(5))
+    at_once(server, others[:2])
+    (group,) = server.process.groups.values()
+    server.process.most[group.key] = 2
+    at_once(server, [many, *others])
+    server.release(0)
+    results = at_once(server, others)
+    assert not any(FAILURE in result for result in results.values())
+
+
+def test_a_trial_joins_the_group_whose_last_trial_is_still_being_trained(tmp_path, monkeypatch):
+    """A second group of that structure would take as much memory again."""
+    advance, amid, go_on = lanes.advance, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        amid.set()
+        assert go_on.wait(60)
+        return advance(*arguments)
+
+    monkeypatch.setattr(lanes, "advance", slow)
+    server, first, second = Server(4), order(tmp_path, 0), order(tmp_path, 1)
+    released: list[Any] = []
+
+    def step():
+        try:
+            server.step(first)
+        except Released as error:
+            released.append(error)
+
+    threads = [threading.Thread(target=step), threading.Thread(target=server.step, args=[second])]
+    threads[0].start()
+    assert amid.wait(60)
+    (group,) = server.process.groups.values()
+    server.release(0)
+    threads[1].start()
+    while not group.trials:  # the second has not begun
+        threads[1].join(0.01)
+    assert [*server.process.groups.values()] == [group]
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert released and server.trials[1].group is group
+    server.release(1)
+    assert not server.process.groups
+
+
+def test_an_epoch_counts_the_programs_that_its_own_structure_compiled(tmp_path):
+    server = Server(4)
+    mine = order(tmp_path)
+    other = order(tmp_path, 1, options=["model.vf.sizes_hidden=[23]"])
+    server.step(mine)
+    begun = report_of(server.step(other))["metrics"]
+    later = report_of(server.step(mine))["metrics"]
+    assert later["compilations"] == [0.0] and later["compilation_seconds"] == [0.0]
+    assert 0 < begun["compilation_seconds"][0] < begun["epoch_seconds"][0]
 
 
 def test_a_step_ends_where_the_driver_decides(tmp_path):
@@ -177,7 +305,11 @@ def test_slots_are_given_up_when_they_were_free_for_as_long_as_a_program_compile
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     nothing: Any = None
     group: Any = Group("", nothing, nothing, 8, Process())
-    slots = lambda needed, largest=1: group._slots(needed, largest)
+
+    def slots(needed, least=1):
+        group.slots = group._slots(needed, least)
+        return group.slots
+
     assert slots(1) == 8
     group.compiling, group.quiet = 20.0, 19.0
     assert slots(1) == 8
@@ -185,7 +317,7 @@ def test_slots_are_given_up_when_they_were_free_for_as_long_as_a_program_compile
     assert slots(1) == 2  # a quarter of what fits
     assert slots(3) == 4
     assert slots(30) == 8
-    assert slots(10, largest=10) == 10  # the seeds of one trial stay together
+    assert slots(10, least=10) == 10  # the seeds of one trial stay together
 
 
 def test_a_trial_is_trained_ahead_while_the_driver_is_busy(alone, tmp_path):
@@ -292,3 +424,43 @@ def test_a_server_that_is_killed_costs_no_trial_and_no_epoch(apart, tmp_path, mo
     described = asked(tmp_path, "cluster.lanes=8", "checkpoints.every_seconds=0")
     done = study.run(described, tiny.quiet(), callbacks=[killer])
     assert killer.killed and done.whole and outcome(described.folder) == apart
+
+
+def test_a_trial_that_ends_its_server_again_and_again_fails_alone(
+    source, copied_stores, mlflow_here, one_ray, tmp_path, monkeypatch
+):
+    """As a kernel of the operating system would, for its memory: all that it takes down with it are
+    suspects, and train apart."""
+    culprit = 1
+
+    class Fragile:  # here, so that it goes to Ray's workers by value
+        """Its neighbours are all in the culprit's server when that ends, and there only."""
+
+        def __init__(self, slots):
+            self.server = Server(slots)
+
+        def admit(self, number, count):
+            beside = number == culprit or culprit in self.server.admitted
+            return (beside or count == self.server.slots) and self.server.admit(number, count)
+
+        def step(self, order, anew):
+            if order["number"] == culprit:
+                while not order["apart"] and len(self.server.admitted) < 4:
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not order["apart"]:
+                threading.Event().wait()
+            return {**self.server.step(order, anew), **worker.identity()}
+
+        def release(self, number):
+            self.server.release(number)
+
+    monkeypatch.setitem(SPACES, "of_lanes", space)
+    monkeypatch.setattr(ray_backend, "LaneServer", ray.remote(Fragile))
+    monkeypatch.setattr(ray_backend, "WORKERS_LOST", 2)
+    monkeypatch.setattr(ray_backend, "SUSPECTED", 1)
+    done = study.run(asked(tmp_path, "cluster.lanes=4", "trials=4"), tiny.quiet())
+    states = {record.number: (record.state, record.reason) for record in done.records}
+    assert states.pop(culprit) == (FAILED, "worker lost 3 times")
+    assert [*states] == [0, 2, 3]
+    assert {state for state, _ in states.values()} <= {COMPLETE, PRUNED}

@@ -1,12 +1,13 @@
 """Lanes: each is what it would be alone, whoever is beside it, joins or leaves."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from disinhib import checkpoint, hydra_config, lanes, training
+from disinhib import checkpoint, compilation_cache, hydra_config, lanes, training
 from disinhib.config import parse
 
 TINY = ("model.vf.nb_hidden=1", "model.vf.sizes_hidden=[16]", "batchsize=100", "epochs=3")
@@ -183,6 +184,22 @@ def test_lanes_in_one_program_are_what_they_would_be_alone(as_on_a_gpu, monkeypa
 def test_memory_grows_with_the_slots(as_on_a_gpu):
     data = training.prepare(EXACT)
     assert 0 < lanes.bytes_needed(EXACT, data, 1) < lanes.bytes_needed(EXACT, data, 4)
+
+
+def test_the_program_that_shows_it_is_compiled_once_a_machine(as_on_a_gpu, monkeypatch):
+    held = []
+
+    @contextmanager
+    def noted(program):
+        held.append(program)
+        yield
+        held.append("compiled")
+
+    monkeypatch.setattr(compilation_cache, "alone", noted)
+    data = training.prepare(EXACT)
+    lanes.bytes_needed(EXACT, data, 2)
+    state = training.initial_state(EXACT, [0, 1])
+    assert held == [training.programs_of(EXACT, data, state), "compiled"]
 
 
 def test_memory_is_kept_within_a_limit(monkeypatch):

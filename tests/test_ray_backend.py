@@ -2,10 +2,12 @@
 """The study loop on the real Ray Tune, with trials that only play: what each of their ends is in
 the log and in Ray, and what ends the study."""
 
+import json
 import os
 import signal
 from contextlib import closing
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +16,7 @@ import tiny
 from ray import tune
 from ray.tune import ExperimentAnalysis
 
-from disinhib.tuning import ray_backend, steering
+from disinhib.tuning import ray_backend, steering, worker
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
@@ -28,6 +30,7 @@ from disinhib.tuning.event_log import (
     replay,
 )
 from disinhib.tuning.loop import StudyStopped, from_list, mean_score, study_loop
+from disinhib.tuning.ray_backend import Running
 
 pytestmark = pytest.mark.usefixtures("one_ray", "impatient")
 
@@ -175,6 +178,84 @@ def test_a_worker_that_is_silent_is_ended_and_its_trial_goes_on(tmp_path, monkey
     assert [record.state for record in played.records.values()] == [COMPLETE]
     assert played.said[0].startswith("trial 0 has been silent for ")
     assert played.said[-1].endswith("is lost: trial 0 goes on from epoch 0")
+
+
+def test_a_process_is_ended_when_all_of_its_trials_are_silent(tmp_path, monkeypatch):
+    """One of them may wait for a program to be compiled."""
+    ended, said = [], []
+    monkeypatch.setattr(ray_backend, "end_process", lambda *of: ended.append(of))
+    backend = tiny.backend(tiny.played(), tmp_path, say=said.append)
+    silent, late = ray_backend.QUIET_SECONDS + 1, ray_backend.QUIET_SECONDS - 1
+    heard = {0: (7, 0.0), 1: (7, silent - late), 2: (8, 0.0), 3: (9, silent)}
+    backend.running = {n: Running(when, "here", pid) for n, (pid, when) in heard.items()}
+    backend._end_the_silent(silent)
+    assert ended == [("here", 8)]
+    backend.running[1].heard = 0.0
+    backend._end_the_silent(silent)
+    assert ended == [("here", 8), ("here", 7)]
+    assert said[1] == "trials 0, 1 have been silent for 61 s: their worker is ended"
+
+
+def test_a_server_that_is_not_there_yet_holds_up_no_trial(monkeypatch):
+    """As when another job has its GPU."""
+
+    @ray.remote(num_cpus=0)
+    class Server:
+        def __init__(self, word):
+            self.word, self.asked = word, []
+
+        def admit(self, *asked):
+            self.asked.append(asked)
+            return True
+
+        def told(self):
+            return self.word, self.asked
+
+        def release(self, number):
+            """Has nothing to forget."""
+
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 0.5)
+    need: Any = {"id": "admission"}
+    names = [worker.server_name(need, machine, 0) for machine in "ab"]
+    waits = Server.options(name=names[0], resources={"nowhere": 1}).remote("waits")
+    there = Server.options(name=names[1]).remote("there")
+    ray.get(there.told.remote())
+    order: Any = {
+        "number": 0, "seeds": [1, 2], "left_out": [], "apart": False,
+        "policy": {"need": need, "lanes": 8},
+    }  # fmt: skip
+    for apart in (False, True):
+        chosen = worker._admitted({**order, "apart": apart})
+        assert ray.get(chosen.told.remote())[0] == "there"
+    assert ray.get(there.told.remote())[1] == [(0, 2), (0, 8)]
+    for server in (waits, there):
+        ray.kill(server)
+
+
+def test_a_server_finds_a_place_beside_trials_and_forgets_those_that_have_ended(tmp_path):
+    @ray.remote
+    class Holder:
+        def ready(self):
+            """Has all of the machine's cores."""
+
+    holder = Holder.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    ray.get(holder.ready.remote())
+    backend = tiny.backend(tiny.played(), tmp_path)
+    backend.policy.update(need={"id": "place"}, lanes=2)  # type: ignore[typeddict-item]
+    (machine,) = backend.machines.all.values()
+    machine.servers = 1
+    backend.serve()
+    (server,) = backend.servers.values()
+    admit = lambda *asked: ray.get(server.admit.remote(*asked))
+    assert admit(0, 2) and not admit(1, 1)
+    backend.tell = lambda outcome: True
+    epoch = {"epoch": 1, "metrics": {}, "diverged": {}, "place": {}}
+    report = json.dumps({"epochs": [epoch]})
+    trial: Any = SimpleNamespace(config=asked(0).config, num_failures=0)
+    assert backend.hear(trial, {"pid": 0, ray_backend.REPORT: report})
+    assert admit(1, 1)  # though no worker has told it that the first has ended
+    for actor in (holder, server):
+        ray.kill(actor)
 
 
 def test_an_obstacle_ends_the_study(tmp_path):

@@ -84,7 +84,7 @@ def finished(tiny_space, copied_stores, one_ray, tries, tmp_path_factory):
 
             class Raising(lane_group.Group):
                 def _report(self, trial, *args):
-                    if trial.config["number"] == RAISED_TRIAL:
+                    if trial.order["number"] == RAISED_TRIAL:
                         with tries.open("a") as file:
                             file.write("begun\n")
                         raise RuntimeError("planted\nand more of it")
@@ -392,7 +392,7 @@ def extended(finished, tmp_path_factory):
 
             class Poisoning(lane_group.Group):
                 def train(self, trial):
-                    if trial.config["number"] == POISONED_TRIAL and trial.state is not None:
+                    if trial.order["number"] == POISONED_TRIAL and trial.state is not None:
                         weights = dict(trial.state.parameters)
                         weights["kernel_out"] = weights["kernel_out"].at[1].set(math.nan)
                         trial.state = trial.state._replace(parameters=weights)

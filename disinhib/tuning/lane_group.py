@@ -10,7 +10,8 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,28 +23,42 @@ from disinhib.config import RunConfig
 from disinhib.errors import FULL_DISK
 from disinhib.lanes import Lanes
 from disinhib.training import Data, TrainingState
-from disinhib.tuning.event_log import TrialConfig
 from disinhib.tuning.retention import checkpoint_file, sizes
-from disinhib.tuning.worker import GPU_MB, LANES, Policy
+from disinhib.tuning.worker import GPU_MB, LANES, Order, Policy
 
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # with which an error of jax begins
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
 
 class Process:
-    """What all groups of a process share: the seconds of each program that it has compiled (or
-    loaded from the cache), the programs that it has, and how many slots of each group (by its key)
-    fit."""
+    """What the groups of a process share: its device, and what it has compiled."""
 
     def __init__(self) -> None:
-        self.most: dict[str, int] = {}
-        self.compilations: list[float] = []
-        self.programs: set[str] = set()
+        self.groups: dict[str, Group] = {}  # by their keys
+        self.most: dict[str, int] = {}  # slots of each that fit
+        self.programs: set[str] = set()  # that it has
+        self._seconds: dict[int, list[float]] = {}  # by thread
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.compilations.append(duration_secs)
+        seconds = self._seconds.get(threading.get_ident())
+        if seconds is not None and event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    @contextmanager
+    def compiling(self) -> Iterator[list[float]]:
+        """The seconds of each program that this thread compiles (or loads from the cache)."""
+        self._seconds[threading.get_ident()] = seconds = []
+        try:
+            yield seconds
+        finally:
+            del self._seconds[threading.get_ident()]
+
+    def make_room(self, asking: Group | None = None) -> bool:
+        """Gives up slots of another group than the one that asks, of one with as many as any;
+        whether there were some to give up. Nobody who has a turn may call it."""
+        others = [group for group in list(self.groups.values()) if group is not asking]
+        others.sort(key=lambda group: group.slots, reverse=True)
+        return any(group.give_up_slots() for group in others)
 
 
 @dataclass(eq=False)
@@ -54,15 +69,13 @@ class Trial:
     ahead, while the driver was busy, or are its checkpoint's.
     """
 
-    config: TrialConfig
-    policy: Policy
-    decisions: frozenset[int]  # epochs after which it waits for the driver
+    order: Order
     run: RunConfig
     group: Group
     state: TrainingState | None
     reports: list[dict[str, Any]]
     memory: memory.Memory
-    compiled: int  # programs of this process before its next epoch
+    compilations: list[float]  # seconds of each, of its start: they count to its next epoch
     saved_epochs: int
     saved: float = field(default_factory=time.monotonic)
     told: int = 0
@@ -76,7 +89,11 @@ class Trial:
     @property
     def names(self) -> tuple[tuple[int, int], ...]:
         """Of its lanes."""
-        return tuple((self.config["number"], seed) for seed in self.config["seeds"])
+        return tuple((self.order["number"], seed) for seed in self.order["seeds"])
+
+    @property
+    def policy(self) -> Policy:
+        return self.order["policy"]
 
     @property
     def waits(self) -> bool:
@@ -90,9 +107,10 @@ class Trial:
         decision of the driver and one further. Not its last epoch, nor one to be saved."""
         with self._lock:
             trained = len(self.reports)
-            undecided = [epoch for epoch in self.decisions if self.told <= epoch < trained]
+            decisions = self.order["decisions"]
+            undecided = [epoch for epoch in decisions if self.told <= epoch < trained]
             in_slot = self.state is None and self.error is None
-            last = trained >= self.config["epochs"] - 1
+            last = trained >= self.order["epochs"] - 1
             return in_slot and not (undecided or last or self.save_is_due)
 
     @property
@@ -107,12 +125,12 @@ class Trial:
     def tell(self) -> None:
         """Tells its reports until it need wait no longer: the driver has to decide, or has heard
         nothing for long, or there will be no more of them."""
-        epochs, late = self.config["epochs"], self.policy["stretch_seconds"]
+        epochs, late = self.order["epochs"], self.policy["stretch_seconds"]
         with self._lock:
             while self._waits and self.told < len(self.reports):
                 self.told += 1
-                final = self.config["final"] and self.told == epochs - 1  # its last takes longer
-                decided = self.told in self.decisions or self.told >= epochs
+                final = self.order["final"] and self.told == epochs - 1  # its last takes longer
+                decided = self.told in self.order["decisions"] or self.told >= epochs
                 if decided or final or self.words or time.monotonic() - self.asked >= late:
                     self._waits = False
             if self.failed:
@@ -138,50 +156,72 @@ class Trial:
 
 
 class Group:
-    """The trials of one structure (and data), and the slots that they share."""
+    """The trials of one structure (and data), and the slots that they share: at most `limit`, or as
+    many as one trial has lanes."""
 
-    def __init__(self, key: str, run: RunConfig, data: Data, slots: int, process: Process):
+    def __init__(self, key: str, run: RunConfig, data: Data, limit: int, process: Process):
         self.key, self.run, self.data = key, run, data
-        self.given, self.process = slots, process
+        self.limit, self.process = limit, process
         self.trials: list[Trial] = []
         self.lanes: Lanes | None = None
-        self.most: int | None = process.most.get(key)  # slots that fit into the device's memory
-        self.slots = self.most or 0  # on a GPU
+        self.slots = 0  # that there are, or were to be
         self.quiet = 0.0  # seconds of epochs for which fewer would have done
         self.compiling = 0.0  # seconds that its newest program took
         self.preparation = 0.0  # seconds before the next epoch
+        self.compilations: list[float] = []  # seconds of each, within these
         self.taken = False  # whether a thread has the turn, and with it `lanes` and all states
         self.news = threading.Condition()  # the turn is free again
+
+    @property
+    def most(self) -> int | None:
+        """Slots that fit into the device's memory, once that is known."""
+        return self.process.most.get(self.key)
 
     def train(self, trial: Trial) -> None:
         """Trains until the trial need wait no longer, and with it all others that wait."""
         trial.ask()
-        while self._turn(lambda: trial.waits):
-            try:
-                self._epoch()
-            finally:
-                self._give_turn()
+        while True:
+            with self._turn(lambda: trial.waits) as mine:
+                if not mine:
+                    return
+                waiting = [other for other in list(self.trials) if other.waits]
+                try:
+                    self._epoch(waiting)
+                    continue
+                except Exception as error:
+                    if not memory.is_short(error):
+                        self._give_up(waiting, error)
+                        continue
+                    if self._halve():
+                        continue
+                    short = error
+            if not self.process.make_room(self):
+                with self._turn():
+                    self._give_up(waiting, short)
 
     def state_of(self, trial: Trial) -> TrainingState:
-        self._turn(lambda: True)
-        try:
+        with self._turn():
             return self._state_of(trial)
-        finally:
-            self._give_turn()
 
-    def _turn(self, wanted: Callable[[], bool]) -> bool:
-        """Takes the turn as soon as it is free; False if it is `wanted` no longer."""
+    def give_up_slots(self) -> bool:
+        """Goes on with half as many slots; says whether that is possible."""
+        with self._turn():
+            return self._halve()
+
+    @contextmanager
+    def _turn(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[bool]:
+        """The turn, as soon as it is free; False, without it, if it is `wanted` no longer."""
         with self.news:
             self.news.wait_for(lambda: not self.taken or not wanted())
-            if not wanted():
-                return False
-            self.taken = True
-            return True
-
-    def _give_turn(self) -> None:
-        with self.news:
-            self.taken = False
-            self.news.notify_all()
+            mine = wanted()
+            self.taken = self.taken or mine
+        try:
+            yield mine
+        finally:
+            if mine:
+                with self.news:
+                    self.taken = False
+                    self.news.notify_all()
 
     def _state_of(self, trial: Trial) -> TrainingState:
         if trial.state is not None:
@@ -189,75 +229,87 @@ class Group:
         assert self.lanes is not None
         return lanes.state_of(self.lanes, trial.names)
 
-    def _epoch(self) -> None:
+    def _epoch(self, waiting: list[Trial]) -> None:
         """Trains the trials that wait by an epoch, as many as there is room for, and in the room
-        that is left those that may run ahead: a slot of a GPU costs as much without a lane."""
-        trials = list(self.trials)
-        waiting = [trial for trial in trials if trial.waits]
+        that is left those that may run ahead: a slot of a GPU costs as much without a lane. Raises
+        what concerns all of them."""
         if not waiting:  # the last one has just been released
             return
-        room = self.given if self.most is None else self.most
-        training = list(waiting)
-        for trial in trials:
-            lanes_of = sum(len(other.names) for other in (*training, trial))
+        room = self.limit if self.most is None else self.most
+        together = list(waiting)
+        for trial in list(self.trials):
+            lanes_of = sum(len(other.names) for other in (*together, trial))
             if trial not in waiting and trial.may_run_ahead and lanes_of <= room:
-                training.append(trial)
-        start = time.perf_counter()
-        try:
-            self._place(training)
-            assert self.lanes is not None
-            compiled = self._prepare()
-            self.preparation += time.perf_counter() - start
-            if compiled:  # so long that others may wait by now
-                self.compiling = self.preparation
-                return
+                together.append(trial)
+        with self.process.compiling() as seconds:
             start = time.perf_counter()
-            self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
-            self.quiet += time.perf_counter() - start
-            preparation, self.preparation = self.preparation, 0.0
-        except Exception as error:
-            if not (_is_out_of_memory(error) and self._halve()):
-                self._give_up(waiting, error)
+            try:
+                self._place(together)
+                compiled = self._prepare()
+            finally:
+                self.preparation += time.perf_counter() - start
+                self.compilations += seconds
+        if compiled:  # so long that others may wait by now
+            self.compiling = self.preparation
             return
-        for trial in training:
+        assert self.lanes is not None
+        start = time.perf_counter()
+        self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
+        self.quiet += time.perf_counter() - start
+        for trial in together:
             if trial.state is None:
                 try:
-                    self._report(trial, told, preparation)
+                    self._report(trial, told)
                 except Exception as error:  # this trial's alone
                     trial.fail(error)
+        self.preparation, self.compilations = 0.0, []
 
     def _give_up(self, waiting: list[Trial], error: Exception) -> None:
         """Fails those that waited for this epoch; the others are where they were before it."""
         for trial in waiting:
-            trial.fail(error)
-        for trial in list(self.trials):
+            if trial.waits:
+                trial.fail(error)
+        self._take_out(self.trials)
+        self.lanes = None
+
+    def _halve(self) -> bool:
+        """Takes all lanes out, to go on with half as many slots; says whether that is possible."""
+        largest = max((len(trial.names) for trial in self.trials), default=1)
+        if self.slots <= largest:
+            return False
+        self._take_out(self.trials)
+        self.lanes = None
+        self.slots = self.process.most[self.key] = max(largest, self.slots // 2)
+        return True
+
+    def _take_out(self, trials: Sequence[Trial]) -> None:
+        """Keeps the states of these trials outside of the slots."""
+        for trial in list(trials):
             if trial.state is None and trial.error is None:
                 try:
                     trial.state = self._state_of(trial)
                 except Exception as of_device:
                     trial.fail(of_device)
-        self.lanes = None
 
-    def _place(self, training: list[Trial]) -> None:
+    def _place(self, together: list[Trial]) -> None:
         """Takes out the lanes of other trials, and puts in those of these."""
-        needed = sum(len(trial.names) for trial in training)
-        outside = [trial for trial in training if trial.state is not None]
+        needed = sum(len(trial.names) for trial in together)
+        outside = [trial for trial in together if trial.state is not None]
         outside.sort(key=lambda trial: trial.asked)
+        staying = {name for trial in together if trial.state is None for name in trial.names}
         if self.lanes is not None:
-            for trial in list(self.trials):
-                if trial.state is None and trial.error is None and trial not in training:
-                    trial.state = self._state_of(trial)
-            staying = {name for trial in training if trial.state is None for name in trial.names}
+            self._take_out([trial for trial in list(self.trials) if trial not in together])
             self.lanes = lanes.leave(self.lanes, [n for n in self.lanes.names if n not in staying])
             if not staying:
                 self.lanes = None
-        slots = self._slots(needed, max(len(trial.names) for trial in training))
+        least = max(len(staying), *(len(trial.names) for trial in together))
+        self.slots = self._slots(needed, least)
         if self.lanes is None:
             first, *outside = outside
             assert first.state is not None
             self.lanes = lanes.of(first.names, first.state, first.run.hyperparameters)
             first.state = None
-        self.lanes = lanes.resized(self.lanes, slots)
+        self.lanes = lanes.resized(self.lanes, self.slots)
         for trial in outside:
             if len(trial.names) <= self.lanes.free:  # else it waits for another epoch
                 assert trial.state is not None
@@ -265,44 +317,33 @@ class Group:
                 self.lanes = lanes.join(self.lanes, trial.names, trial.state, scalars)
                 trial.state = None
 
-    def _slots(self, needed: int, largest: int) -> int:
-        """How many there are from now on. On a CPU, where lanes take turns, as many as lanes; else,
-        as each number is a program to compile, all of what fits, or half or a quarter of it: more
-        as soon as they are needed, fewer when fewer have been enough for as long as it took to
-        compile a program."""
-        if self.most is None:
-            self.most = self.process.most[self.key] = self._fitting()
-            self.slots = self.most  # which has just been compiled, to see whether it fits
+    def _slots(self, needed: int, least: int) -> int:
+        """How many there are from now on, at least `least`. On a CPU, where lanes take turns, as
+        many as are `needed`; else, as each number is a program to compile, all of what fits, or
+        half or a quarter of it: more as soon as they are needed, fewer when fewer have been enough
+        for as long as it took to compile a program."""
+        slots, most = self.slots, self.most
+        if most is None:
+            # The program of so many slots has just been compiled, to see whether it fits.
+            slots = most = self.process.most[self.key] = self._fitting()
         if jax.default_backend() == "cpu":
-            return max(largest, min(needed, self.most)) if self.given > 1 else needed
-        enough = max(self.most, largest)
-        while enough // 2 >= max(needed, largest, self.most // 4):
+            return max(least, min(needed, most)) if self.limit > 1 else needed
+        enough = max(most, least)
+        while enough // 2 >= max(needed, least, most // 4):
             enough //= 2
-        if max(enough, needed) >= self.slots:
+        if max(enough, needed) >= slots:
             self.quiet = 0.0
-        if enough > self.slots or self.quiet > self.compiling:
-            self.slots, self.quiet = enough, 0.0
-        return self.slots
+        if enough > slots or self.quiet > self.compiling:
+            slots, self.quiet = enough, 0.0
+        return slots
 
     def _fitting(self) -> int:
         """The number of slots that the device has memory for."""
-        limit = memory.device_mb()
-        if self.given == 1 or limit is None:
-            return self.given
-        room = int(SHARE_OF_MEMORY * limit * 1e6)
-        return lanes.fitting(self.run, self.data, self.given, room)
-
-    def _halve(self) -> bool:
-        """Takes all lanes out, to go on with half as many; says whether that is possible."""
-        largest = max((len(trial.names) for trial in self.trials), default=1)
-        if self.lanes is None or len(self.lanes.names) <= largest:
-            return False
-        for trial in list(self.trials):
-            if trial.state is None and trial.error is None:
-                trial.state = self._state_of(trial)
-        self.most, self.slots, self.lanes = max(largest, len(self.lanes.names) // 2), 0, None
-        self.process.most[self.key] = self.most
-        return True
+        device_mb = memory.device_mb()
+        if self.limit == 1 or device_mb is None:
+            return self.limit
+        room = int(SHARE_OF_MEMORY * device_mb * 1e6)
+        return lanes.fitting(self.run, self.data, self.limit, room)
 
     def _prepare(self) -> bool:
         """Traces and compiles what trains the slots, unless this process has it."""
@@ -317,9 +358,7 @@ class Group:
         self.process.programs.add(needed)
         return True
 
-    def _report(
-        self, trial: Trial, told: Mapping[Any, Mapping[str, float]], preparation: float
-    ) -> None:
+    def _report(self, trial: Trial, told: Mapping[Any, Mapping[str, float]]) -> None:
         """Notes an epoch of a trial, and saves its state if that is due. In a search, raises
         training.Diverged if one seed diverges: its numbers are a failure, never a score."""
         assert self.lanes is not None
@@ -329,7 +368,7 @@ class Group:
             why = training.divergence(trial.run, told[name], self.lanes.state, slot)
             if why is None or seed in before:
                 continue
-            if not trial.config["final"]:
+            if not trial.order["final"]:
                 raise training.Diverged(why)
             diverged[seed] = f"Diverged: {why}"
         dead = {*before, *diverged}
@@ -339,16 +378,16 @@ class Group:
             ]
             for metric in told[trial.names[0]]
         }
-        metrics["epoch_seconds"] = [s + preparation for s in metrics["epoch_seconds"]]
-        compilations = self.process.compilations[trial.compiled :]
-        trial.compiled += len(compilations)
+        before_epoch = self.preparation + sum(trial.compilations)
+        metrics["epoch_seconds"] = [s + before_epoch for s in metrics["epoch_seconds"]]
+        compilations, trial.compilations = [*trial.compilations, *self.compilations], []
         metrics["compilations"] = [float(len(compilations))]
         metrics["compilation_seconds"] = [sum(compilations)]
         metrics["peak_memory_mb"] = [memory.peak_mb(trial.memory)]
         place = {"device": jax.devices()[0].device_kind, "host": platform.node()}
         if (limit := memory.device_mb()) is not None:
             place[GPU_MB] = f"{limit:.0f}"
-        if self.given > 1:
+        if self.limit > 1:
             place[LANES] = str(len(self.lanes.names))
         trial.reports.append({"metrics": metrics, "place": place, "diverged": diverged})
         if trial.waits:  # else the driver may have ended it, and removed its checkpoint
@@ -357,13 +396,15 @@ class Group:
 
     def _save(self, trial: Trial) -> None:
         """Writes a checkpoint if one is due, or notes why it could not."""
-        policy, config = trial.policy, trial.config
-        last = len(trial.reports) >= config["epochs"]
-        if not (policy["at_end"] or config["final"] if last else trial.save_is_due):
+        policy, order = trial.policy, trial.order
+        last = len(trial.reports) >= order["epochs"]
+        if not (policy["at_end"] or order["final"] if last else trial.save_is_due):
             return
-        file = checkpoint_file(policy["folder"], config["number"])
+        file = checkpoint_file(policy["folder"], order["number"])
         try:
             with FileLock(file.with_name(".lock")):
+                if trial.released:  # meanwhile: another worker may have written it
+                    return
                 beside = sum(n for other, n in sizes(file.parent).items() if other != file)
                 room = policy["cap_bytes"] - beside
                 state = self._state_of(trial)
@@ -379,7 +420,3 @@ class Group:
             trial.words["over_cap"] = True
             return
         trial.saved, trial.saved_epochs = time.monotonic(), len(trial.reports)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(OUT_OF_MEMORY)

@@ -14,8 +14,8 @@ import json
 import math
 import platform
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 from ray.air.constants import TRAINING_ITERATION
@@ -26,9 +26,11 @@ from disinhib.errors import one_line, reason_of
 from disinhib.solvers import stability
 from disinhib.tuning import machines
 from disinhib.tuning.event_log import over_seeds
-from disinhib.tuning.lane_group import OUT_OF_MEMORY, Group, Process, Trial
+from disinhib.tuning.lane_group import Group, Process, Trial
 from disinhib.tuning.retention import checkpoint_file, model_file
 from disinhib.tuning.worker import FAILURE, MACHINE, REPORT, SAVED, UNFIT, Order
+
+T = TypeVar("T")
 
 
 class Unfit(RuntimeError):
@@ -46,10 +48,9 @@ class Server:
     def __init__(self, slots: int = 1):
         self.slots = slots
         self.trials: dict[int, Trial] = {}
-        self.groups: dict[str, Group] = {}
         self.admitted: dict[int, int] = {}  # lanes of each trial
-        self.lock = threading.Lock()  # of all of these
         self.process = Process()
+        self.lock = threading.Lock()  # of all of these
         self.proved = False
         # One trial begins at a time: the next one finds its data and its first programs.
         self.beginning = threading.Lock()
@@ -65,37 +66,60 @@ class Server:
             return True
 
     def release(self, number: int) -> None:
-        """Forgets a trial."""
+        """Forgets a trial, and gives its room to others."""
         with self.lock:
             self.admitted.pop(number, None)
-            trial = self.trials.pop(number, None)
-            if trial is not None:
-                trial.release()
-                trial.group.trials.remove(trial)
-                if not trial.group.trials:
-                    self.groups.pop(trial.group.key, None)
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        trial = self.trials.pop(number, None)
+        if trial is not None:
+            trial.release()
+            trial.group.trials.remove(trial)
+            self._drop(trial.group)
+
+    def _drop(self, group: Group) -> None:
+        """Forgets a group without trials, but not while a thread trains it: a new trial joins it
+        then, as a second group of the same structure would need as much memory again."""
+        groups = self.process.groups
+        if groups.get(group.key) is group and not (group.trials or group.taken):
+            del groups[group.key]
 
     def step(self, order: Order, anew: bool = False) -> dict[str, Any]:
         """Trains a trial until the driver must decide, or the policy's `stretch_seconds` have
         passed: the result for Ray. `anew`: from its checkpoint or its start, whatever is known of
         it."""
         number = order["number"]
-        if anew:
-            self.release(number)
-        trial = self.trials.get(number)
+        with self.lock:
+            if anew:
+                self._forget(number)
+            trial = self.trials.get(number)
         try:
             if trial is None:
                 with self.beginning:
-                    trial = self._begin(order)
+                    trial = self._with_room(lambda: self._begin(order))
             first = trial.told
             trial.group.train(trial)
             result = {**self._result(trial, first), SAVED: trial.saved_epochs}
         except Exception as error:  # of the machine, or of the trial
             saved = 0 if trial is None else trial.saved_epochs
             return {**_fault(error, begun=trial is not None), SAVED: saved}
+        finally:
+            if trial is not None:
+                with self.lock:
+                    self._drop(trial.group)
         if self.trials.get(number) is not trial:
             raise Released(f"trial {number}")
         return result
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """What `work` gives; after a group has given up slots, if the device has no memory."""
+        while True:
+            try:
+                return work()
+            except jax.errors.JaxRuntimeError as error:
+                if not (memory.is_short(error) and self.process.make_room()):
+                    raise
 
     def _begin(self, order: Order) -> Trial:
         """Loads the data, and the trial's checkpoint if it has one."""
@@ -106,31 +130,29 @@ class Server:
             numerics.set_jax()
             compilation_cache.share()  # here, because it needs the device, which may be missing
             self.proved = True
-        # Before the start, which is of the first epoch.
-        mark, compiled = memory.start(), len(self.process.compilations)
-        run = parse(order["options"])
-        data = training.prepare(run)
-        file, reports = checkpoint_file(policy["folder"], order["number"]), []
-        if file.exists():
-            state, reports = checkpoint.load(file, run)
-        else:
-            state = training.initial_state(run, order["seeds"])
+        mark = memory.start()
+        run, reports = parse(order["options"]), []
+        file = checkpoint_file(policy["folder"], order["number"])
+        with self.process.compiling() as compilations:
+            data = training.prepare(run)
+            if file.exists():
+                state, reports = checkpoint.load(file, run)
+            else:
+                state = training.initial_state(run, order["seeds"])
         trained_on = run.dataset, run.dataset_path, run.valid_split, run.valid_seed
         evaluated = run.epochs, run.test_at_end, run.evaluated_share_of_train, run.alignment
         key = str((run.architecture, *trained_on, *evaluated))
         with self.lock:
             new = Group(key, run, data, self.slots, self.process)
-            group = self.groups.setdefault(key, new)
+            group = self.process.groups.setdefault(key, new)
             trial = Trial(
-                config=order,
-                policy=policy,
-                decisions=frozenset(order["decisions"]),
+                order=order,
                 run=run,
                 group=group,
                 state=state,
                 reports=reports,
                 memory=mark,
-                compiled=compiled,
+                compilations=compilations,
                 saved_epochs=len(reports),
             )
             group.trials.append(trial)
@@ -147,8 +169,9 @@ class Server:
         ]
         result: dict[str, Any] = {}
         if epochs:
-            if trial.config["final"] and trial.told == trial.config["epochs"]:
-                epochs[-1] = {**self._checked(trial, epochs[-1]), "epoch": trial.told}
+            if trial.order["final"] and trial.told == trial.order["epochs"]:
+                checked = self._with_room(lambda: self._checked(trial, epochs[-1]))
+                epochs[-1] = {**checked, "epoch": trial.told}
             # No `done` after the last epoch: the study loop ends every trial, and Tune would not
             # pass a result with `done` to its scheduler.
             result = {
@@ -164,12 +187,12 @@ class Server:
     def _checked(self, trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
         """The last report of a final trial, with the results of the check of its dynamics. Writes a
         file for each trained model beside the checkpoint."""
-        config, run, data = trial.config, trial.run, trial.group.data
+        order, run, data = trial.order, trial.run, trial.group.data
         metrics, flags = dict(report["metrics"]), {}
         diverged = trial.diverged()
         state = trial.group.state_of(trial)
         images, labels = (array[: run.architecture.batch_size] for array in data.validation)
-        for lane, seed in enumerate(config["seeds"]):
+        for lane, seed in enumerate(order["seeds"]):
             if str(seed) in diverged:
                 continue
             own = (state.parameters, state.rule)
@@ -177,17 +200,17 @@ class Server:
             images_of_floats = images.astype(float) * data.scale
             measured, flag = stability.check(run, parameters, images_of_floats, labels, rule)
             for name, value in measured.items():
-                metrics.setdefault(name, [math.nan] * len(config["seeds"]))[lane] = value
+                metrics.setdefault(name, [math.nan] * len(order["seeds"]))[lane] = value
             if flag:
                 flags[str(seed)] = flag
-            file = model_file(trial.policy["folder"], config["number"], seed)
+            file = model_file(trial.policy["folder"], order["number"], seed)
             kept = export.with_feedback(run, parameters, rule)
-            file.write_bytes(export.dump({**config["options"], "seed": seed}, kept))
+            file.write_bytes(export.dump({**order["options"], "seed": seed}, kept))
         return {**report, "metrics": metrics, "flags": flags}
 
 
 # What a jax error begins with if another machine would raise it too: a smaller network would fit.
-OF_CONFIGURATION = (OUT_OF_MEMORY, "INVALID_ARGUMENT", "UNIMPLEMENTED")
+OF_CONFIGURATION = (memory.OUT_OF_MEMORY, "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def of_machine(error: Exception, begun: bool) -> bool:

@@ -379,9 +379,8 @@ class Progress:
     def epoch(self, done: EpochDone, record: Record) -> None:
         """Takes note of the duration of an epoch of the trial `record`."""
         now, last = time.monotonic(), self.heard.get(done.trial)
-        names = "epoch_seconds", "compilation_seconds"
-        times = [[v for v in done.metrics.get(name, ()) if math.isfinite(v)] for name in names]
-        took = sum(max(values, default=0.0) for values in times)
+        seconds = done.metrics.get("epoch_seconds", ())
+        took = max((v for v in seconds if math.isfinite(v)), default=0.0)
         if last is not None and record.config["final"] and done.epoch == record.budget:
             took = now - last
         if took:  # else every seed has diverged

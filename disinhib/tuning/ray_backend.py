@@ -58,8 +58,11 @@ from disinhib.tuning.worker import (
 )
 
 FOLDER = "ray"  # in the study's folder
-LEFT_OUT = "left_out"  # of an Order, which is what Tune knows of a trial
+LEFT_OUT, APART = "left_out", "apart"  # of an Order, which is what Tune knows of a trial
 WORKERS_LOST = 3  # a trial is restarted after so many deaths of its worker without a new epoch
+# After so many it trains apart, so that a trial which is to blame for its server's deaths ends
+# alone and not with all its neighbours.
+SUSPECTED = 2
 MOST_FORGIVEN = 20  # deaths of a trial's workers, while machines that have joined are surveyed
 LOOK_SECONDS = 1.0  # between two looks at the cluster
 # A worker is ended if it has reported nothing for PATIENCE times as long as its trial has ever
@@ -77,6 +80,11 @@ class Running:
     pid: int = 0
     longest: float = 0.0  # s between two reports
     checks: bool = False  # its next report is a final trial's last, which has checks to do
+
+    def silent(self, now: float) -> bool:
+        """For longer than a worker may be."""
+        limit = max(QUIET_SECONDS, PATIENCE * self.longest)
+        return not self.checks and now - self.heard > limit
 
 
 @dataclass(eq=False)
@@ -160,10 +168,10 @@ class RayBackend(tune.Callback):
             raise self.error
 
     def of_trial(self) -> Mapping[str, float]:
-        """What Tune needs for a trial: its own resources or, if a server of lanes has them, a share
-        of its CPUs."""
-        lanes = self.policy["lanes"]
-        return self.resources if lanes == 1 else {"cpu": _share(self.resources["cpu"], lanes)}
+        """What Tune needs for a trial: its own resources or, with lanes, a share of the CPUs of
+        all. (Ray counts to four places.)"""
+        cpus, lanes = self.resources["cpu"], self.policy["lanes"]
+        return self.resources if lanes == 1 else {"cpu": int(1e4 * cpus / lanes) / 1e4}
 
     def serve(self) -> None:
         """Starts the servers of machines that may have trials, and ends those of others."""
@@ -174,7 +182,7 @@ class RayBackend(tune.Callback):
                 if machine.open and name not in self.servers:
                     self.servers[name] = LaneServer.options(
                         name=name,
-                        num_cpus=_share(self.resources["cpu"], lanes),
+                        num_cpus=0,  # or trials, which wait for it, could leave it none
                         num_gpus=self.resources["gpu"],
                         max_concurrency=2 * lanes + 8,  # a call for each trial, and those of others
                         max_restarts=-1,
@@ -190,10 +198,11 @@ class RayBackend(tune.Callback):
             policy=self.policy,
             decisions=self.decisions(config),
             left_out=self.machines.left_out(),
+            apart=False,
         )
 
     def _release(self, number: int) -> None:
-        """No server need know the trial that lost its worker."""
+        """No server need know the trial: it has ended, or lost its worker."""
         for server in self.servers.values():
             server.release.remote(number)
 
@@ -236,6 +245,7 @@ class RayBackend(tune.Callback):
             return False
         if ended:
             self.running.pop(number, None)
+            self._release(number)  # its worker does it too, if it lives
         return ended
 
     def _hear_of_epochs(self, trial: Trial, worker: Running, text: str) -> bool:
@@ -294,6 +304,9 @@ class RayBackend(tune.Callback):
         worker = self.running.pop(number, Running(now))
         self._release(number)
         self.lost.append((number, worker.node, now))
+        deaths = trial.num_failures - (trial.max_failures - WORKERS_LOST)
+        known = {LEFT_OUT: self.machines.left_out(), APART: deaths >= SUSPECTED}
+        trial.set_config({**trial.config, **known})
         self._forgive(trial)
         self.tell(Lost(number))
 
@@ -348,16 +361,29 @@ class RayBackend(tune.Callback):
         self._say_lost(now - HOLD_SECONDS)
         if self.machines.room() != before:
             self.tell(Resized())
-        for number, worker in self.running.items():
-            quiet = now - worker.heard
-            limit = max(QUIET_SECONDS, PATIENCE * worker.longest)
-            if worker.pid and not worker.checks and quiet > limit:
-                self.say(f"trial {number} has been silent for {quiet:.0f} s: its worker is ended")
-                end_process(worker.node, worker.pid)
-                worker.heard = now
+        self._end_the_silent(now)
         trains = any(worker.pid for worker in self.running.values())  # not before its first report
         if not trains and (hindrance := self.machines.hindrance()):
             self.tell(Hindered(0, hindrance))
+
+    def _end_the_silent(self, now: float) -> None:
+        """Ends processes all of whose trials have long been silent."""
+        processes: dict[tuple[str, int], list[int]] = {}
+        for number, worker in self.running.items():
+            if worker.pid:
+                processes.setdefault((worker.node, worker.pid), []).append(number)
+        for process_of, numbers in processes.items():
+            workers = [self.running[number] for number in numbers]
+            if not all(worker.silent(now) for worker in workers):
+                continue
+            several = len(numbers) > 1
+            named = f"trial{'s' if several else ''} {', '.join(map(str, sorted(numbers)))}"
+            quiet = min(now - worker.heard for worker in workers)
+            have, their = ("have", "their") if several else ("has", "its")
+            self.say(f"{named} {have} been silent for {quiet:.0f} s: {their} worker is ended")
+            end_process(*process_of)
+            for worker in workers:
+                worker.heard = now
 
     def _say_lost(self, until: float) -> None:
         """Says which workers were lost until then, without their machines being gone."""
@@ -383,11 +409,6 @@ class RayBackend(tune.Callback):
 
     def __getstate__(self) -> dict:
         return {}  # Ray pickles its parts; the state is in the log
-
-
-def _share(cpus: float, lanes: int) -> float:
-    """Of the CPUs of a server of lanes: its own, or a trial's. (Ray counts to four places.)"""
-    return int(1e4 * cpus / (lanes + 1)) / 1e4
 
 
 def _request(

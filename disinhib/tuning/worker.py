@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from disinhib.tuning import machines
 from disinhib.tuning.event_log import TrialConfig
@@ -29,6 +29,8 @@ UNFIT = "unfit"  # the machine has not proved itself
 # trained at once.
 GPU_MB, LANES = "gpu_memory_mb", "lanes"
 ADMISSION_SECONDS = 0.2  # between two attempts, if no server has room
+# For a server's answer. One that is starting, or has no device yet, does not give any.
+ANSWER_SECONDS = 10.0
 
 
 class Policy(TypedDict):
@@ -49,6 +51,7 @@ class Order(TrialConfig):
     policy: Policy
     decisions: Sequence[int]  # epochs after which the driver decides whether it goes on
     left_out: Sequence[str]  # machines (Ray's node ids) that may not train it
+    apart: bool  # no other trial beside it in its server
 
 
 class TrainingTrial(tune.Trainable):
@@ -143,18 +146,22 @@ def server_name(need: machines.Need, *of_device: object) -> str:
 
 def _admitted(order: Order) -> Any:
     """A server that has room for the trial; waits for one. Servers of machines that are left out
-    are not asked, nor those that have died and are being started again."""
-    study = server_name(order["policy"]["need"])
+    are not asked."""
+    number, policy = order["number"], order["policy"]
+    lanes = policy["lanes"] if order["apart"] else len(order["seeds"])
+    study = server_name(policy["need"])
     while True:
         names = sorted(name for name in ray.util.list_named_actors() if name.startswith(study))
-        first = order["number"] % max(1, len(names))  # trials that begin together try others first
+        first = number % max(1, len(names))  # trials that begin together try others first
         for name in [*names[first:], *names[:first]]:
             if any(node in name for node in order["left_out"]):
                 continue
             try:
                 server = ray.get_actor(name)
-                if ray.get(server.admit.remote(order["number"], len(order["seeds"]))):
+                if ray.get(server.admit.remote(number, lanes), timeout=ANSWER_SECONDS):
                     return server
+            except GetTimeoutError:
+                server.release.remote(number)  # it may yet admit it
             except (ValueError, RayError):  # it is gone
                 continue
         time.sleep(ADMISSION_SECONDS)
