@@ -30,8 +30,8 @@ figures: $(STAMP) ## the paper's figures in out/figures, as PDF, PNG and CSV (AR
 	for figure in fig3 fig4 figS1 figS2; do $(BIN)/python -m analysis.figures.$$figure $(ARGS) || exit; done
 
 # A file is one process's, as its tests share fixtures: a Ray, a trained network.
-test: lint ## lint, then every test, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: lint ## lint, then every test, in three processes
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slurm: $(STAMP) ## cluster/slurm.sbatch on a real SLURM (Debian: slurm-wlm, munge); not part of test
 	$(BIN)/python -m tests.slurm $(ARGS)

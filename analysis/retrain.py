@@ -171,6 +171,7 @@ def job(
         checkpoints={**settings["checkpoints"], "cap_gb": math.inf},
         tracking=settings["tracking"],
         tags={} if study is None else origin,
+        seeds=max((len(one.config["seeds"]) for one in asked), default=1),
         begin=begin,
     )
 

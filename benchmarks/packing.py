@@ -6,8 +6,9 @@
 The same study over all rules, with successive halving, once in each way, one after another: a trial
 a device (on a CPU: a core), four trials that share a GPU, and lanes. Each begins without compiled
 programs, as a first study does. On digits or, with the folder of its files, on Fashion-MNIST (3 x
-256). Seconds are those of the study, with the start of Ray; `start s` of them are before the first
-epoch's report or after the last one's, and `epochs an hour` leaves them out, as a long study would.
+256). Seconds are those of the study, with the start of Ray; `start s` of them are before every rule
+has reported an epoch, or after the last report. `epochs an hour` leaves them out, with the epochs
+that were reported by then, as a long study would.
 For that rate, the studies without lanes may have fewer trials (`alone`); trials an hour compare
 studies of as many trials only, as more of them are pruned earlier.
 """
@@ -42,8 +43,9 @@ COMMAND = cli.Command(
 
 class Measured(NamedTuple):
     seconds: float
-    start: float  # s before the first epoch's report or after the last one's
+    start: float  # s before every rule has reported an epoch, or after the last report
     epochs: int
+    since: int  # epochs of these that were reported after the start
 
 
 def ways(gpu: bool, lanes: int) -> dict[str, list[str]]:
@@ -69,10 +71,13 @@ def measured(overrides: Sequence[str]) -> Measured:
         if not finished.whole:
             sys.exit("interrupted: a part of a study has no rate")
         with closing(EventLog(finished.job.folder)) as log:
-            reports = [e.time for e in log.events() if isinstance(e.event, EpochDone)]
-    # The last report is the study's end, but for its farewells.
-    start = finished.seconds - (reports[-1] - reports[0])
-    return Measured(finished.seconds, start, len(reports))
+            reports = [e for e in log.events() if isinstance(e.event, EpochDone)]
+    first: dict[str, float] = {}  # report of each rule
+    for report in reports:
+        first.setdefault(finished.records[report.event.trial].config["rule"], report.time)
+    running, end = max(first.values()), reports[-1].time  # but for its farewells
+    since = sum(report.time > running for report in reports)
+    return Measured(finished.seconds, finished.seconds - (end - running), len(reports), since)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         trials = given["trials" if "lanes" in name else "alone"]
         found = measured([*common, *own, f"trials={trials}"])
         of_trials = 3600 * trials / found.seconds
-        of_epochs = 3600 * found.epochs / (found.seconds - found.start)
+        of_epochs = 3600 * found.since / (found.seconds - found.start)
         first = first or (of_trials, of_epochs)
         gains = of_trials / first[0], of_epochs / first[1]
         counts = (trials, found.epochs, round(found.seconds), round(found.start))

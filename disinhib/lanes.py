@@ -15,6 +15,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from disinhib import compilation_cache, memory, training
@@ -90,12 +91,14 @@ def state_of(lanes: Lanes, names: Sequence[Name]) -> TrainingState:
     if lanes.names == tuple(names):
         return lanes.state
     index = np.asarray([lanes.names.index(name) for name in names])
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    on_host = lambda leaf: leaf[index] if is_key(leaf) else np.asarray(leaf)[index]
     try:
-        return jax.block_until_ready(_take(lanes.state, index))
+        return _take(lanes.state, index)
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_short(error):
             raise
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[index], lanes.state)
+        return jax.tree.map(on_host, lanes.state)
 
 
 def resized(lanes: Lanes, slots: int) -> Lanes:
@@ -112,13 +115,21 @@ def resized(lanes: Lanes, slots: int) -> Lanes:
     return Lanes(states, scalars, names)
 
 
-@jax.jit
 def _take(of_slots, index):
+    return jax.block_until_ready(_taken(of_slots, index))  # here, if there is no memory for it
+
+
+def _put(of_slots, index, own):
+    return jax.block_until_ready(_with(of_slots, index, own))
+
+
+@jax.jit
+def _taken(of_slots, index):
     return jax.tree.map(lambda leaf: leaf[index], of_slots)
 
 
 @jax.jit
-def _put(of_slots, index, own):
+def _with(of_slots, index, own):
     return jax.tree.map(lambda leaf, its: leaf.at[index].set(its), of_slots, own)
 
 
@@ -157,18 +168,18 @@ def bytes_needed(config: RunConfig, data: Data, slots: int) -> int:
 
 
 def fitting(config: RunConfig, data: Data, most: int, limit: int) -> int:
-    """The number of slots, `most` or a half, a quarter ... of it, whose epoch takes at most `limit`
-    bytes, and whose program can be compiled; at least 1."""
-
-    def fits(slots: int) -> bool:
-        try:
-            return bytes_needed(config, data, slots) <= limit
-        except jax.errors.JaxRuntimeError as error:
-            if not memory.is_short(error):
-                raise
-            return False
-
+    """The number of slots, `most` or a half, a quarter ... of it, that `fits`; at least 1."""
     slots = most
-    while slots > 1 and not fits(slots):
+    while slots > 1 and not fits(config, data, slots, limit):
         slots //= 2
     return slots
+
+
+def fits(config: RunConfig, data: Data, slots: int, limit: int) -> bool:
+    """Whether an epoch of so many slots takes at most `limit` bytes, and its program compiles."""
+    try:
+        return bytes_needed(config, data, slots) <= limit
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.is_short(error):
+            raise
+        return False

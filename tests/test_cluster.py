@@ -206,6 +206,24 @@ def test_a_machine_that_is_not_as_the_drivers_is_named_and_nothing_begun(
     assert not asked.folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("lanes", "gpus", "most", "seeds", "expected"),
+    [
+        ("auto", 0, None, 1, 1),
+        ("auto", 1, None, 1, 32),
+        ("auto", 0.25, None, 1, 8),  # four servers share the GPU
+        ("auto", 0.01, None, 1, 1),
+        (64, 0.25, None, 1, 64),
+        (64, 1, 4, 1, 4),  # no more than there are trials
+        (64, 1, 4, 10, 40),
+        (1, 1, 4, 10, 1),
+    ],
+)
+def test_a_server_has_as_many_lanes_as_it_can_use(lanes, gpus, most, seeds, expected):
+    options = {"lanes": lanes, "gpus_per_trial": gpus, "max_concurrent": most}
+    assert cluster.lanes(options, seeds) == expected
+
+
 def test_shares_of_a_processor_are_counted_whole(monkeypatch):
     machines = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}] * 2
     monkeypatch.setattr(ray, "nodes", lambda: machines)

@@ -17,11 +17,11 @@ from test_worker import computed, report_of, trial_config
 
 from disinhib import checkpoint, lanes, memory, training
 from disinhib.tuning import engine, options, ray_backend, study, worker
-from disinhib.tuning.event_log import COMPLETE, FAILED, PRUNED, EpochDone, EventLog
+from disinhib.tuning.event_log import COMPLETE, FAILED, LANES, PRUNED, EpochDone, EventLog
 from disinhib.tuning.lane_group import Group, Process
 from disinhib.tuning.lane_server import Released, Server
 from disinhib.tuning.retention import checkpoint_file
-from disinhib.tuning.worker import FAILURE, LANES, PROCESS
+from disinhib.tuning.worker import FAILURE, PROCESS
 from search_spaces import SPACES
 
 source = tiny.source
@@ -88,16 +88,14 @@ def test_a_trial_is_what_it_would_be_alone(alone, tmp_path):
     assert report_of(third[2])["epoch"] == 3 and report_of(third[3])["epoch"] == 2
 
 
-def test_there_is_room_for_so_many_lanes(tmp_path):
-    server = Server(4)
+def test_there_is_room_for_so_many_lanes():
+    server = worker.Admission(4)
     assert server.admit(0, 2) and server.admit(1, 2)
     assert not server.admit(2, 1)
     assert server.admit(1, 2)  # it has its own
-    server.step(order(tmp_path), anew=True)
-    assert not server.admit(2, 1)
     server.release(0)
     assert server.admit(2, 1)
-    assert Server(4).admit(0, 10)  # more than there are slots: it trains alone
+    assert worker.Admission(4).admit(0, 10)  # more than there are slots: it trains alone
 
 
 def test_an_error_in_one_trial_fails_no_other(alone, tmp_path, monkeypatch):
@@ -175,7 +173,7 @@ def test_states_are_kept_on_the_host_if_the_device_has_no_memory(alone, tmp_path
         return out_of_memory() if len(slots.names) > 2 else advance(run, data, slots)
 
     monkeypatch.setattr(lanes, "advance", scarce)
-    monkeypatch.setattr(lanes, "_take", out_of_memory)
+    monkeypatch.setattr(lanes, "_taken", out_of_memory)
     for told in train_to_the_end(tmp_path, every_seconds=0):
         check_epochs(told, alone)
     for number in range(4):
@@ -218,13 +216,50 @@ def test_what_fits_nowhere_is_said(tmp_path, monkeypatch):
     assert all("RESOURCE_EXHAUSTED" in result[FAILURE] for result in results.values())
 
 
+def test_a_network_too_large_for_the_device_takes_nothing_from_others(tmp_path, monkeypatch):
+    advance, server = lanes.advance, Server(4)
+    at_once(server, [order(tmp_path, number) for number in range(3)])
+    (group,) = server.process.groups.values()
+    large = order(tmp_path, 3, options=["model.vf.sizes_hidden=[9]"])
+    fails = lambda run, *rest: (
+        out_of_memory() if run.architecture.sizes[1] == 9 else advance(run, *rest)
+    )
+    monkeypatch.setattr(lanes, "advance", fails)
+    monkeypatch.setattr(lanes, "bytes_needed", lambda *_: 10**12)
+    monkeypatch.setattr(memory, "device_mb", lambda: 1e5)
+    assert "RESOURCE_EXHAUSTED" in server.step(large)[FAILURE]
+    assert group.slots == 3
+
+
+def test_who_needs_the_turn_for_a_moment_goes_before_those_that_train():
+    nothing: Any = None
+    group, went = Group("", nothing, nothing, 8, Process()), []
+
+    def takes(name, *to_train):
+        with group._turn(*to_train):
+            went.append(name)
+
+    threads = [
+        threading.Thread(target=takes, args=["trains", lambda: True]),
+        threading.Thread(target=takes, args=["for a moment"]),
+    ]
+    with group._turn():
+        for thread in threads:
+            thread.start()
+        while not group.others:
+            threads[1].join(0.01)
+    for thread in threads:
+        thread.join()
+    assert went == ["for a moment", "trains"]
+
+
 def test_fewer_slots_than_lanes_that_stay_are_not_made(tmp_path):
     """After a trial of four seeds, for which there were more slots than else fit."""
     server = Server(8)
     many, *others = (order(tmp_path, n, seeds=[1, 2, 3, 4][: 4 if n == 0 else 1]) for n in range(5))
     at_once(server, others[:2])
     (group,) = server.process.groups.values()
-    server.process.most[group.key] = 2
+    group.most = 2
     at_once(server, [many, *others])
     server.release(0)
     results = at_once(server, others)
@@ -434,32 +469,39 @@ def test_a_trial_that_ends_its_server_again_and_again_fails_alone(
     culprit = 1
 
     class Fragile:  # here, so that it goes to Ray's workers by value
-        """Its neighbours are all in the culprit's server when that ends, and there only."""
+        """It ends when all four are in it, or the culprit apart; the others are admitted beside the
+        culprit, or apart."""
 
-        def __init__(self, slots):
-            self.server = Server(slots)
+        def __init__(self, lanes):
+            self.admission, self.server = worker.Admission(lanes), Server(lanes)
 
-        def admit(self, number, count):
-            beside = number == culprit or culprit in self.server.admitted
-            return (beside or count == self.server.slots) and self.server.admit(number, count)
+        def ready(self):
+            """It is."""
+
+        def admit(self, number, lanes):
+            beside = number == culprit or culprit in self.admission.held
+            allowed = beside or lanes == self.admission.lanes
+            return allowed and self.admission.admit(number, lanes)
 
         def step(self, order, anew):
             if order["number"] == culprit:
-                while not order["apart"] and len(self.server.admitted) < 4:
+                while not order["apart"] and len(self.admission.held) < 4:
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if not order["apart"]:
+            if anew and not order["apart"]:
                 threading.Event().wait()
             return {**self.server.step(order, anew), **worker.identity()}
 
         def release(self, number):
+            self.admission.release(number)
             self.server.release(number)
 
     monkeypatch.setitem(SPACES, "of_lanes", space)
     monkeypatch.setattr(ray_backend, "LaneServer", ray.remote(Fragile))
     monkeypatch.setattr(ray_backend, "WORKERS_LOST", 2)
     monkeypatch.setattr(ray_backend, "SUSPECTED", 1)
-    done = study.run(asked(tmp_path, "cluster.lanes=4", "trials=4"), tiny.quiet())
+    one = "cluster.max_concurrent=4"  # server
+    done = study.run(asked(tmp_path, "cluster.lanes=4", "trials=4", one), tiny.quiet())
     states = {record.number: (record.state, record.reason) for record in done.records}
     assert states.pop(culprit) == (FAILED, "worker lost 3 times")
     assert [*states] == [0, 2, 3]

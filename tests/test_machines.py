@@ -1,6 +1,8 @@
 """What a machine must show before it may train trials."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,27 @@ def test_the_source_of_data_is_that_of_training_options():
     options = {"dataset": {"name": "digits", "path": "/x", "valid_split": 0.2, "loss": {}}}
     assert provenance.source_of(options) == ("digits", "/x", 0.2)
     assert DIGITS[0] in DATASETS
+
+
+@pytest.mark.parametrize(
+    ("lanes", "seeds", "room"), [(1, 3, 2), (32, 1, 64), (32, 10, 6), (4, 10, 2)]
+)
+def test_trials_of_a_machine_and_where_there_are_none(lanes, seeds, room, monkeypatch, tmp_path):
+    """As many as their seeds have lanes; on a machine without a GPU none, though they need no GPU
+    themselves."""
+    nodes: list[Any] = [
+        {"NodeID": name, "NodeManagerAddress": name, "Alive": True, "Resources": has}
+        for name, has in (("a", {"CPU": 4.0, "GPU": 2.0}), ("b", {"CPU": 64.0}))
+    ]
+    context = SimpleNamespace(get_node_id=lambda: "a")
+    monkeypatch.setattr(machines.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(machines.ray, "nodes", lambda: nodes)
+    need = machines.require(tmp_path, [DIGITS], 1)
+    found = machines.Machines({"cpu": 1, "gpu": 1}, need, lanes, seeds)
+    found.refresh()
+    assert found.room() == room
+    assert found.all["a"].servers == (0 if lanes == 1 else 2)
+    assert found.left_out() == ["b"]
 
 
 def test_a_machine_that_dies_amid_its_survey_is_no_obstacle(monkeypatch):

@@ -196,6 +196,22 @@ def test_a_process_is_ended_when_all_of_its_trials_are_silent(tmp_path, monkeypa
     assert said[1] == "trials 0, 1 have been silent for 61 s: their worker is ended"
 
 
+def test_a_server_that_waits_for_its_gpu_is_said_once(tmp_path, monkeypatch):
+    said = []
+    backend = tiny.backend(tiny.played(), tmp_path, say=said.append)
+    (machine,) = backend.machines.all.values()
+    answers = {"waits": False, "there": True}
+    monkeypatch.setattr(
+        ray_backend.ray, "wait", lambda refs, timeout: ([r for r in refs if answers[r]], [])
+    )
+    backend.unplaced = {f"lanes-{machine.id}-{answer}": (answer, 0.0) for answer in answers}
+    backend._say_unplaced(ray_backend.PLACE_SECONDS)
+    assert not said and [*backend.unplaced] == [f"lanes-{machine.id}-waits"]
+    for _ in range(2):
+        backend._say_unplaced(ray_backend.PLACE_SECONDS + 1)
+    assert len(said) == 1 and said[0].startswith(f"{machine.address}: no lane server has begun")
+
+
 def test_a_server_that_is_not_there_yet_holds_up_no_trial(monkeypatch):
     """As when another job has its GPU."""
 
@@ -225,7 +241,8 @@ def test_a_server_that_is_not_there_yet_holds_up_no_trial(monkeypatch):
         "policy": {"need": need, "lanes": 8},
     }  # fmt: skip
     for apart in (False, True):
-        chosen = worker._admitted({**order, "apart": apart})
+        chosen, unanswered = worker._admitted({**order, "apart": apart})
+        assert [*unanswered] == names[:1]
         assert ray.get(chosen.told.remote())[0] == "there"
     assert ray.get(there.told.remote())[1] == [(0, 2), (0, 8)]
     for server in (waits, there):

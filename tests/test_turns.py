@@ -114,6 +114,14 @@ def test_seconds_are_those_of_the_median_epoch_without_compiling():
     assert record(0, turns.Turn("a", 1, ()), 0).training_seconds == 0
 
 
+def test_seconds_of_several_lanes_are_shared():
+    records = {0: record(0, turns.Turn("a", 1, ()), 0)}
+    metrics = {"epoch_seconds": [9.0, 9.0], "compilation_seconds": [1.0]}
+    follow(records, EpochDone(0, 1, 0.5, metrics, {"lanes": "8"}))
+    follow(records, EpochDone(0, 2, 0.5, metrics, {}))
+    assert records[0].seconds == [2.0, 8.0]  # of two seeds: a quarter of it, and all
+
+
 def test_a_study_shares_its_trials_as_asked(tmp_path):
     given = ["study=shared", f"out_dir={tmp_path}", "repeats=2", "trials=12", "epochs=3"]
     study = options.compose([*given, "budget=seconds", "searcher=random"])

@@ -37,7 +37,7 @@ METHOD_NOTE = "How each study was done, and the commands that give its numbers a
 SEARCH_NOTE = (
     "The best complete trial of each rule on validation data, and what finding it has cost. More"
     " trials have a better best one by chance alone. Epochs are summed over all seeds of a trial,"
-    " hours over all trials."
+    " hours over all trials, many of which may share a device."
 )
 
 

@@ -29,8 +29,8 @@ from disinhib.tuning.turns import TRIALS
 
 SEARCH_NOTE = (
     "The search budget of each rule. Epochs are summed over all seeds of a trial, hours over all"
-    " trials. Pruned trials were stopped by the scheduler; failed trials diverged or raised an"
-    " error. Only complete trials compete."
+    " trials, many of which may share a device. Pruned trials were stopped by the scheduler; failed"
+    " trials diverged or raised an error. Only complete trials compete."
 )
 WINNERS_NOTE = (
     "The searched options of the trials that were retrained (or else of each rule's best one), the"

@@ -38,7 +38,7 @@ SWITCHES = {
 # And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
 # and what another Ray starts without it could not speak to it.)
 CGROUPS = Path("/sys/fs/cgroup")
-LANES_OF_A_GPU = 32  # with cluster.lanes=auto
+LANES_OF_A_GPU = 32  # with cluster.lanes=auto; of a share of one, as many less
 LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
 # Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
 # in the user's home that others can read.)
@@ -258,10 +258,13 @@ def room(resources: Mapping[str, float], trial: Mapping[str, float]) -> int:
     return min(fitting)
 
 
-def lanes(options: Mapping[str, Any]) -> int:
-    """How many lanes a server of each device trains, of the options `cluster.*`; 1: none does."""
-    asked = options["lanes"]
-    return (LANES_OF_A_GPU if options["gpus_per_trial"] else 1) if asked == "auto" else asked
+def lanes(options: Mapping[str, Any], seeds: int = 1) -> int:
+    """How many lanes a server of each device trains, of the options `cluster.*`, for trials of so
+    many seeds; 1: none does."""
+    asked, most = options["lanes"], options["max_concurrent"]
+    if asked == "auto":
+        asked = max(1, int(LANES_OF_A_GPU * options["gpus_per_trial"]))
+    return asked if most is None else min(asked, most * seeds)
 
 
 def trials_at_once(trial: Mapping[str, float]) -> int:

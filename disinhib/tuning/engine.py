@@ -6,6 +6,7 @@ differ only in the source of their trials and in early stopping.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ class Job:
     storage: str | None = None  # its database; None: a file in the study's folder
     tags: Mapping[str, str] = field(default_factory=dict)  # further tags of its run in MLflow
     add: steering.Adder | None = None  # asks for a trial by hand
+    seeds: int = 1  # of each trial, at most
     keep_best: int = 0  # complete trials of each rule that keep their final state
     numbered: bool = False  # the user gave it no name: it takes a number if the name is taken
     begin: Callable[[EventLog], object] = lambda log: None  # when nothing can be refused any more
@@ -96,7 +98,7 @@ class Job:
 
     @property
     def lanes(self) -> int:
-        return cluster.lanes(self.cluster)
+        return cluster.lanes(self.cluster, self.seeds)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -170,7 +172,7 @@ def run(
             for words in {data.words(name, path) for name, path, _ in job.data} - {""}:
                 shown.say(words)
             need = machines.require(job.folder, job.data, job.resources["gpu"])
-            nodes = machines.Machines(job.resources, need, job.lanes)
+            nodes = machines.Machines(job.resources, need, job.lanes, job.seeds)
             machines.survey(nodes)
             behind = {outbox.store.name: outbox.reconcile() for outbox in outboxes}
             for store in (outbox.store for outbox in outboxes):
@@ -347,7 +349,8 @@ def _run_loop(
         lanes=job.lanes,
     )
     # One more trial than fit is ready for the next free worker, which Ray would otherwise end.
-    at_once = lambda: job.cluster["max_concurrent"] or backend.room() + 1
+    most = job.cluster["max_concurrent"]
+    at_once = lambda: most or backend.room() + 1
     backend = RayBackend(
         trainable,
         job.resources,
@@ -358,6 +361,7 @@ def _run_loop(
         update,
         on_over_cap,
         shown.say,
+        None if most is None else math.ceil(most * job.seeds / job.lanes),
     )
     score = mean_score(*job.objective)
     steer = lambda order, records: steering.carry_out(

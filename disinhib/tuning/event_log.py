@@ -37,6 +37,7 @@ ENDED = (COMPLETE, PRUNED, FAILED)
 STATES = (*ENDED, RUNNING, KILLED)
 
 OF_STUDY = "retrains_study"  # tag of a retraining and its trials: the id of the study
+LANES = "lanes"  # in an epoch's place: those of the program that trained it
 EPOCH_SECONDS = ("epoch_seconds", "compilation_seconds")  # metrics: the second is part of the first
 REPEAT = "repeat"  # tag of a trial, from 1; none in a study that is not repeated
 INITIAL = "initial_point"  # tag of a trial whose point the study has begun with, not drawn
@@ -236,7 +237,7 @@ def follow(records: dict[int, Record], event: Event) -> None:
         case EpochDone():
             record = records[event.trial]
             record.scores.append(event.score)
-            record.seconds.append(_net_seconds(event.metrics))
+            record.seconds.append(_own_seconds(event))
             newly = {seed: (event.epoch, why) for seed, why in event.diverged.items()}
             record.diverged = {**record.diverged, **newly}
             record.flags = {**record.flags, **event.flags}
@@ -247,9 +248,11 @@ def follow(records: dict[int, Record], event: Event) -> None:
             records[event.trial].tags = {**records[event.trial].tags, **event.tags}
 
 
-def _net_seconds(metrics: Mapping[str, Sequence[float]]) -> float:
-    whole, compiling = (metrics.get(name, (0.0,))[0] for name in EPOCH_SECONDS)
-    return whole - compiling
+def _own_seconds(event: EpochDone) -> float:
+    """Of an epoch without compiling; of trials that are trained together, a trial's share."""
+    whole, compiling = (event.metrics.get(name, (0.0,)) for name in EPOCH_SECONDS)
+    lanes = max(len(whole), int(event.place.get(LANES, 1)))
+    return (whole[0] - compiling[0]) * len(whole) / lanes
 
 
 def replay(events: Iterable[Logged]) -> dict[int, Record]:

@@ -23,8 +23,9 @@ from disinhib.config import RunConfig
 from disinhib.errors import FULL_DISK
 from disinhib.lanes import Lanes
 from disinhib.training import Data, TrainingState
+from disinhib.tuning.event_log import LANES
 from disinhib.tuning.retention import checkpoint_file, sizes
-from disinhib.tuning.worker import GPU_MB, LANES, Order, Policy
+from disinhib.tuning.worker import GPU_MB, Order, Policy
 
 SHARE_OF_MEMORY = 0.9  # of a device's, that slots may fill
 
@@ -34,8 +35,9 @@ class Process:
 
     def __init__(self) -> None:
         self.groups: dict[str, Group] = {}  # by their keys
-        self.most: dict[str, int] = {}  # slots of each that fit
         self.programs: set[str] = set()  # that it has
+        self.freeing = threading.Lock()
+        self.freed = 0.0  # when memory was freed last, by time.monotonic()
         self._seconds: dict[int, list[float]] = {}  # by thread
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
@@ -53,12 +55,19 @@ class Process:
         finally:
             del self._seconds[threading.get_ident()]
 
-    def make_room(self, asking: Group | None = None) -> bool:
-        """Gives up slots of another group than the one that asks, of one with as many as any;
-        whether there were some to give up. Nobody who has a turn may call it."""
-        others = [group for group in list(self.groups.values()) if group is not asking]
-        others.sort(key=lambda group: group.slots, reverse=True)
-        return any(group.give_up_slots() for group in others)
+    def free_memory(self, since: float, asking: Group | None = None) -> bool:
+        """Whether another group than the one that asks has given up slots `since` it began what
+        there was no memory for, or does so now: the one with the most. Nobody who has a turn may
+        call it."""
+        with self.freeing:
+            if self.freed > since:
+                return True
+            others = [group for group in list(self.groups.values()) if group is not asking]
+            others.sort(key=lambda group: group.slots, reverse=True)
+            freed = any(group.give_up_slots() for group in others)
+            if freed:
+                self.freed = time.monotonic()
+            return freed
 
 
 @dataclass(eq=False)
@@ -143,7 +152,7 @@ class Trial:
 
     def fail(self, error: Exception) -> None:
         with self._lock:
-            self.error = error
+            self.error = error.with_traceback(None)  # which would hold arrays
             self.tell()
 
     def release(self) -> None:
@@ -164,18 +173,15 @@ class Group:
         self.limit, self.process = limit, process
         self.trials: list[Trial] = []
         self.lanes: Lanes | None = None
-        self.slots = 0  # that there are, or were to be
+        self.most: int | None = None  # slots that fit into the device's memory, once it is known
+        self.slots = 0  # of the newest attempt
         self.quiet = 0.0  # seconds of epochs for which fewer would have done
         self.compiling = 0.0  # seconds that its newest program took
         self.preparation = 0.0  # seconds before the next epoch
         self.compilations: list[float] = []  # seconds of each, within these
         self.taken = False  # whether a thread has the turn, and with it `lanes` and all states
+        self.others = 0  # threads that wait for it, but not to train: they go first
         self.news = threading.Condition()  # the turn is free again
-
-    @property
-    def most(self) -> int | None:
-        """Slots that fit into the device's memory, once that is known."""
-        return self.process.most.get(self.key)
 
     def train(self, trial: Trial) -> None:
         """Trains until the trial need wait no longer, and with it all others that wait."""
@@ -184,6 +190,7 @@ class Group:
             with self._turn(lambda: trial.waits) as mine:
                 if not mine:
                     return
+                began = time.monotonic()
                 waiting = [other for other in list(self.trials) if other.waits]
                 try:
                     self._epoch(waiting)
@@ -194,8 +201,8 @@ class Group:
                         continue
                     if self._halve():
                         continue
-                    short = error
-            if not self.process.make_room(self):
+                    short = error.with_traceback(None)
+            if not (self._fits_alone() and self.process.free_memory(began, self)):
                 with self._turn():
                     self._give_up(waiting, short)
 
@@ -204,16 +211,22 @@ class Group:
             return self._state_of(trial)
 
     def give_up_slots(self) -> bool:
-        """Goes on with half as many slots; says whether that is possible."""
+        """Goes on with half as many slots; says whether there were some to give up."""
         with self._turn():
-            return self._halve()
+            return self.lanes is not None and self._halve()
 
     @contextmanager
-    def _turn(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[bool]:
-        """The turn, as soon as it is free; False, without it, if it is `wanted` no longer."""
+    def _turn(self, to_train: Callable[[], bool] | None = None) -> Iterator[bool]:
+        """The turn, as soon as it is free; False, without it, if none is wanted `to_train`."""
         with self.news:
-            self.news.wait_for(lambda: not self.taken or not wanted())
-            mine = wanted()
+            if to_train is None:
+                self.others += 1
+                self.news.wait_for(lambda: not self.taken)
+                self.others -= 1
+                mine = True
+            else:
+                self.news.wait_for(lambda: not (self.taken or self.others) or not to_train())
+                mine = to_train()
             self.taken = self.taken or mine
         try:
             yield mine
@@ -253,9 +266,11 @@ class Group:
             self.compiling = self.preparation
             return
         assert self.lanes is not None
-        start = time.perf_counter()
-        self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
-        self.quiet += time.perf_counter() - start
+        with self.process.compiling() as seconds:
+            start = time.perf_counter()
+            self.lanes, told = lanes.advance(self.run, self.data, self.lanes)
+            self.quiet += time.perf_counter() - start
+        self.compilations += seconds
         for trial in together:
             if trial.state is None:
                 try:
@@ -270,7 +285,7 @@ class Group:
             if trial.waits:
                 trial.fail(error)
         self._take_out(self.trials)
-        self.lanes = None
+        self.lanes, self.preparation, self.compilations = None, 0.0, []
 
     def _halve(self) -> bool:
         """Takes all lanes out, to go on with half as many slots; says whether that is possible."""
@@ -279,8 +294,13 @@ class Group:
             return False
         self._take_out(self.trials)
         self.lanes = None
-        self.slots = self.process.most[self.key] = max(largest, self.slots // 2)
+        self.most = self.slots = max(largest, min(self.most or self.slots, self.slots // 2))
         return True
+
+    def _fits_alone(self) -> bool:
+        """Whether the device would have memory for the newest attempt, without other groups."""
+        room = self._memory()
+        return room is None or lanes.fits(self.run, self.data, max(1, self.slots), room)
 
     def _take_out(self, trials: Sequence[Trial]) -> None:
         """Keeps the states of these trials outside of the slots."""
@@ -322,10 +342,10 @@ class Group:
         many as are `needed`; else, as each number is a program to compile, all of what fits, or
         half or a quarter of it: more as soon as they are needed, fewer when fewer have been enough
         for as long as it took to compile a program."""
-        slots, most = self.slots, self.most
-        if most is None:
-            # The program of so many slots has just been compiled, to see whether it fits.
-            slots = most = self.process.most[self.key] = self._fitting()
+        if self.most is None:
+            self.most = self._fitting()
+        # At first as many as have just been compiled, to see whether they fit.
+        slots, most = self.slots or self.most, self.most
         if jax.default_backend() == "cpu":
             return max(least, min(needed, most)) if self.limit > 1 else needed
         enough = max(most, least)
@@ -339,11 +359,15 @@ class Group:
 
     def _fitting(self) -> int:
         """The number of slots that the device has memory for."""
-        device_mb = memory.device_mb()
-        if self.limit == 1 or device_mb is None:
+        room = self._memory()
+        if self.limit == 1 or room is None:
             return self.limit
-        room = int(SHARE_OF_MEMORY * device_mb * 1e6)
         return lanes.fitting(self.run, self.data, self.limit, room)
+
+    def _memory(self) -> int | None:
+        """Bytes of the device that slots may fill; None on a CPU."""
+        device_mb = memory.device_mb()
+        return None if device_mb is None else int(SHARE_OF_MEMORY * device_mb * 1e6)
 
     def _prepare(self) -> bool:
         """Traces and compiles what trains the slots, unless this process has it."""

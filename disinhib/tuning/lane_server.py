@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -48,27 +49,15 @@ class Server:
     def __init__(self, slots: int = 1):
         self.slots = slots
         self.trials: dict[int, Trial] = {}
-        self.admitted: dict[int, int] = {}  # lanes of each trial
         self.process = Process()
-        self.lock = threading.Lock()  # of all of these
+        self.lock = threading.Lock()  # of the trials and the groups
         self.proved = False
         # One trial begins at a time: the next one finds its data and its first programs.
         self.beginning = threading.Lock()
 
-    def admit(self, number: int, count: int) -> bool:
-        """Whether there is room for the `count` lanes of a trial, which then has it until it is
-        released."""
-        with self.lock:
-            held = sum(self.admitted.values()) - self.admitted.get(number, 0)
-            if held and held + count > self.slots:
-                return False
-            self.admitted[number] = count
-            return True
-
     def release(self, number: int) -> None:
-        """Forgets a trial, and gives its room to others."""
+        """Forgets a trial."""
         with self.lock:
-            self.admitted.pop(number, None)
             self._forget(number)
 
     def _forget(self, number: int) -> None:
@@ -97,7 +86,7 @@ class Server:
         try:
             if trial is None:
                 with self.beginning:
-                    trial = self._with_room(lambda: self._begin(order))
+                    trial = self._with_memory(lambda: self._begin(order))
             first = trial.told
             trial.group.train(trial)
             result = {**self._result(trial, first), SAVED: trial.saved_epochs}
@@ -105,20 +94,21 @@ class Server:
             saved = 0 if trial is None else trial.saved_epochs
             return {**_fault(error, begun=trial is not None), SAVED: saved}
         finally:
-            if trial is not None:
-                with self.lock:
-                    self._drop(trial.group)
+            with self.lock:
+                for group in [*self.process.groups.values()]:
+                    self._drop(group)
         if self.trials.get(number) is not trial:
             raise Released(f"trial {number}")
         return result
 
-    def _with_room(self, work: Callable[[], T]) -> T:
+    def _with_memory(self, work: Callable[[], T]) -> T:
         """What `work` gives; after a group has given up slots, if the device has no memory."""
         while True:
+            began = time.monotonic()
             try:
                 return work()
             except jax.errors.JaxRuntimeError as error:
-                if not (memory.is_short(error) and self.process.make_room()):
+                if not (memory.is_short(error) and self.process.free_memory(began)):
                     raise
 
     def _begin(self, order: Order) -> Trial:
@@ -170,7 +160,7 @@ class Server:
         result: dict[str, Any] = {}
         if epochs:
             if trial.order["final"] and trial.told == trial.order["epochs"]:
-                checked = self._with_room(lambda: self._checked(trial, epochs[-1]))
+                checked = self._with_memory(lambda: self._checked(trial, epochs[-1]))
                 epochs[-1] = {**checked, "epoch": trial.told}
             # No `done` after the last epoch: the study loop ends every trial, and Tune would not
             # pass a result with `done` to its scheduler.

@@ -153,12 +153,14 @@ class Machine:
 
 
 class Machines:
-    """The machines of the cluster that Ray is connected to. `trial` has the resources of a trial,
-    or of as many as a server has `lanes`; a machine without room for one is not surveyed, nor is
-    the driver's own, which has what the driver has."""
+    """The machines of the cluster that Ray is connected to. `trial` has the resources of a trial
+    or, if there are several `lanes`, of a server, for trials of so many `seeds`; a machine without
+    room for one is not surveyed, nor is the driver's own, which has what the driver has."""
 
-    def __init__(self, trial: Mapping[str, float], need: Need, lanes: int = 1):
-        self.trial, self.need, self.lanes = trial, need, lanes
+    def __init__(self, trial: Mapping[str, float], need: Need, lanes: int = 1, seeds: int = 1):
+        self.trial, self.need = trial, need
+        self.served = lanes > 1
+        self.side_by_side = max(1, lanes // seeds)
         self.all: dict[str, Machine] = {}
         self.own = ray.get_runtime_context().get_node_id()
 
@@ -191,8 +193,9 @@ class Machines:
             self.all[node].faults.clear()
 
     def left_out(self) -> list[str]:
-        """The node ids of machines that must not be given trials."""
-        return [m.id for m in self.all.values() if m.alive and m.faults]
+        """The node ids of machines that must not be given trials: those at fault and, as a trial in
+        lanes needs no GPU of its own, those without room for a server."""
+        return [m.id for m in self.all.values() if m.alive and (m.faults or not m.room)]
 
     def hindrance(self) -> str | None:
         """The faults of all machines, if there are some but none that is fit or may be."""
@@ -212,7 +215,7 @@ class Machines:
         for id, node in now.items():
             if id not in self.all:
                 fits = cluster.room(node["Resources"], self.trial)
-                room, servers = fits * self.lanes, fits if self.lanes > 1 else 0
+                room, servers = fits * self.side_by_side, fits if self.served else 0
                 machine = Machine(id, node["NodeManagerAddress"], room, servers)
                 self.all[id] = machine
                 joined.append(machine)

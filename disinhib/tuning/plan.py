@@ -30,6 +30,7 @@ from disinhib.tuning.engine import Job
 from disinhib.tuning.event_log import (
     COMPLETE,
     FAILED,
+    LANES,
     PRUNED,
     Asked,
     EpochDone,
@@ -42,7 +43,7 @@ from disinhib.tuning.manifest import Manifest
 from disinhib.tuning.options import Study, check_space, configure
 from disinhib.tuning.suggest import SAMPLERS
 from disinhib.tuning.turns import TRIALS, Sharing, reserved, turn
-from disinhib.tuning.worker import GPU_MB, LANES
+from disinhib.tuning.worker import GPU_MB
 
 # Between two trials of a worker; `python -m benchmarks.trial_overhead` measured it.
 TRIAL_SECONDS = 0.12
@@ -285,7 +286,8 @@ def run(study: Study, console: Console) -> None:
         fitting = cluster.trials_at_once(study.resources)
         total = ray.cluster_resources()
         measured = measure(study, begun, distinct)
-    most, lanes = study.cluster["max_concurrent"], cluster.lanes(study.cluster)
+    most, seeds = study.cluster["max_concurrent"], study.replicates
+    lanes = cluster.lanes(study.cluster, seeds)
     wide = max(len(structure.name) for structure in distinct)
     say(f"{'structure':<{wide}}  first epoch s  epoch s  memory MB  checkpoint MB")
     costs: dict[str, list[Cost]] = {rule: [] for one in distinct for rule in one.rules}
@@ -306,11 +308,11 @@ def run(study: Study, console: Console) -> None:
     say("first epoch: with compiling, or loading if cached; the study will only load\n")
     # An epoch of many lanes takes a GPU as long as was measured; on a CPU they take turns.
     beside = min(cost.lanes for own in costs.values() for cost in own)
-    at_once = fitting * beside if study.cluster["gpus_per_trial"] else fitting
+    at_once = fitting * max(1, beside // seeds) if study.cluster["gpus_per_trial"] else fitting
     say(*_estimates(study, costs, min(at_once, most or at_once), started))
     say(
         f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs;"
-        f" {fitting * lanes} trials fit at once"
+        f" {fitting * max(1, lanes // seeds)} trials fit at once"
         + (f" ({lanes} lanes of {fitting} servers)" if lanes > 1 else "")
         + f", cluster.max_concurrent={in_hydra(most)}"
     )
@@ -354,14 +356,14 @@ def _memory(timed: Sequence[Cost], at_once: int, gpus: float) -> str:
     if not gpus:
         return f"\nmemory: {memory:.0f} MB a trial, {memory * at_once / 1e3:.1f} GB in all"
     lanes = max(cost.lanes for cost in timed)
-    one, of_them = ("trial", "trials") if lanes == 1 else ("server", f"servers of {lanes} lanes")
+    one = "trial" if lanes == 1 else f"server of {lanes} lanes"
     needs = f"\nGPU memory: {memory:.0f} MB a {one}"
     may_take = min(cost.gpu_mb for cost in timed)
-    if math.isnan(may_take):  # jax does not tell
+    if math.isnan(may_take) or lanes > 1:  # jax does not tell; more lanes do better than servers
         return needs
     share = min(1.0, math.ceil(1e3 * memory * gpus / may_take) / 1e3)
     return (
         f"{needs}, which cluster.gpus_per_trial={in_hydra(gpus)} lets take {may_take:.0f} MB;"
-        f" of one GPU {int(1 / share + 1e-9)} {of_them} fit"
+        f" of one GPU {int(1 / share + 1e-9)} trials fit"
         f" (cluster.gpus_per_trial={in_hydra(share)})"
     )

@@ -51,6 +51,7 @@ from disinhib.tuning.worker import (
     REPORT,
     SAVED,
     UNFIT,
+    WAITED,
     LaneServer,
     Order,
     Policy,
@@ -69,6 +70,7 @@ LOOK_SECONDS = 1.0  # between two looks at the cluster
 # taken, and for QUIET_SECONDS. (Of one that has never reported, nobody knows how long it takes.)
 PATIENCE, QUIET_SECONDS = 20.0, 60.0
 HOLD_SECONDS = 15.0  # before a lost worker is said: it may be its machine that is gone
+PLACE_SECONDS = 60.0  # in which a lane server has its GPU, or it is said
 
 
 @dataclass
@@ -83,8 +85,7 @@ class Running:
 
     def silent(self, now: float) -> bool:
         """For longer than a worker may be."""
-        limit = max(QUIET_SECONDS, PATIENCE * self.longest)
-        return not self.checks and now - self.heard > limit
+        return now - self.heard > max(QUIET_SECONDS, PATIENCE * self.longest)
 
 
 @dataclass(eq=False)
@@ -108,7 +109,10 @@ class RayBackend(tune.Callback):
     on_step: Callable[[], None]
     on_over_cap: Callable[[], None]
     say: Callable[[str], None]
+    most_servers: int | None = None
     servers: dict[str, Any] = field(default_factory=dict)  # actors of lanes, by name
+    # Of those that have no device yet: the answer that they will give, and since when.
+    unplaced: dict[str, tuple[Any, float]] = field(default_factory=dict)
     queue: deque[TrialConfig] = field(default_factory=deque)
     running: dict[int, Running] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)  # the newest of each trial
@@ -179,8 +183,9 @@ class RayBackend(tune.Callback):
         for machine in self.machines.all.values():
             for number in range(machine.servers):
                 name = server_name(self.policy["need"], machine.id, number)
-                if machine.open and name not in self.servers:
-                    self.servers[name] = LaneServer.options(
+                few = self.most_servers is None or len(self.servers) < self.most_servers
+                if machine.open and few and name not in self.servers:
+                    self.servers[name] = server = LaneServer.options(
                         name=name,
                         num_cpus=0,  # or trials, which wait for it, could leave it none
                         num_gpus=self.resources["gpu"],
@@ -188,8 +193,10 @@ class RayBackend(tune.Callback):
                         max_restarts=-1,
                         scheduling_strategy=on(machine.id),
                     ).remote(lanes)
+                    self.unplaced[name] = server.ready.remote(), time.monotonic()
                 elif not machine.open and name in self.servers:
                     ray.kill(self.servers.pop(name))
+                    self.unplaced.pop(name, None)
 
     def order(self, config: TrialConfig) -> Order:
         """What a worker gets to know of a trial."""
@@ -229,7 +236,7 @@ class RayBackend(tune.Callback):
         """Tells the loop of a worker's report; returns whether the trial has ended."""
         number, now = trial.config["number"], time.monotonic()
         worker = self.running.setdefault(number, Running(now))
-        worker.longest = max(worker.longest, now - worker.heard)
+        worker.longest = max(worker.longest, now - worker.heard - result.get(WAITED, 0.0))
         worker.heard, worker.node = now, result.get(NODE, "")
         worker.pid = result.get(PROCESS, result["pid"])
         self.saved[number] = result.get(SAVED, 0)
@@ -358,6 +365,7 @@ class RayBackend(tune.Callback):
             elif machine.fit:
                 self.say(f"{machine.address} joined: {machine.room} more at once")
         self.serve()
+        self._say_unplaced(now)
         self._say_lost(now - HOLD_SECONDS)
         if self.machines.room() != before:
             self.tell(Resized())
@@ -366,11 +374,25 @@ class RayBackend(tune.Callback):
         if not trains and (hindrance := self.machines.hindrance()):
             self.tell(Hindered(0, hindrance))
 
+    def _say_unplaced(self, now: float) -> None:
+        """Says which lane servers have waited for long for a GPU."""
+        for name, (answer, since) in list(self.unplaced.items()):
+            if ray.wait([answer], timeout=0)[0]:
+                del self.unplaced[name]
+            elif now - since > PLACE_SECONDS:
+                del self.unplaced[name]
+                where = next(m.address for m in self.machines.all.values() if m.id in name)
+                self.say(
+                    f"{where}: no lane server has begun there for {now - since:.0f} s: are its"
+                    " GPUs another job's?"
+                )
+
     def _end_the_silent(self, now: float) -> None:
-        """Ends processes all of whose trials have long been silent."""
+        """Ends processes all of whose trials have long been silent, but for one whose last report
+        has checks to do."""
         processes: dict[tuple[str, int], list[int]] = {}
         for number, worker in self.running.items():
-            if worker.pid:
+            if worker.pid and not worker.checks:
                 processes.setdefault((worker.node, worker.pid), []).append(number)
         for process_of, numbers in processes.items():
             workers = [self.running[number] for number in numbers]

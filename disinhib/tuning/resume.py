@@ -18,6 +18,7 @@ FILE = "study.yaml"  # in a study's folder
 # Options that may change when a study is resumed: where it runs and writes, not what it does.
 RESUMED_WITH = (
     *("resume", "study", "out_dir", "plan", "cluster.address", "cluster.max_concurrent"),
+    *("cluster.lanes", "cluster.gpus_per_trial"),
     *("tracking.uri", "checkpoints.", "searcher.storage", "dataset.path", "plugins"),
 )
 

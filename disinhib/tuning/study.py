@@ -110,6 +110,7 @@ def job(study: Study) -> Job:
         optuna=True,
         storage=study.searcher["storage"],
         add=None if study.batch else manifest.adder(study, begun),
+        seeds=study.replicates,
         keep_best=study.checkpoints["keep_best"],
         begin=lambda _: resume.keep_trials(study.folder, study.trials) if study.resume else None,
     )

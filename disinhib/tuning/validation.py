@@ -28,6 +28,7 @@ from disinhib.tuning.suggest import SAMPLERS
 from search_spaces import SPACES
 
 STUDY_GROUPS = ("scheduler", "searcher", "cluster", "tracking", "experiment")
+MOST_LANES = 1024  # of a server, which has a thread for each trial
 RESERVED = ("mlflow.db", "mlflow-artifacts")  # in out_dir, beside the studies
 
 
@@ -77,8 +78,8 @@ CHECKS: dict[str, Check] = {
         "0, a share of a GPU below 1, or 1",
     ),
     "cluster.lanes": (
-        lambda v: v == "auto" or checks.COUNT[0](v),
-        f"auto or {checks.COUNT[1]}",
+        lambda v: v == "auto" or (COUNT[0](v) and v <= MOST_LANES),
+        f"auto or a whole number from 1 to {MOST_LANES}",
     ),
     "cluster.max_concurrent": or_null(COUNT),
     "tracking.uri": OPTIONAL_TEXT,

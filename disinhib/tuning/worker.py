@@ -9,14 +9,18 @@ compiled programs by structure, so the second trial of a structure compiles noth
 from __future__ import annotations
 
 import os
+import platform
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypedDict, cast
 
 import ray
 from ray import tune
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
+from disinhib.errors import one_line
 from disinhib.tuning import machines
 from disinhib.tuning.event_log import TrialConfig
 
@@ -25,12 +29,11 @@ from disinhib.tuning.event_log import TrialConfig
 REPORT, FAILURE, MACHINE = "report", "failure", "machine"
 NODE, PROCESS, SAVED = "node", "process", "saved"
 UNFIT = "unfit"  # the machine has not proved itself
-# In a report's place: what the process may take of its GPU's memory, and how many lanes were
-# trained at once.
-GPU_MB, LANES = "gpu_memory_mb", "lanes"
+WAITED = "waited"  # seconds, for a server that has room
+GPU_MB = "gpu_memory_mb"  # in a report's place: what the process may take of its GPU's memory
 ADMISSION_SECONDS = 0.2  # between two attempts, if no server has room
-# For a server's answer. One that is starting, or has no device yet, does not give any.
-ANSWER_SECONDS = 10.0
+# For a server's answer, before another is asked.
+ANSWER_SECONDS = 1.0
 
 
 class Policy(TypedDict):
@@ -65,6 +68,8 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict) -> None:
         self._own: Any = None  # the server in this process
         self._server: Any = None  # the actor that trains the trial
+        # Other servers that were asked to admit a trial, its number, and the answer to come.
+        self._unanswered: list[tuple[str, int, Any]] = []
         self._order = cast(Order, config)
         self.reset_config(config)
 
@@ -88,9 +93,18 @@ class TrainingTrial(tune.Trainable):
         if self._order["policy"]["lanes"] == 1:
             result = {**self._here().step(self._order, anew), **identity()}
         else:
+            began = time.monotonic()
             if anew:
-                self._server = _admitted(self._order)
+                self._server, unanswered = _admitted(self._order)
+                of_trial = self._order["number"]
+                self._unanswered += [(name, of_trial, ref) for name, ref in unanswered.items()]
+            waited = time.monotonic() - began
             result = cast(dict, ray.get(self._server.step.remote(self._order, anew)))
+            result[WAITED] = waited
+            self._decline()
+            if self._order["apart"] and REPORT in result:  # not to blame
+                self._order["apart"] = False
+                self._server.admit.remote(self._order["number"], lanes_of(self._order))
         self._failure = result.get(FAILURE) or result.get(MACHINE) or ""
         return result
 
@@ -111,25 +125,84 @@ class TrainingTrial(tune.Trainable):
         if self._server is not None:
             self._server.release.remote(self._order["number"])
             self._server = None
+            self._decline()
+
+    def _decline(self) -> None:
+        """Gives back the lanes that further servers have given a trial by now."""
+        for asked in list(self._unanswered):
+            name, number, answer = asked
+            if ray.wait([answer], timeout=0)[0]:
+                self._unanswered.remove(asked)
+                with suppress(ValueError):
+                    ray.get_actor(name).release.remote(number)
+
+
+class Admission:
+    """Who may be in a server of so many lanes. A trial has its lanes until it is released."""
+
+    def __init__(self, lanes: int):
+        self.lanes = lanes
+        self.held: dict[int, int] = {}  # lanes of each trial
+        self.lock = threading.Lock()
+
+    def admit(self, number: int, lanes: int) -> bool:
+        """Whether there is room, or the server empty; a trial that is in it may change its number
+        of lanes."""
+        with self.lock:
+            others = sum(self.held.values()) - self.held.get(number, 0)
+            if others and others + lanes > self.lanes:
+                return False
+            self.held[number] = lanes
+            return True
+
+    def release(self, number: int) -> None:
+        with self.lock:
+            self.held.pop(number, None)
 
 
 @ray.remote
 class LaneServer:
-    """The `lane_server.Server` of a device, as an actor."""
+    """The `lane_server.Server` of a device, as an actor. It is made by the first step, whose errors
+    are told: Ray would not start an actor again that cannot be made."""
 
-    def __init__(self, slots: int):
-        from disinhib.tuning.lane_server import Server
+    def __init__(self, lanes: int):
+        self._admission = Admission(lanes)
+        self._making, self._made = threading.Lock(), None
 
-        self._server = Server(slots)
+    def ready(self) -> None:
+        """Returns once it has its device."""
+
+    def admit(self, number: int, lanes: int) -> bool:
+        return self._admission.admit(number, lanes)
 
     def step(self, order: Order, anew: bool) -> dict:
-        return {**self._server.step(order, anew), **identity()}
-
-    def admit(self, number: int, count: int) -> bool:
-        return self._server.admit(number, count)
+        number = order["number"]
+        if number not in self._admission.held:  # Ray has started this server again
+            self._admission.held[number] = lanes_of(order)
+        try:
+            server = self._server()
+        except Exception as error:
+            why = f"{platform.node()}: {one_line(error)}"
+            return {MACHINE: why, UNFIT: False, SAVED: 0, **identity()}
+        return {**server.step(order, anew), **identity()}
 
     def release(self, number: int) -> None:
-        self._server.release(number)
+        self._admission.release(number)
+        if self._made is not None:
+            self._made.release(number)
+
+    def _server(self) -> Any:
+        from disinhib.tuning.lane_server import Server
+
+        with self._making:
+            if self._made is None:
+                self._made = Server(self._admission.lanes)
+            return self._made
+
+
+def lanes_of(order: Order) -> int:
+    """Of a server, that it needs."""
+    return order["policy"]["lanes"] if order["apart"] else len(order["seeds"])
 
 
 def identity() -> dict[str, Any]:
@@ -144,12 +217,13 @@ def server_name(need: machines.Need, *of_device: object) -> str:
     return "-".join(["lanes", need["id"], *map(str, of_device)])
 
 
-def _admitted(order: Order) -> Any:
-    """A server that has room for the trial; waits for one. Servers of machines that are left out
-    are not asked."""
-    number, policy = order["number"], order["policy"]
-    lanes = policy["lanes"] if order["apart"] else len(order["seeds"])
-    study = server_name(policy["need"])
+def _admitted(order: Order) -> tuple[Any, dict[str, Any]]:
+    """A server that has room for the trial, and what others were asked and have not answered yet
+    (they are starting, or have no device); waits for one. Servers of machines that are left out are
+    not asked."""
+    number = order["number"]
+    study = server_name(order["policy"]["need"])
+    asked: dict[str, Any] = {}
     while True:
         names = sorted(name for name in ray.util.list_named_actors() if name.startswith(study))
         first = number % max(1, len(names))  # trials that begin together try others first
@@ -158,10 +232,12 @@ def _admitted(order: Order) -> Any:
                 continue
             try:
                 server = ray.get_actor(name)
-                if ray.get(server.admit.remote(number, lanes), timeout=ANSWER_SECONDS):
-                    return server
-            except GetTimeoutError:
-                server.release.remote(number)  # it may yet admit it
+                if name not in asked:
+                    asked[name] = server.admit.remote(number, lanes_of(order))
+                if not ray.wait([asked[name]], timeout=ANSWER_SECONDS)[0]:
+                    continue
+                if ray.get(asked.pop(name)):
+                    return server, asked
             except (ValueError, RayError):  # it is gone
-                continue
+                asked.pop(name, None)
         time.sleep(ADMISSION_SECONDS)
