@@ -410,7 +410,7 @@ def test_lanes_are_solved_as_if_they_were_alone(problem, monkeypatch):
     """In one program, in which samples that take long go on by three, of two lanes: of the first
     lane none does, of the others up to all 20."""
     monkeypatch.setattr(newton, "BROYDEN_EVALUATIONS", 5)
-    for name, few in (("FEW_SAMPLES", 4), ("FEW_OF_LANES", 3), ("FEW_LANES", 2)):
+    for name, few in (("FEW_SAMPLES", 4), ("SAMPLES_OF_LANES", 3), ("LANES_AT_ONCE", 2)):
         monkeypatch.setattr(newton, name, few)
     problems = [problem(seed, scale, **SMALL) for seed, scale in enumerate((0.1, 4, 5, 6, 4))]
     gains = [HYPER, STRONG, STRONG, HYPER, STRONG]

@@ -44,8 +44,9 @@ from disinhib.network import Layers, NetworkState, Parameters, feedforward_input
 # gains are near 2, and sweeps of all layers take half as long again as a whole training step.
 OPEN_STEPS = 3
 BROYDEN_EVALUATIONS = 4
-# That go on at a time: of one lane, and of several lanes at once.
-FEW_SAMPLES, FEW_OF_LANES, FEW_LANES = 8, 64, 8
+# Of one lane, samples that go on at a time; of several, how many of each of how many lanes.
+FEW_SAMPLES = 8
+SAMPLES_OF_LANES, LANES_AT_ONCE = 64, 8
 SMALLEST_SHARE = 1 / 16  # of Newton's step: a sample that none brings nearer is given up
 NEAR = 1e-2  # residual of neurons from which the network's output says where the control has to go
 
@@ -329,8 +330,8 @@ def _by_newton(architecture: Architecture) -> Callable[..., _Iterate]:
 
         def round_of_few(iterate):
             waits = goes_on(iterate)
-            lane = jnp.argsort(-jnp.sum(waits, axis=1))[:FEW_LANES]
-            sample = jnp.argsort(~waits[lane], axis=1)[:, :FEW_OF_LANES]
+            lane = jnp.argsort(-jnp.sum(waits, axis=1))[:LANES_AT_ONCE]
+            sample = jnp.argsort(~waits[lane], axis=1)[:, :SAMPLES_OF_LANES]
             which = lane[:, None], sample
             own = _taken((samples, iterate), which)
             steps = partial(jax.vmap(step), *_taken(given, lane), own[0])
