@@ -309,17 +309,21 @@ def run(study: Study, console: Console) -> None:
     # An epoch of many lanes takes a GPU as long as was measured; on a CPU they take turns.
     beside = min(cost.lanes for own in costs.values() for cost in own)
     at_once = fitting * max(1, beside // seeds) if study.cluster["gpus_per_trial"] else fitting
-    say(*_estimates(study, costs, min(at_once, most or at_once), started))
+    fit = fitting * max(1, lanes // seeds)
+    running = min(fit, most or fit)
+    say(*_estimates(study, costs, min(at_once, running), running, started))
+    turns = "" if study.cluster["gpus_per_trial"] else ", which take turns on a CPU"
     say(
         f"cluster: {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs;"
-        f" {fitting * max(1, lanes // seeds)} trials fit at once"
-        + (f" ({lanes} lanes of {fitting} servers)" if lanes > 1 else "")
+        f" {fit} trials fit at once"
+        + (f" ({lanes} lanes of {fitting} servers{turns})" if lanes > 1 else "")
         + f", cluster.max_concurrent={in_hydra(most)}"
     )
 
 
-def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list[str]:
-    """Duration, memory and disk, in lines."""
+def _estimates(study: Study, costs: Costs, at_once: int, running: int, started: float) -> list[str]:
+    """Duration, memory and disk, in lines, of a study that trains as if `at_once` trials had a
+    device each, of those `running`."""
     timed = [cost for own in costs.values() for cost in own]
     equal = f"next the rule that has spent fewest {study.budget}"
     shared = "rules in turn" if study.budget == TRIALS else equal
@@ -341,11 +345,11 @@ def _estimates(study: Study, costs: Costs, at_once: int, started: float) -> list
     if failing := ", ".join(rule for rule, own in costs.items() if not own):
         lines.append(f"not counted, because none of their structures could be timed: {failing}")
     keep, cap = study.checkpoints["keep_best"], study.checkpoints["cap_gb"]
-    disk = disk_mb(costs, at_once, keep)
+    disk = disk_mb(costs, running, keep)
     return [
         *lines,
         _memory(timed, at_once, study.cluster["gpus_per_trial"]),
-        f"disk: at most {disk:.1f} MB of checkpoints ({at_once} running, {keep} kept for each"
+        f"disk: at most {disk:.1f} MB of checkpoints ({running} running, {keep} kept for each"
         f" rule; measured), {'over' if disk > cap * 1e3 else 'under'} checkpoints.cap_gb={cap:g}",
     ]
 
