@@ -8,9 +8,9 @@ a device (on a CPU: a core), four trials that share a GPU, and lanes. Each begin
 programs, as a first study does. On digits or, with the folder of its files, on Fashion-MNIST (3 x
 256). Seconds are those of the study, with the start of Ray; `start s` of them are before every rule
 has reported an epoch, or after the last report. `epochs an hour` leaves them out, with the epochs
-that were reported by then, as a long study would.
-For that rate, the studies without lanes may have fewer trials (`alone`); trials an hour compare
-studies of as many trials only, as more of them are pruned earlier.
+that were reported by then, as a long study would. For that rate, the studies without lanes may have
+fewer trials (`alone`); trials an hour compare studies of as many trials only, as more of them are
+pruned earlier.
 """
 
 import sys

@@ -38,7 +38,7 @@ SWITCHES = {
 # And left: breakpoint() would then be Ray's. (Not RAY_AUTH_MODE: this process has read it for good,
 # and what another Ray starts without it could not speak to it.)
 CGROUPS = Path("/sys/fs/cgroup")
-LANES_OF_A_GPU = 32  # with cluster.lanes=auto; of a share of one, as many less
+LANES_OF_A_GPU = 32  # with cluster.lanes=auto; with a share of a GPU, that share of them
 LONGEST_FOLDER = 107 - len("/ray/session_2026-11-25_16-50-00_076501_1234567/sockets/plasma_store")
 # Of our own Ray, for the life of this process, which reads it once. (Ray would keep one in a file
 # in the user's home that others can read.)

@@ -32,8 +32,7 @@ UNFIT = "unfit"  # the machine has not proved itself
 WAITED = "waited"  # seconds, for a server that has room
 GPU_MB = "gpu_memory_mb"  # in a report's place: what the process may take of its GPU's memory
 ADMISSION_SECONDS = 0.2  # between two attempts, if no server has room
-# For a server's answer, before another is asked.
-ANSWER_SECONDS = 1.0
+ANSWER_SECONDS = 1.0  # for a server's answer, before another is asked
 
 
 class Policy(TypedDict):
@@ -162,8 +161,8 @@ class Admission:
 
 @ray.remote
 class LaneServer:
-    """The `lane_server.Server` of a device, as an actor. It is made by the first step, whose errors
-    are told: Ray would not start an actor again that cannot be made."""
+    """The `lane_server.Server` of a device, as an actor. The first step makes the server, as the
+    errors of a step are told, and Ray would not start an actor again that cannot be made."""
 
     def __init__(self, lanes: int):
         self._admission = Admission(lanes)
